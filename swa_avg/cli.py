@@ -1,0 +1,253 @@
+"""Options in, messages and exit codes out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+from click.shell_completion import CompletionItem
+from click_default_group import DefaultGroup
+
+from swa_avg import __version__
+from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError, escape
+
+if TYPE_CHECKING:
+    from swa_avg.run import Progress, Report
+
+__all__ = ["main"]
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+class _Size(click.ParamType):
+    """A number of bytes: 200M, 1.5G, 200MB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value).upper().removesuffix("B").removesuffix("I")
+        number, unit = (text[:-1], text[-1]) if text[-1:] in ("K", "M", "G") else (text, "")
+        try:
+            return int(float(number) * _UNITS[unit])
+        except (ValueError, OverflowError):
+            self.fail(f"{value!r} is not a size; expected such as 200M or 1G", param, ctx)
+
+
+class _Numbers(click.ParamType):
+    """Numbers separated by commas."""
+
+    name = "w,w,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        if isinstance(value, list):
+            return value
+        try:
+            return [float(part) for part in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers; expected such as 0.2,0.3,0.5", param, ctx)
+
+
+class _Group(DefaultGroup):  # type: ignore[misc]
+    """The commands; help and completion treat the default command's options as the program's own."""
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        command = self.commands[self.default_cmd_name]
+        inner = click.Context(command, info_name=ctx.info_name)
+        command.format_usage(inner, formatter)
+        command.format_help_text(inner, formatter)
+        command.format_options(inner, formatter)
+        self.format_commands(ctx, formatter)
+        self.format_epilog(ctx, formatter)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        command = self.commands[self.default_cmd_name]
+        inner = click.Context(command, info_name=ctx.info_name)
+        if incomplete.startswith("-"):
+            return command.shell_complete(inner, incomplete)
+        return [*super().shell_complete(ctx, incomplete), CompletionItem(incomplete, type="file")]
+
+
+@click.group(cls=_Group, default="average", default_if_no_args=True)
+@click.version_option(__version__)
+def main_group() -> None:
+    """Average Keras checkpoints."""
+
+
+@main_group.command()
+@click.argument("checkpoints", nargs=-1, type=click.Path())
+@click.option("-o", "--output", type=click.Path(), help="Where the average goes.  [default: swa + the inputs' suffix]")
+@click.option("--last", type=int, metavar="N", help="Only the last N checkpoints.")
+@click.option("--every", type=int, metavar="K", help="Of these, every K-th, counted back from the newest.")
+@click.option("--epochs", metavar="A:B[:STEP]", help="Only these epochs, both ends included, by the number in the name.")
+@click.option(
+    "--method",
+    type=click.Choice(["uniform", "ema", "power-ema", "weights"]),
+    default="uniform",
+    show_default=True,
+    help="How much each checkpoint counts.",
+)
+@click.option("--decay", type=float, metavar="F", help="For ema: what each step keeps, such as 0.9.")
+@click.option("--sigma-rel", type=float, metavar="F", help="For power-ema: relative width, such as 0.1.")
+@click.option("--weights", type=_Numbers(), help="For weights: one number a checkpoint, in training order, sum 1.")
+@click.option(
+    "--optimizer",
+    type=click.Choice(["keep", "drop"]),
+    default="keep",
+    show_default=True,
+    help="Copy the newest checkpoint's optimizer state, or leave it out.",
+)
+@click.option("--dtype", type=click.Choice(["bfloat16"]), help="What untagged 2-byte tensors hold.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option("--no-verify", is_flag=True, help="Do not check the inputs' checksums; reads only what is averaged.")
+@click.option("--max-memory", type=_Size(), help="Stay under this much memory, such as 150M.")
+@click.option("--threads", type=click.IntRange(1, 64), metavar="N", help="Worker threads.  [default: cores, up to 4]")
+@click.option("--dry-run", is_flag=True, help="Show what would be done, and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("-v", "--verbose", is_flag=True, help="List every tensor.")
+def average(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool, no_verify: bool, **options: Any) -> None:
+    """Average Keras checkpoints into one model, exactly, in bounded memory, without TensorFlow.
+
+    CHECKPOINTS are .keras, .weights.h5, .h5 or .weights.json files of one training run, named or as quoted
+    patterns. They are taken in natural order, ckpt_2 before ckpt_10.
+
+    \b
+    swa-avg ckpt_*.keras -o swa.keras
+    swa-avg ckpt_*.keras -o swa.keras --last 10
+    """
+    from swa_avg.run import average as run
+
+    with _progress(quiet) as progress:
+        report = run(checkpoints, verify=not no_verify, progress=progress, **options)
+    if not quiet:
+        _describe(report, dry_run=options["dry_run"], verbose=verbose)
+    if as_json:
+        click.echo(json.dumps(_as_json(report, options["dry_run"])))
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress | None]:
+    """Show a bar on a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("averaging", total=None)
+        yield lambda total, count: bar.update(task, total=total, advance=count)
+
+
+def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
+    """Tell on standard error what was done, or would be."""
+    plan = report.plan
+    lines = []
+    if dry_run or verbose:
+        lines.append(f"{'coefficient':>12}  checkpoint ({plan.inputs[-1].kind}, {report.method})")
+        for checkpoint, coefficient in zip(plan.inputs, plan.coefficients, strict=True):
+            lines.append(f"{coefficient:12.6g}  {checkpoint.path}")
+        for title, tensors in _treatments(report).items():
+            lines.append(f"{title}: {len(tensors)} tensors, {_size(sum(t.nbytes for t in tensors))}")
+            if verbose:
+                lines.extend(f"  {tensor.name}  {tensor}" for tensor in tensors)
+        lines.append(f"bytes to read: {_size(report.bytes_to_read)}; peak memory: about {_size(report.peak_memory)}")
+    for checkpoint in plan.inputs:
+        if checkpoint.is_average:
+            lines.append(f"warning: {checkpoint.path} is itself an average that swa-avg wrote")
+    layers = report.batchnorm_layers
+    if layers:
+        shown = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
+        lines.append(
+            f"warning: BatchNorm statistics are averaged, not re-estimated ({shown}); the model may be far worse "
+            "than its weights: refresh them on training data with --bn-refresh DATA"
+        )
+    verb = "would write" if dry_run else "wrote"
+    lines.append(f"{verb} {report.output}: the {report.method} average of {len(plan.inputs)} checkpoints")
+    for line in lines:
+        click.echo(escape(line), err=True)
+
+
+def _treatments(report: Report) -> dict[str, Sequence[Any]]:
+    plan = report.plan
+    return {
+        "averaged": plan.averaged,
+        "equal in all, copied": plan.compared,
+        "copied from the newest": plan.copied,
+        "left out": plan.dropped,
+    }
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def _as_json(report: Report, dry_run: bool) -> dict[str, Any]:
+    plan = report.plan
+    return {
+        "output": str(report.output),
+        "written": not dry_run,
+        "method": report.method,
+        "format": plan.inputs[-1].kind,
+        "inputs": [
+            {"path": str(c.path), "coefficient": coefficient}
+            for c, coefficient in zip(plan.inputs, plan.coefficients, strict=True)
+        ],
+        "tensors": {title: [tensor.name for tensor in tensors] for title, tensors in _treatments(report).items()},
+        "batchnorm_layers": report.batchnorm_layers,
+        "bytes_to_read": report.bytes_to_read,
+        "peak_memory": report.peak_memory,
+    }
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 done, 2 usage, 3 to 5 by the error's class, 130 or 143 interrupted."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        main_group.main(prog_name="swa-avg", standalone_mode=False)
+        sys.stdout.flush()
+        code = 0
+    except SwaAvgError as error:
+        lines = [str(finding) for finding in error.findings] if isinstance(error, MismatchError) else [_message(error)]
+        for line in lines:
+            click.echo(f"swa-avg: error: {escape(line)}", err=True)
+        code = error.exit_code
+    except click.UsageError as error:
+        click.echo(f"swa-avg: error: {escape(error.format_message())} (see swa-avg --help)", err=True)
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("swa-avg: interrupted; nothing was written", err=True)
+        code = 130
+    except _TerminatedError:
+        click.echo("swa-avg: terminated; nothing was written", err=True)
+        code = 143
+    except BrokenPipeError:
+        # What reads our standard output has gone; the average itself is written by now.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 5
+    sys.exit(code)
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM, raised where the program stands so that everything is cleaned up."""
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    raise _TerminatedError
+
+
+def _message(error: SwaAvgError) -> str:
+    if isinstance(error, SystemRefusalError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

@@ -1,0 +1,83 @@
+"""What can go wrong, in the user's terms.
+
+Every class carries the exit code that the command line returns for it. Anything else that is raised is
+a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    "Finding",
+    "MismatchError",
+    "SwaAvgError",
+    "SystemRefusalError",
+    "UnreadableError",
+    "UsageError",
+    "escape",
+]
+
+
+def escape(text: object) -> str:
+    """Return `text` on one printable line: names come from files and may hold newlines or escapes."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for char in str(text)
+    )
+
+
+class SwaAvgError(Exception):
+    """Base of every error that a user can act on."""
+
+    exit_code = 1
+
+
+class UsageError(SwaAvgError, ValueError):
+    """What was asked for cannot be done as asked."""
+
+    exit_code = 2
+
+
+class UnreadableError(SwaAvgError, ValueError):
+    """An input is missing, damaged or not a checkpoint that can be read."""
+
+    exit_code = 3
+
+    def __init__(self, path: Path | str, problem: str, *, tensor: str | None = None, hint: str = "") -> None:
+        self.path = Path(path)
+        self.tensor = tensor
+        parts = [path, problem] if tensor is None else [path, tensor, problem]
+        super().__init__(escape(": ".join(map(str, parts)) + (f"; {hint}" if hint else "")))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One reason why the inputs cannot be averaged."""
+
+    path: Path
+    subject: str
+    """The tensor, or the path inside the configuration, that the finding is about."""
+    problem: str
+    """What was expected and what was found, and what to do where there is something to do."""
+
+    def __str__(self) -> str:
+        return escape(f"{self.path}: {self.subject}: {self.problem}")
+
+
+class MismatchError(SwaAvgError, ValueError):
+    """The inputs do not fit together, or hold values that cannot be averaged."""
+
+    exit_code = 4
+
+    def __init__(self, findings: Sequence[Finding]) -> None:
+        self.findings = tuple(findings)
+        super().__init__("\n".join(str(finding) for finding in self.findings))
+
+
+class SystemRefusalError(SwaAvgError, OSError):
+    """The operating system refused: disk full, permission, input/output error, too many open files."""
+
+    exit_code = 5

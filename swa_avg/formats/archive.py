@@ -1,0 +1,176 @@
+"""`.keras` archives: a zip whose member `model.weights.h5` is an HDF5 image."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from swa_avg.errors import UnreadableError
+from swa_avg.formats.base import Buffer, Checkpoint, Image, ImageFile, Provenance, Stage, open_file
+from swa_avg.formats.hdf5 import Hdf5Checkpoint, is_keras_store, layer_names, read_layout, strip
+from swa_avg.formats.json import parse_json
+
+__all__ = ["SIGNATURE", "ArchiveCheckpoint", "open_archive"]
+
+SIGNATURE = b"PK"
+_WEIGHTS, _CONFIG, _METADATA = "model.weights.h5", "config.json", "metadata.json"
+_PROVENANCE = "swa_avg"
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_MAX_MEMBERS = 20_000
+_ENCRYPTED = 0x1
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class ArchiveCheckpoint(Checkpoint):
+    """A `.keras` archive; the provenance is a key of its metadata.json."""
+
+    archive: zipfile.ZipFile | None = None
+    config_bytes: bytes = b""
+    metadata: Mapping[str, Any] | None = None
+
+    def write(
+        self, image: Callable[[int], Iterator[Buffer]], provenance: Callable[[], Provenance], stage: Stage
+    ) -> None:
+        assert self.archive is not None
+        file = stage.create(stage.output.name)
+        with zipfile.ZipFile(file, "w") as output:
+            for member in self.archive.infolist():
+                # Same name, time and attributes as the template's, so that equal inputs give equal bytes.
+                copy = zipfile.ZipInfo(member.filename, member.date_time)
+                copy.external_attr, copy.create_system = member.external_attr, member.create_system
+                with output.open(copy, "w", force_zip64=member.file_size >= zipfile.ZIP64_LIMIT) as target:
+                    if member.filename == _WEIGHTS:
+                        for chunk in image(0):
+                            target.write(chunk)
+                    elif member.filename == _METADATA:
+                        target.write(json.dumps({**(self.metadata or {}), _PROVENANCE: provenance()}).encode())
+                    else:
+                        with self.archive.open(member) as source:
+                            while chunk := source.read(_CHUNK):
+                                target.write(chunk)
+
+    def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
+        return replace(self, **strip(self, ("optimizer",), scratch))
+
+    def as_weights(self) -> Hdf5Checkpoint:
+        """Return the model's weights alone, as the `.weights.h5` that the archive holds."""
+        return Hdf5Checkpoint(
+            self.path, "Keras weights", (".weights.h5",), self.images, self.tensors, self.config, self.layer_names
+        )
+
+    def close(self) -> None:
+        if self.archive is not None:
+            self.archive.close()
+        super().close()
+
+
+def open_archive(path: Path, like: Checkpoint | None = None) -> ArchiveCheckpoint:
+    """Open a `.keras` archive; `like` as for `open_hdf5`.
+
+    Raises:
+        UnreadableError: the archive is damaged, unsafe or not what Keras writes.
+    """
+    file = open_file(path)
+    try:
+        whole = Image(path, file, 0, file.seek(0, 2))
+        try:
+            archive = zipfile.ZipFile(ImageFile(whole))
+            members = _members(whole, archive)
+            image = _weights_image(whole, members)
+            metadata, config_bytes = archive.read(_METADATA), archive.read(_CONFIG)
+        except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, EOFError,
+                RuntimeError) as error:
+            if isinstance(error, UnreadableError):
+                raise
+            raise UnreadableError(path, f"damaged .keras archive ({error})") from error
+        return _checkpoint(path, image, archive, config_bytes, parse_json(metadata, path, _METADATA), like)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _checkpoint(
+    path: Path,
+    image: Image,
+    archive: zipfile.ZipFile,
+    config_bytes: bytes,
+    metadata: Mapping[str, Any],
+    like: Checkpoint | None,
+) -> ArchiveCheckpoint:
+    same = isinstance(like, ArchiveCheckpoint) and like.config_bytes == config_bytes
+    config = like.config if like is not None and same else _model_config(parse_json(config_bytes, path, _CONFIG))
+    own = {"path": path, "images": (image,), "archive": archive, "config_bytes": config_bytes, "config": config,
+           "metadata": metadata, "is_average": _PROVENANCE in metadata}
+    if isinstance(like, ArchiveCheckpoint) and like.shares_layout((image,)):
+        return replace(like, **own)
+    layout = read_layout(image)
+    if not is_keras_store(layout.groups):
+        raise UnreadableError(path, f"{_WEIGHTS} does not hold what Keras writes: no `vars` groups")
+    return ArchiveCheckpoint(
+        kind=".keras archive", suffixes=(".keras",), tensors=layout.tensors,
+        layer_names=layer_names(image, layout), **own,
+    )
+
+
+def _model_config(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "compile_config"}
+
+
+def _members(whole: Image, archive: zipfile.ZipFile) -> dict[str, tuple[zipfile.ZipInfo, int]]:
+    """Return name -> (entry, offset of its data), refusing what Keras never writes.
+
+    The central directory and the local headers can be made to disagree, and declared sizes can lie; what
+    is read is what both say and what lies inside the file without overlap.
+    """
+    members: dict[str, tuple[zipfile.ZipInfo, int]] = {}
+    infos = archive.infolist()
+    if len(infos) > _MAX_MEMBERS:
+        raise UnreadableError(whole.path, f"holds more than {_MAX_MEMBERS} members")
+    position = 0
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        name = info.filename
+        if name in members:
+            raise UnreadableError(whole.path, "stands twice in the archive", tensor=name)
+        if info.flag_bits & _ENCRYPTED:
+            raise UnreadableError(whole.path, "is encrypted", tensor=name)
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            hint = "save it again with Keras, or zip it with: zip -0"
+            raise UnreadableError(whole.path, "is compressed; Keras stores it plain", tensor=name, hint=hint)
+        if name.startswith("/") or "\\" in name or "\0" in info.orig_filename or ".." in name.split("/"):
+            raise UnreadableError(whole.path, "has a name that leaves the archive", tensor=name)
+        if info.create_system == 3 and (info.external_attr >> 16) & 0o170000 == 0o120000:
+            raise UnreadableError(whole.path, "is a symbolic link", tensor=name)
+        start = _data_offset(whole, info)
+        if info.header_offset < position or start + info.file_size > archive.start_dir:
+            raise UnreadableError(whole.path, "overlaps another part of the archive", tensor=name)
+        position = start + info.file_size
+        members[name] = info, start
+    missing = [name for name in (_WEIGHTS, _CONFIG, _METADATA) if name not in members]
+    if missing:
+        raise UnreadableError(whole.path, f"not a .keras archive with HDF5 weights: no {', '.join(missing)}")
+    return members
+
+
+def _data_offset(whole: Image, info: zipfile.ZipInfo) -> int:
+    header = whole.read(info.header_offset, _LOCAL_HEADER.size)
+    signature, _, flags, method, _, _, _, packed, size, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+    name = whole.read(info.header_offset + _LOCAL_HEADER.size, name_length)
+    sizes_agree = {packed, size} <= {info.file_size, 0xFFFFFFFF} or flags & 0x8
+    if signature != b"PK\x03\x04" or method != info.compress_type or flags & _ENCRYPTED or not sizes_agree:
+        raise UnreadableError(whole.path, "has a local header that differs from the directory", tensor=info.filename)
+    if name.decode("utf-8" if flags & 0x800 else "cp437") != info.orig_filename:
+        raise UnreadableError(whole.path, "is named differently in its local header", tensor=info.filename)
+    return info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+
+
+def _weights_image(whole: Image, members: Mapping[str, tuple[zipfile.ZipInfo, int]]) -> Image:
+    info, start = members[_WEIGHTS]
+    image = Image(whole.path, whole.file, start, info.file_size)
+    image.crc32 = info.CRC
+    return image

@@ -1,0 +1,308 @@
+"""A checkpoint as a map of named extents."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol
+
+from swa_avg.errors import SystemRefusalError, UnreadableError
+
+__all__ = [
+    "Buffer",
+    "Checkpoint",
+    "Image",
+    "ImageFile",
+    "Provenance",
+    "Role",
+    "Stage",
+    "Tensor",
+    "open_file",
+]
+
+Role = Literal["weight", "optimizer", "metric"]
+Buffer = bytes | bytearray | memoryview
+Provenance = Mapping[str, Any]
+
+_WINDOW = 256 * 1024
+
+# What an input cannot cause by being what it is: the machine has run out of something.
+_SYSTEM_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR}
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open a regular file for reading.
+
+    Opened without blocking and checked afterwards, so that a FIFO or a device named as a checkpoint
+    neither hangs the run nor slips in between a check and the open.
+
+    Raises:
+        UnreadableError: it is missing, may not be read, or is not a regular file.
+        SystemRefusalError: the system is out of file descriptors or memory.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise _refused(path, error) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UnreadableError(path, "not a regular file; name a checkpoint file")
+    return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def _refused(path: Path, error: OSError) -> Exception:
+    if error.errno in _SYSTEM_ERRNOS:
+        return SystemRefusalError(error.errno, f"{error.strerror} while reading", str(path))
+    return UnreadableError(path, (error.strerror or str(error)).lower())
+
+
+class Image:
+    """An HDF5 file in a region of a file: all of a bare one, or one stored member of an archive.
+
+    Reads are positional, hence safe from several threads at once.
+    """
+
+    def __init__(self, path: Path, file: IO[bytes], offset: int, size: int) -> None:
+        self.path = path
+        self.file = file
+        self.offset = offset
+        self.size = size
+        self.crc32: int | None = None
+        """CRC-32 of the whole image where the container declares one."""
+        self._identity = self._stat()
+
+    def read_into(self, buffer: memoryview, position: int) -> None:
+        """Fill `buffer` with the bytes at `position` of the image.
+
+        Raises:
+            UnreadableError: the file ended early: it was truncated after it was opened.
+            SystemRefusalError: the system could not read.
+        """
+        done = 0
+        while done < len(buffer):
+            try:
+                count = _read_at(self.file.fileno(), buffer[done:], self.offset + position + done)
+            except OSError as error:
+                raise SystemRefusalError(error.errno, f"{error.strerror} while reading", str(self.path)) from error
+            if count == 0:
+                raise UnreadableError(self.path, "the file became shorter while it was being read")
+            done += count
+
+    def read(self, position: int, size: int) -> bytes:
+        """Return `size` bytes at `position` of the image; errors as for `read_into`."""
+        buffer = bytearray(size)
+        self.read_into(memoryview(buffer), position)
+        return bytes(buffer)
+
+    def check_unchanged(self) -> None:
+        """Raise UnreadableError if the file was written to since it was opened."""
+        if self._stat() != self._identity:
+            raise UnreadableError(
+                self.path, "the file changed while it was being read", hint="wait for its writer to finish"
+            )
+
+    def identity(self) -> tuple[int, int]:
+        """Return (device, inode): equal for two names of one file."""
+        return self._identity[:2]
+
+    def close(self) -> None:
+        self.file.close()
+
+    def _stat(self) -> tuple[int, int, int, int, int]:
+        now = os.fstat(self.file.fileno())
+        return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+
+
+if hasattr(os, "preadv"):
+
+    def _read_at(descriptor: int, buffer: memoryview, position: int) -> int:
+        return os.preadv(descriptor, [buffer], position)
+
+elif hasattr(os, "pread"):  # macOS before 11
+
+    def _read_at(descriptor: int, buffer: memoryview, position: int) -> int:
+        data = os.pread(descriptor, len(buffer), position)
+        buffer[: len(data)] = data
+        return len(data)
+
+else:  # Windows has one position per descriptor
+    import threading
+
+    _POSITION = threading.Lock()
+
+    def _read_at(descriptor: int, buffer: memoryview, position: int) -> int:
+        with _POSITION:
+            os.lseek(descriptor, position, os.SEEK_SET)
+            data = os.read(descriptor, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class ImageFile(io.RawIOBase):
+    """An `Image` as the read-only seekable file that h5py and zipfile take."""
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._image.size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self._image.size - self._position))
+        self._image.read_into(view[:count], self._position)
+        self._position += count
+        return count
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One stored variable: what it is, and the run of bytes that holds it."""
+
+    name: str
+    """Path of the dataset inside the checkpoint, without a leading slash."""
+    shape: tuple[int, ...]
+    dtype: str
+    """NumPy's name, `bfloat16`, or `opaque16` for two untagged bytes a value."""
+    image: int
+    """Index into `Checkpoint.images`."""
+    offset: int
+    """Bytes from the start of the image."""
+    nbytes: int
+    role: Role = "weight"
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.nbytes
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Checkpoint(ABC):
+    """One checkpoint on disk, open for positional reads; one subclass a format."""
+
+    path: Path
+    kind: str
+    """What sort of checkpoint it is, in words; the inputs of one run share it."""
+    suffixes: tuple[str, ...]
+    """What the name of such a file may end with, so that Keras finds the right loader."""
+    images: tuple[Image, ...]
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any] | None = None
+    """The model's configuration, without compile settings, where the checkpoint stores one."""
+    layer_names: Mapping[str, str] = field(default_factory=dict)
+    """Path of a layer's group -> the name that the model gives the layer, where the checkpoint says so."""
+    is_average: bool = False
+    """Whether swa-avg wrote it."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the images."""
+        return sum(image.size for image in self.images)
+
+    @abstractmethod
+    def write(
+        self, image: Callable[[int], Iterator[Buffer]], provenance: Callable[[], Provenance], stage: Stage
+    ) -> None:
+        """Write a copy of this checkpoint with other images to `stage`.
+
+        `image(k)` yields the bytes of image k from first to last; each is asked for once, in order.
+        `provenance()` may be called once, by an archive before the first image, else after the last.
+        """
+
+    def shares_layout(self, images: Sequence[Image]) -> bool:
+        """Tell whether `images` hold the same bytes as this checkpoint's, the tensors' values apart.
+
+        Keras writes the checkpoints of one run so; their tensors then lie in the same places, and parsing
+        one of them is enough.
+        """
+        return len(images) == len(self.images) and all(
+            image.size == own.size and _digest(image, gaps) == digest
+            for image, own, (gaps, digest) in zip(images, self.images, self._outline, strict=True)
+        )
+
+    @cached_property
+    def _outline(self) -> list[tuple[list[tuple[int, int]], bytes]]:
+        outline = []
+        for index, image in enumerate(self.images):
+            gaps = _gaps((tensor for tensor in self.tensors.values() if tensor.image == index), image.size)
+            outline.append((gaps, _digest(image, gaps)))
+        return outline
+
+    @abstractmethod
+    def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
+        """Return this checkpoint without its optimizer's state, rebuilt in files that `scratch` opens."""
+
+    def check_unchanged(self) -> None:
+        """Raise UnreadableError if one of its files was written to since it was opened."""
+        for image in self.images:
+            image.check_unchanged()
+
+    def close(self) -> None:
+        """Close its files."""
+        for image in self.images:
+            image.close()
+
+
+def _gaps(tensors: Iterable[Tensor], size: int) -> list[tuple[int, int]]:
+    """Return the runs of an image's bytes, (start, stop), that belong to no tensor."""
+    gaps = []
+    position = 0
+    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+        if tensor.offset > position:
+            gaps.append((position, tensor.offset))
+        position = max(position, tensor.stop)
+    return [*gaps, (position, size)]
+
+
+def _digest(image: Image, gaps: Sequence[tuple[int, int]]) -> bytes:
+    """Return the digest of the bytes in `gaps`; neighbours are read together, payload between included."""
+    digest = hashlib.blake2b(digest_size=32)
+    position = stop = 0
+    window = memoryview(b"")
+    for index, (start, end) in enumerate(gaps):
+        if end > stop:
+            stop = end
+            for _, following in gaps[index + 1 : index + 257]:
+                if following - start > _WINDOW:
+                    break
+                stop = following
+            position = start
+            window = memoryview(image.read(position, stop - position))
+        digest.update(window[start - position : end - position])
+    return digest.digest()
+
+
+class Stage(Protocol):
+    """Where the files of an output grow, to appear under their names only when all are complete."""
+
+    output: Path
+
+    def create(self, name: str) -> IO[bytes]:
+        """Return a new empty file, open for reading and writing, that is published as `name` beside the output.
+
+        Files are published in the order in which they were created.
+        """

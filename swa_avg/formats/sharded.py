@@ -1,0 +1,123 @@
+"""Sharded weights: a `.weights.json` that maps groups to `.weights.h5` shards beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from swa_avg.errors import UnreadableError, escape
+from swa_avg.formats.base import Buffer, Checkpoint, Image, Provenance, Stage, Tensor, open_file
+from swa_avg.formats.hdf5 import Layout, layer_names, read_layout, strip
+from swa_avg.formats.json import parse_json
+
+__all__ = ["ShardedCheckpoint", "open_sharded"]
+
+_PROVENANCE = "swa_avg"
+_MAP_BYTES = 64 * 2**20
+_MAX_SHARDS = 10_000
+
+
+@dataclass(frozen=True)
+class ShardedCheckpoint(Checkpoint):
+    """A `.weights.json` and its shards; the provenance is a key of the JSON."""
+
+    map: Mapping[str, Any] | None = None
+    shards: tuple[str, ...] = ()
+
+    def write(
+        self, image: Callable[[int], Iterator[Buffer]], provenance: Callable[[], Provenance], stage: Stage
+    ) -> None:
+        assert self.map is not None
+        base = stage.output.name.removesuffix(".json").removesuffix(".weights")
+        # Keras opens the shard of this very name first, whatever the map says.
+        names = {shard: f"{base}_{index:05}.weights.h5" for index, shard in enumerate(self.shards)}
+        for index, shard in enumerate(self.shards):
+            file = stage.create(names[shard])
+            for chunk in image(index):
+                file.write(chunk)
+        weight_map = {
+            path: [names[shard] for shard in where] if isinstance(where, list) else names[where]
+            for path, where in self.map["weight_map"].items()
+        }
+        # Created last, published last: a reader finds the whole set or none of it.
+        record = {**self.map, "weight_map": weight_map, _PROVENANCE: provenance()}
+        stage.create(stage.output.name).write(json.dumps(record, indent=4).encode())
+
+    def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
+        assert self.map is not None
+        kept = {path: where for path, where in self.map["weight_map"].items() if not path.startswith("/optimizer/")}
+        return replace(self, map={**self.map, "weight_map": kept}, **strip(self, ("optimizer",), scratch))
+
+
+def open_sharded(path: Path, like: Checkpoint | None = None) -> ShardedCheckpoint:
+    """Open a `.weights.json` and all its shards; `like` as for `open_hdf5`.
+
+    Raises:
+        UnreadableError: the map or a shard is missing, damaged or unsafe, or they disagree.
+    """
+    with open_file(path) as file:
+        size = file.seek(0, 2)
+        if size > _MAP_BYTES:
+            raise UnreadableError(path, f"the shard map is larger than {_MAP_BYTES >> 20} MiB")
+        record = parse_json(Image(path, file, 0, size).read(0, size), path, "the shard map")
+    weight_map = record.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UnreadableError(path, "not the map of a sharded checkpoint: no `weight_map`")
+    shards = _shard_names(path, weight_map)
+    images: list[Image] = []
+    try:
+        for shard in shards:
+            file = open_file(path.with_name(shard))
+            images.append(Image(path.with_name(shard), file, 0, file.seek(0, 2)))
+        own = {"path": path, "images": tuple(images), "map": record, "shards": shards,
+               "is_average": _PROVENANCE in record}
+        if isinstance(like, ShardedCheckpoint) and like.shards == shards and like.shares_layout(images):
+            return replace(like, **own)
+        layouts = [read_layout(image, index) for index, image in enumerate(images)]
+        tensors = _join(path, layouts, weight_map, shards)
+        names = {}
+        for image, layout in zip(images, layouts, strict=True):
+            names.update(layer_names(image, layout))
+    except BaseException:
+        for image in images:
+            image.close()
+        raise
+    return ShardedCheckpoint(
+        kind="sharded Keras weights", suffixes=(".weights.json",), tensors=tensors, layer_names=names, **own
+    )
+
+
+def _shard_names(path: Path, weight_map: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the shards' names in order of first mention; none may leave the folder of the map."""
+    names: dict[str, None] = {}
+    for where in weight_map.values():
+        for name in where if isinstance(where, list) else [where]:
+            if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
+                raise UnreadableError(path, f"names a shard outside its folder: {escape(name)[:80]}")
+            names[name] = None
+    if not names or len(names) > _MAX_SHARDS:
+        raise UnreadableError(path, f"names {len(names)} shards; expected 1 to {_MAX_SHARDS}")
+    return tuple(names)
+
+
+def _join(
+    path: Path, layouts: Sequence[Layout], weight_map: Mapping[str, Any], shards: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return the tensors of all shards, held against the map: a variable lies in one shard, a group may span many."""
+    tensors: dict[str, Tensor] = {}
+    found: dict[str, set[str]] = {}
+    for shard, layout in zip(shards, layouts, strict=True):
+        for name, tensor in layout.tensors.items():
+            if name in tensors:
+                raise UnreadableError(path, "lies in two shards", tensor=name)
+            tensors[name] = tensor
+            found.setdefault("/" + name.rpartition("/")[0], set()).add(shard)
+    declared = {key: set(where) if isinstance(where, list) else {where} for key, where in weight_map.items()}
+    for group in sorted(declared.keys() | found.keys()):
+        if declared.get(group) != found.get(group):
+            listed, stored = sorted(declared.get(group, ())), sorted(found.get(group, ()))
+            raise UnreadableError(path, f"the map says {listed}, the shards hold it in {stored}", tensor=group)
+    return tensors

@@ -1,0 +1,175 @@
+"""Checkpoints and coefficients -> a frozen `Plan`, or every mismatch at once. Nothing is read here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from swa_avg.errors import Finding, MismatchError
+from swa_avg.formats.base import Checkpoint, Tensor
+from swa_avg.policy import is_model_optimizer, refusals, treatment
+
+__all__ = ["Plan", "config_differences", "make_plan"]
+
+_MAX_FINDINGS = 100
+_AUTO_NUMBERED = re.compile(r"(.+?)(_\d+)?$", re.DOTALL)
+_NOT_NAMES = ("class_name", "registered_name", "module", "dtype")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every decision about one average; `--dry-run` prints it."""
+
+    inputs: tuple[Checkpoint, ...]
+    """In training order."""
+    template: Checkpoint
+    """Whose bytes the output takes wherever nothing is averaged: the newest input."""
+    coefficients: tuple[float, ...]
+    """One an input."""
+    uniform: bool
+    """Whether the result is the plain sum divided once by the number of inputs, whatever the coefficients round to."""
+    averaged: tuple[Tensor, ...]
+    """Tensors of the template, by image and offset; of one that has several names, the first."""
+    compared: tuple[Tensor, ...]
+    """Integers that must be equal in all inputs, likewise."""
+    copied: tuple[Tensor, ...]
+    dropped: tuple[Tensor, ...]
+    """The optimizer state that is left out."""
+
+    @property
+    def averaged_bytes(self) -> int:
+        """Bytes that the averaged tensors take in each input."""
+        return sum(tensor.nbytes for tensor in self.averaged)
+
+
+def make_plan(
+    inputs: Sequence[Checkpoint],
+    template: Checkpoint,
+    coefficients: Sequence[float],
+    *,
+    uniform: bool = True,
+    drop_optimizer: bool = False,
+) -> Plan:
+    """Check that the inputs fit together and say what becomes of each tensor.
+
+    Raises:
+        MismatchError: with every tensor that is missing, extra, of another shape or type or not fit for
+            averaging, every difference of configuration, and every input of another kind.
+    """
+    newest = inputs[-1]
+    findings = list(refusals(newest))
+    for checkpoint in inputs[:-1]:
+        findings.extend(_differences(checkpoint, newest))
+    if findings:
+        raise MismatchError(_limited(findings))
+    by_treatment: dict[str, list[Tensor]] = {"average": [], "compare": [], "copy": []}
+    seen = set()
+    dropped = {name for name, tensor in newest.tensors.items() if drop_optimizer and is_model_optimizer(tensor)}
+    for tensor in sorted(template.tensors.values(), key=lambda t: (t.image, t.offset, t.name)):
+        if tensor.name in dropped:
+            continue
+        extent = (tensor.image, tensor.offset, tensor.nbytes)
+        if not tensor.nbytes or extent not in seen:
+            by_treatment[treatment(tensor)].append(tensor)
+        seen.add(extent)
+    return Plan(
+        inputs=tuple(inputs),
+        template=template,
+        coefficients=tuple(coefficients),
+        uniform=uniform,
+        averaged=tuple(by_treatment["average"]),
+        compared=tuple(by_treatment["compare"]),
+        copied=tuple(by_treatment["copy"]),
+        dropped=tuple(newest.tensors[name] for name in sorted(dropped)),
+    )
+
+
+def _limited(findings: Sequence[Finding]) -> Sequence[Finding]:
+    if len(findings) <= _MAX_FINDINGS:
+        return findings
+    rest = Finding(findings[-1].path, "...", f"and {len(findings) - _MAX_FINDINGS} more findings like these")
+    return [*findings[:_MAX_FINDINGS], rest]
+
+
+def _differences(checkpoint: Checkpoint, newest: Checkpoint) -> Iterator[Finding]:
+    """Yield what keeps `checkpoint` from being averaged with `newest`."""
+    path = checkpoint.path
+    if checkpoint.kind != newest.kind:
+        yield Finding(path, "format", f"is a {checkpoint.kind}; {newest.path.name} is a {newest.kind}")
+        return
+    for where, expected, found in config_differences(newest.config, checkpoint.config):
+        yield Finding(path, where, f"expected {expected} as in {newest.path.name}, found {found}")
+    for group, name in newest.layer_names.items():
+        other = checkpoint.layer_names.get(group, name)
+        if _stem(other) != _stem(name):
+            yield Finding(path, group, f"expected layer {name!r} as in {newest.path.name}, found {other!r}")
+    if checkpoint.tensors is newest.tensors:
+        return
+    ours = {name: tensor for name, tensor in newest.tensors.items() if tensor.role == "weight"}
+    theirs = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.role == "weight"}
+    hint = ""
+    if ours.keys() != theirs.keys() and set(map(_stems, ours)) == set(map(_stems, theirs)):
+        hint = "; only automatic numbers differ: the model was built twice in one process, give its layers names"
+    for name, tensor in ours.items():
+        found = theirs.get(name)
+        if found is None:
+            yield Finding(path, name, f"missing; {newest.path.name} has it as {tensor}{hint}")
+        elif (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+            yield Finding(path, name, f"expected {tensor} as in {newest.path.name}, found {found}")
+    for name, tensor in theirs.items():
+        if name not in ours:
+            yield Finding(path, name, f"extra {tensor}; {newest.path.name} does not have it{hint}")
+
+
+def _stems(name: str) -> tuple[str, ...]:
+    return tuple(map(_stem, name.split("/")))
+
+
+def _stem(name: str) -> str:
+    match = _AUTO_NUMBERED.match(name)
+    return match.group(1) if match else name
+
+
+def config_differences(expected: Any, found: Any) -> Iterator[tuple[str, str, str]]:
+    """Yield (path, expected, found) for each difference between two model configurations.
+
+    Left out are compile settings, which the caller has removed; `build_config`, since shapes are compared tensor
+    by tensor; and the numbers that Keras appends to names by itself, where they are exchanged consistently: the
+    same code run twice in one process gives `conv2d` and then `conv2d_1`.
+    """
+    if expected is found:
+        return
+    renamed: dict[str, str] = {}
+    original: dict[str, str] = {}
+    pending = [("config", expected, found)]
+    while pending:
+        path, one, other = pending.pop()
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            for key in reversed(sorted(one.keys() | other.keys())):
+                if key != "build_config":
+                    pending.append((f"{path}.{key}", one.get(key, _ABSENT), other.get(key, _ABSENT)))
+        elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+            pending.extend(
+                (f"{path}[{index}]", a, b) for index, (a, b) in reversed(list(enumerate(zip(one, other, strict=True))))
+            )
+        elif isinstance(one, str) and isinstance(other, str) and not path.endswith(_NOT_NAMES):
+            same = renamed.setdefault(one, other) == other and original.setdefault(other, one) == one
+            if _stem(one) != _stem(other) or not same:
+                yield path, _short(one), _short(other)
+        elif type(one) is not type(other) or one != other:
+            yield path, _short(one), _short(other)
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+_ABSENT = _Absent()
+
+
+def _short(value: Any) -> str:
+    text = f"{len(value)} entries" if isinstance(value, list | Mapping) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,239 @@
+"""The whole story: select, open, plan, combine, publish."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+from swa_avg import methods
+from swa_avg.combine import Combiner, block_memory, bytes_to_read
+from swa_avg.errors import Finding, MismatchError, UsageError
+from swa_avg.formats import Checkpoint, open_checkpoint
+from swa_avg.formats.archive import ArchiveCheckpoint
+from swa_avg.plan import Plan, make_plan
+from swa_avg.policy import batchnorm_layers, resolve_dtypes
+from swa_avg.provenance import describe
+from swa_avg.publish import Publication, check_output
+from swa_avg.selection import epoch_number, expand, select
+
+__all__ = ["Progress", "Report", "average"]
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes to read in all, bytes read since the last call)."""
+
+_BLOCK_BYTES = 2**20
+_SMALLEST_BLOCK = 2**16
+_PROCESS_MEMORY = 64 * 2**20  # the interpreter with numpy and h5py, before anything is averaged
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `average` did, or with `dry_run` would do."""
+
+    output: Path
+    plan: Plan
+    method: str
+    verify: bool
+    bytes_to_read: int
+    peak_memory: int
+    """Predicted peak of the process's resident memory, in bytes."""
+
+    @cached_property
+    def batchnorm_layers(self) -> list[str]:
+        """BatchNorm layers whose statistics are averages of statistics, not those of the averaged weights."""
+        return batchnorm_layers(self.plan.inputs[-1])
+
+
+def average(
+    inputs: Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    last: int | None = None,
+    every: int | None = None,
+    epochs: str | None = None,
+    method: str = "uniform",
+    decay: float | None = None,
+    sigma_rel: float | None = None,
+    weights: Sequence[float] | None = None,
+    optimizer: str = "keep",
+    dtype: str | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    max_memory: int | None = None,
+    threads: int | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Average Keras checkpoints into one, without Keras.
+
+    Floating-point weights (float16, bfloat16, float32, float64; any shape) are summed in float64 in training
+    order and rounded once to their stored dtype, ties to even. Everything else is the newest checkpoint's:
+    see the table "What is averaged" in the README. Source: Izmailov et al. 2018, "Averaging Weights Leads to Wider
+    Optima and Better Generalization" (arXiv:1803.05407).
+
+    Args:
+        inputs: Names and shell patterns of checkpoints of one format. Their training order is the natural
+            order of the names (`ckpt_2` before `ckpt_10`), in whichever order they are given.
+        output: Where the average is written; `swa` + the inputs' suffix by default. From `.keras` inputs it
+            may end with `.weights.h5`.
+        last: Use only the last so many.
+        every: Of these, every so many-th, counted back from the newest.
+        epochs: `A:B[:STEP]`, both ends included, by the last whole number in each name.
+        method: `uniform`; `ema` with `decay`; `power-ema` with `sigma_rel`; `weights` with `weights`.
+        decay: Share in [0, 1) that each step of `ema` keeps.
+        sigma_rel: Width of the `power-ema` profile relative to the length of training, in (0, 0.2887).
+        weights: One coefficient a checkpoint, in training order, with sum 1.
+        optimizer: `keep` copies the newest checkpoint's optimizer state, `drop` leaves it out.
+        dtype: `bfloat16`, where untagged 2-byte tensors of weights-only files hold that.
+        overwrite: Replace an existing output.
+        verify: Read every byte and check it against the CRC-32 that archives store.
+        max_memory: Bytes of resident memory to stay under.
+        threads: Worker threads; the machine's cores up to 4 by default.
+        dry_run: Plan, and write nothing.
+        progress: Told how many bytes have been read.
+
+    Raises:
+        UsageError: the request cannot be met as it was made.
+        UnreadableError: an input is missing, damaged, or changed while it was read.
+        MismatchError: the inputs do not fit together or hold values that cannot be averaged.
+        SystemRefusalError: disk full, permission denied, input/output error.
+    """
+    named = expand(inputs)
+    target = Path(output) if output is not None else Path("swa" + _suffix(named[-1]))
+    _check_not_an_input(target, named)
+    paths = select(named, epochs=epochs, last=last, every=every)
+    check_output(target, overwrite=overwrite)
+    coefficients = _coefficients(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
+    block_bytes, threads = _fit(max_memory, threads or min(4, os.cpu_count() or 1))
+    with ExitStack() as stack:
+        checkpoints = resolve_dtypes(_open_all(paths, stack), dtype)
+        publication = stack.enter_context(Publication(target, overwrite=overwrite))
+        template = _as_output(checkpoints[-1], target)
+        if optimizer == "drop" and not dry_run:
+            template = template.without_optimizer(publication.scratch)
+        plan = make_plan(
+            checkpoints, template, coefficients, uniform=method == "uniform", drop_optimizer=optimizer == "drop"
+        )
+        total = bytes_to_read(plan, verify)
+        report = Report(target, plan, method, verify, total, _PROCESS_MEMORY + block_memory(block_bytes, threads))
+        executor = stack.enter_context(ThreadPoolExecutor(threads))
+        combiner = Combiner(plan, executor, block_bytes, threads, verify, partial(progress or _ignore, total))
+        _check_contents(plan, combiner.checksums)
+        if dry_run:
+            return report
+        template.write(combiner.image, lambda: describe(plan, method, combiner.checksums), publication)
+        _check_contents(plan, combiner.checksums)
+        for checkpoint in checkpoints:
+            checkpoint.check_unchanged()
+        publication.publish()
+    return report
+
+
+def _ignore(total: int, count: int) -> None:
+    pass
+
+
+def _suffix(path: Path) -> str:
+    for suffix in (".weights.h5", ".weights.json"):
+        if path.name.endswith(suffix):
+            return suffix
+    return path.suffix
+
+
+def _check_not_an_input(output: Path, named: Sequence[Path]) -> None:
+    for path in named:
+        if output.exists() and path.exists() and output.samefile(path):
+            raise UsageError(
+                f"the output {output} is also an input ({path}); name another output, or narrower inputs"
+            )
+
+
+def _coefficients(
+    method: str,
+    paths: Sequence[Path],
+    *,
+    decay: float | None,
+    sigma_rel: float | None,
+    weights: Sequence[float] | None,
+) -> list[float]:
+    """Return the method's coefficients; each method takes its own option, and no other's."""
+    for option, value, owner in (
+        ("--decay", decay, "ema"),
+        ("--sigma-rel", sigma_rel, "power-ema"),
+        ("--weights", weights, "weights"),
+    ):
+        if (value is not None) != (method == owner):
+            raise UsageError(f"{option} and --method {owner} go together; the method is {method}")
+    if decay is not None:
+        return methods.ema(len(paths), decay)
+    if sigma_rel is not None:
+        numbers = [epoch_number(path) for path in paths]
+        if None in numbers:
+            raise UsageError("--method power-ema needs the epoch as a number in each name")
+        return methods.power_ema([float(number) for number in numbers if number is not None], sigma_rel)
+    if weights is not None:
+        return methods.given(len(paths), weights)
+    return methods.uniform(len(paths))
+
+
+def _fit(max_memory: int | None, threads: int) -> tuple[int, int]:
+    """Return the block size and the number of threads that stay under a limit of resident memory."""
+    block_bytes = _BLOCK_BYTES
+    while max_memory is not None and _PROCESS_MEMORY + block_memory(block_bytes, threads) > max_memory:
+        if block_bytes > _SMALLEST_BLOCK:
+            block_bytes //= 2
+        elif threads > 1:
+            threads -= 1
+        else:
+            least = _PROCESS_MEMORY + block_memory(block_bytes, threads)
+            raise UsageError(f"--max-memory {max_memory} is too little; at least {least} bytes are needed")
+    return block_bytes, threads
+
+
+def _open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:
+    """Open every checkpoint, the newest first: the others are compared with its layout."""
+    _allow_open_files(len(paths))
+    newest = stack.enter_context(closing(open_checkpoint(paths[-1])))
+    return [*(stack.enter_context(closing(open_checkpoint(path, newest))) for path in paths[:-1]), newest]
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the soft limit of open files where many checkpoints need it: each stays open for the run."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 64
+    if soft != resource.RLIM_INFINITY and soft < needed and (hard == resource.RLIM_INFINITY or soft < hard):
+        wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _as_output(newest: Checkpoint, output: Path) -> Checkpoint:
+    """Return the newest checkpoint as what the output's suffix asks for."""
+    if isinstance(newest, ArchiveCheckpoint) and output.name.endswith(".weights.h5"):
+        return newest.as_weights()
+    if not output.name.endswith((*newest.suffixes, _suffix(newest.path))):
+        expected = " or ".join(newest.suffixes)
+        raise UsageError(f"the output {output.name} must end with {expected}, since the inputs are {newest.kind}")
+    return newest
+
+
+def _check_contents(plan: Plan, checksums: Sequence[Sequence[int | None]]) -> None:
+    """Raise MismatchError if two inputs hold the same bytes: one checkpoint, counted twice."""
+    seen: dict[tuple[tuple[int, int], ...], Path] = {}
+    findings = []
+    for checkpoint, sums in zip(plan.inputs, checksums, strict=True):
+        if None not in sums:
+            key = tuple((image.size, checksum or 0) for image, checksum in zip(checkpoint.images, sums, strict=True))
+            first = seen.setdefault(key, checkpoint.path)
+            if first is not checkpoint.path:
+                findings.append(Finding(checkpoint.path, "weights", f"the same bytes as {first}; name one of the two"))
+    if findings:
+        raise MismatchError(findings)
