@@ -25,7 +25,7 @@ __all__ = ["main"]
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
-class _Size(click.ParamType):
+class _Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
     """A number of bytes: 200M, 1.5G, 200MB."""
 
     name = "size"
@@ -39,7 +39,7 @@ class _Size(click.ParamType):
             self.fail(f"{value!r} is not a size; expected such as 200M or 1G", param, ctx)
 
 
-class _Numbers(click.ParamType):
+class _Numbers(click.ParamType):  # type: ignore[type-arg]
     """Numbers separated by commas."""
 
     name = "w,w,..."
@@ -69,7 +69,7 @@ class _Group(DefaultGroup):  # type: ignore[misc]
         command = self.commands[self.default_cmd_name]
         inner = click.Context(command, info_name=ctx.info_name)
         if incomplete.startswith("-"):
-            return command.shell_complete(inner, incomplete)
+            return list(command.shell_complete(inner, incomplete))
         return [*super().shell_complete(ctx, incomplete), CompletionItem(incomplete, type="file")]
 
 
@@ -79,12 +79,16 @@ def main_group() -> None:
     """Average Keras checkpoints."""
 
 
-@main_group.command()
+@click.command()
 @click.argument("checkpoints", nargs=-1, type=click.Path())
-@click.option("-o", "--output", type=click.Path(), help="Where the average goes.  [default: swa + the inputs' suffix]")
+@click.option(
+    "-o", "--output", type=click.Path(), help="Where the average goes.  [default: swa + the inputs' suffix]"
+)
 @click.option("--last", type=int, metavar="N", help="Only the last N checkpoints.")
 @click.option("--every", type=int, metavar="K", help="Of these, every K-th, counted back from the newest.")
-@click.option("--epochs", metavar="A:B[:STEP]", help="Only these epochs, both ends included, by the number in the name.")
+@click.option(
+    "--epochs", metavar="A:B[:STEP]", help="Only these epochs, both ends included, by the number in the name."
+)
 @click.option(
     "--method",
     type=click.Choice(["uniform", "ema", "power-ema", "weights"]),
@@ -94,7 +98,9 @@ def main_group() -> None:
 )
 @click.option("--decay", type=float, metavar="F", help="For ema: what each step keeps, such as 0.9.")
 @click.option("--sigma-rel", type=float, metavar="F", help="For power-ema: relative width, such as 0.1.")
-@click.option("--weights", type=_Numbers(), help="For weights: one number a checkpoint, in training order, sum 1.")
+@click.option(
+    "--weights", type=_Numbers(), help="For weights: one number a checkpoint, in training order, sum 1."
+)
 @click.option(
     "--optimizer",
     type=click.Choice(["keep", "drop"]),
@@ -104,14 +110,20 @@ def main_group() -> None:
 )
 @click.option("--dtype", type=click.Choice(["bfloat16"]), help="What untagged 2-byte tensors hold.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-@click.option("--no-verify", is_flag=True, help="Do not check the inputs' checksums; reads only what is averaged.")
+@click.option(
+    "--no-verify", is_flag=True, help="Do not check the inputs' checksums; reads only what is averaged."
+)
 @click.option("--max-memory", type=_Size(), help="Stay under this much memory, such as 150M.")
-@click.option("--threads", type=click.IntRange(1, 64), metavar="N", help="Worker threads.  [default: cores, up to 4]")
+@click.option(
+    "--threads", type=click.IntRange(1, 64), metavar="N", help="Worker threads.  [default: cores, up to 4]"
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be done, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="List every tensor.")
-def average(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool, no_verify: bool, **options: Any) -> None:
+def average(
+    checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool, no_verify: bool, **options: Any
+) -> None:
     """Average Keras checkpoints into one model, exactly, in bounded memory, without TensorFlow.
 
     CHECKPOINTS are .keras, .weights.h5, .h5 or .weights.json files of one training run, named or as quoted
@@ -129,6 +141,9 @@ def average(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
         _describe(report, dry_run=options["dry_run"], verbose=verbose)
     if as_json:
         click.echo(json.dumps(_as_json(report, options["dry_run"])))
+
+
+main_group.add_command(average)
 
 
 @contextmanager
@@ -158,7 +173,9 @@ def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
             lines.append(f"{title}: {len(tensors)} tensors, {_size(sum(t.nbytes for t in tensors))}")
             if verbose:
                 lines.extend(f"  {tensor.name}  {tensor}" for tensor in tensors)
-        lines.append(f"bytes to read: {_size(report.bytes_to_read)}; peak memory: about {_size(report.peak_memory)}")
+        lines.append(
+            f"bytes to read: {_size(report.bytes_to_read)}; peak memory: about {_size(report.peak_memory)}"
+        )
     for checkpoint in plan.inputs:
         if checkpoint.is_average:
             lines.append(f"warning: {checkpoint.path} is itself an average that swa-avg wrote")
@@ -166,8 +183,8 @@ def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
     if layers:
         shown = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
         lines.append(
-            f"warning: BatchNorm statistics are averaged, not re-estimated ({shown}); the model may be far worse "
-            "than its weights: refresh them on training data with --bn-refresh DATA"
+            f"warning: BatchNorm statistics are averaged, not re-estimated ({shown}); the model may be far "
+            "worse than its weights: refresh them on training data with --bn-refresh DATA"
         )
     verb = "would write" if dry_run else "wrote"
     lines.append(f"{verb} {report.output}: the {report.method} average of {len(plan.inputs)} checkpoints")
@@ -204,7 +221,9 @@ def _as_json(report: Report, dry_run: bool) -> dict[str, Any]:
             {"path": str(c.path), "coefficient": coefficient}
             for c, coefficient in zip(plan.inputs, plan.coefficients, strict=True)
         ],
-        "tensors": {title: [tensor.name for tensor in tensors] for title, tensors in _treatments(report).items()},
+        "tensors": {
+            title: [tensor.name for tensor in tensors] for title, tensors in _treatments(report).items()
+        },
         "batchnorm_layers": report.batchnorm_layers,
         "bytes_to_read": report.bytes_to_read,
         "peak_memory": report.peak_memory,
@@ -219,7 +238,11 @@ def main() -> NoReturn:
         sys.stdout.flush()
         code = 0
     except SwaAvgError as error:
-        lines = [str(finding) for finding in error.findings] if isinstance(error, MismatchError) else [_message(error)]
+        lines = (
+            [str(finding) for finding in error.findings]
+            if isinstance(error, MismatchError)
+            else [_message(error)]
+        )
         for line in lines:
             click.echo(f"swa-avg: error: {escape(line)}", err=True)
         code = error.exit_code

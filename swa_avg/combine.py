@@ -1,8 +1,8 @@
 """Plan -> averaged bytes, streamed in bounded memory.
 
 The template's images are cut into blocks. For each block, every input's bytes of the tensors in it are read
-into one buffer and added up in float64, in checkpoint order; blocks are independent of each other and are handed
-to an executor, and come back in order.
+into one buffer and added up in float64, in checkpoint order; blocks are independent of each other, go to an
+executor, and come back in order.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ class _Block:
     def cost(self, plan: Plan, verify: bool) -> int:
         """Return the bytes that are read to combine it."""
         size = self.stop - self.start
-        return size * len(plan.inputs) if verify else (
-            size + (len(plan.inputs) - 1) * sum(piece.stop - piece.start for piece in self.pieces)
+        return (
+            size * len(plan.inputs)
+            if verify
+            else (size + (len(plan.inputs) - 1) * sum(piece.stop - piece.start for piece in self.pieces))
         )
 
 
@@ -126,7 +128,7 @@ class Combiner:
         self.progress(block.cost(self.plan, self.verify))
         for position, checksum in enumerate(result.checksums):
             running[position] = crc32_combine(running[position], checksum, block.stop - block.start)
-        return memoryview(result.data)
+        return result.data.data
 
     def _verified(self, source: int, index: int, checksum: int) -> None:
         image = self.plan.inputs[source].images[index]
@@ -150,7 +152,7 @@ class Combiner:
         for number, source in enumerate(self.plan.inputs):
             raw = self._buffer(block)
             if source.tensors is template.tensors and (self.verify or source is template):
-                source.images[block.image].read_into(memoryview(raw), block.start)
+                source.images[block.image].read_into(raw.data, block.start)
                 if self.verify:
                     checksums.append(crc32(raw))
             elif block.pieces:
@@ -161,7 +163,7 @@ class Combiner:
         if self.plan.inputs[-1] is template:
             output[:] = raw  # read last, and whole
         else:
-            template.images[block.image].read_into(memoryview(output), block.start)
+            template.images[block.image].read_into(output.data, block.start)
         if sums is not None:
             sums.finish(self.plan, output, block)
         return _Result(output, tuple(checksums))
@@ -216,7 +218,7 @@ class _Sums:
                 np.add(row, values, out=row)
             else:
                 row[:] = values
-        for piece, view, first in self.integers:
+        for _, view, first in self.integers:
             if view.tobytes() != first:
                 raise _UnfitError
 
@@ -277,8 +279,12 @@ def _unfit(plan: Plan, block_bytes: int) -> Iterator[Finding]:
                     fits = _all_finite(data, tensor.dtype)
                     problem = "holds NaN or infinity; leave this checkpoint out"
                 else:
-                    fits = plan.inputs[0].images[first.image].read(first.offset + start, size) == data.tobytes()
-                    problem = f"holds integers that differ from {plan.inputs[0].path.name}, and is not a counter"
+                    fits = (
+                        plan.inputs[0].images[first.image].read(first.offset + start, size) == data.tobytes()
+                    )
+                    problem = (
+                        f"holds integers that differ from {plan.inputs[0].path.name}, and is not a counter"
+                    )
                 if not fits:
                     found = True
                     yield Finding(source.path, tensor.name, problem)
@@ -317,14 +323,15 @@ def _read_run(
     source: Checkpoint, run: tuple[int, int], start: int, stop: int, block: _Block, raw: NDArray[np.uint8]
 ) -> None:
     image, distance = run
-    target = memoryview(raw[start - block.start : stop - block.start])
+    target = raw[start - block.start : stop - block.start].data
     source.images[image].read_into(target, start + distance)
 
 
 def _blocks(plan: Plan, image: int, size: int, block_bytes: int) -> Iterator[_Block]:
     """Cut an image of the template into blocks, inside large tensors at multiples of eight bytes of data."""
     tensors = sorted(
-        [(t, True) for t in plan.averaged if t.image == image] + [(t, False) for t in plan.compared if t.image == image],
+        [(t, True) for t in plan.averaged if t.image == image]
+        + [(t, False) for t in plan.compared if t.image == image],
         key=lambda entry: entry[0].offset,
     )
     start = 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from swa_avg.errors import UsageError
 
@@ -50,10 +51,12 @@ def power_ema(times: Sequence[float], sigma_rel: float) -> list[float]:
         UsageError: `sigma_rel` has no exponent, or the times do not ascend from above 0.
     """
     exponent = _exponent(sigma_rel) + 1.0
-    if not times or times[0] <= 0 or any(a >= b for a, b in zip(times, times[1:], strict=False)):
-        raise UsageError("power-ema needs the position of each checkpoint in training: ascending numbers above 0")
+    if not times or times[0] <= 0 or any(a >= b for a, b in pairwise(times)):
+        raise UsageError(
+            "power-ema needs the position of each checkpoint in training: ascending numbers above 0"
+        )
     shares = [(time / times[-1]) ** exponent for time in times]
-    return [shares[0], *(b - a for a, b in zip(shares, shares[1:], strict=False))]
+    return [shares[0], *(b - a for a, b in pairwise(shares))]
 
 
 def _exponent(sigma_rel: float) -> float:
@@ -63,7 +66,9 @@ def _exponent(sigma_rel: float) -> float:
     """
     limit = math.sqrt(1.0 / 12.0)
     if not 0.0 < sigma_rel < limit:
-        raise UsageError(f"--sigma-rel is {sigma_rel}; expected a number between 0 and {limit:.4f}, such as 0.1")
+        raise UsageError(
+            f"--sigma-rel is {sigma_rel}; expected a number between 0 and {limit:.4f}, such as 0.1"
+        )
     low, high = 0.0, 1.0 / sigma_rel
     for _ in range(200):
         middle = (low + high) / 2.0

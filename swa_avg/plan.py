@@ -15,6 +15,7 @@ __all__ = ["Plan", "config_differences", "make_plan"]
 
 _MAX_FINDINGS = 100
 _AUTO_NUMBERED = re.compile(r"(.+?)(_\d+)?$", re.DOTALL)
+_WRAPPERS = ("module", "registered_name")
 _NOT_NAMES = ("class_name", "registered_name", "module", "dtype")
 
 
@@ -29,7 +30,7 @@ class Plan:
     coefficients: tuple[float, ...]
     """One an input."""
     uniform: bool
-    """Whether the result is the plain sum divided once by the number of inputs, whatever the coefficients round to."""
+    """Whether it is the plain sum, divided once by the number of inputs, whatever 1/N rounds to."""
     averaged: tuple[Tensor, ...]
     """Tensors of the template, by image and offset; of one that has several names, the first."""
     compared: tuple[Tensor, ...]
@@ -66,7 +67,9 @@ def make_plan(
         raise MismatchError(_limited(findings))
     by_treatment: dict[str, list[Tensor]] = {"average": [], "compare": [], "copy": []}
     seen = set()
-    dropped = {name for name, tensor in newest.tensors.items() if drop_optimizer and is_model_optimizer(tensor)}
+    dropped = {
+        name for name, tensor in newest.tensors.items() if drop_optimizer and is_model_optimizer(tensor)
+    }
     for tensor in sorted(template.tensors.values(), key=lambda t: (t.image, t.offset, t.name)):
         if tensor.name in dropped:
             continue
@@ -102,22 +105,26 @@ def _differences(checkpoint: Checkpoint, newest: Checkpoint) -> Iterator[Finding
     for where, expected, found in config_differences(newest.config, checkpoint.config):
         yield Finding(path, where, f"expected {expected} as in {newest.path.name}, found {found}")
     for group, name in newest.layer_names.items():
-        other = checkpoint.layer_names.get(group, name)
-        if _stem(other) != _stem(name):
-            yield Finding(path, group, f"expected layer {name!r} as in {newest.path.name}, found {other!r}")
+        theirs_name = checkpoint.layer_names.get(group, name)
+        if _stem(theirs_name) != _stem(name):
+            yield Finding(
+                path, group, f"expected layer {name!r} as in {newest.path.name}, found {theirs_name!r}"
+            )
     if checkpoint.tensors is newest.tensors:
         return
     ours = {name: tensor for name, tensor in newest.tensors.items() if tensor.role == "weight"}
     theirs = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.role == "weight"}
     hint = ""
     if ours.keys() != theirs.keys() and set(map(_stems, ours)) == set(map(_stems, theirs)):
-        hint = "; only automatic numbers differ: the model was built twice in one process, give its layers names"
+        hint = (
+            "; only automatic numbers differ: the model was built twice in one process, give its layers names"
+        )
     for name, tensor in ours.items():
-        found = theirs.get(name)
-        if found is None:
+        other = theirs.get(name)
+        if other is None:
             yield Finding(path, name, f"missing; {newest.path.name} has it as {tensor}{hint}")
-        elif (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
-            yield Finding(path, name, f"expected {tensor} as in {newest.path.name}, found {found}")
+        elif (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
+            yield Finding(path, name, f"expected {tensor} as in {newest.path.name}, found {other}")
     for name, tensor in theirs.items():
         if name not in ours:
             yield Finding(path, name, f"extra {tensor}; {newest.path.name} does not have it{hint}")
@@ -135,9 +142,11 @@ def _stem(name: str) -> str:
 def config_differences(expected: Any, found: Any) -> Iterator[tuple[str, str, str]]:
     """Yield (path, expected, found) for each difference between two model configurations.
 
-    Left out are compile settings, which the caller has removed; `build_config`, since shapes are compared tensor
-    by tensor; and the numbers that Keras appends to names by itself, where they are exchanged consistently: the
-    same code run twice in one process gives `conv2d` and then `conv2d_1`.
+    Left out are compile settings, which the caller has removed; `build_config`, since shapes are compared
+    tensor by tensor; where a class comes from, if only one of the two says it (Keras 2 stops saying so of
+    nested layers once it has saved an .h5 in the same process); and the numbers that Keras appends to names
+    by itself, where they are exchanged consistently: the same code run twice in one process gives `conv2d`
+    and then `conv2d_1`.
     """
     if expected is found:
         return
@@ -147,12 +156,13 @@ def config_differences(expected: Any, found: Any) -> Iterator[tuple[str, str, st
     while pending:
         path, one, other = pending.pop()
         if isinstance(one, Mapping) and isinstance(other, Mapping):
-            for key in reversed(sorted(one.keys() | other.keys())):
-                if key != "build_config":
+            for key in sorted(one.keys() | other.keys(), reverse=True):
+                if key != "build_config" and (key not in _WRAPPERS or (key in one and key in other)):
                     pending.append((f"{path}.{key}", one.get(key, _ABSENT), other.get(key, _ABSENT)))
         elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
             pending.extend(
-                (f"{path}[{index}]", a, b) for index, (a, b) in reversed(list(enumerate(zip(one, other, strict=True))))
+                (f"{path}[{index}]", a, b)
+                for index, (a, b) in reversed(list(enumerate(zip(one, other, strict=True))))
             )
         elif isinstance(one, str) and isinstance(other, str) and not path.endswith(_NOT_NAMES):
             same = renamed.setdefault(one, other) == other and original.setdefault(other, one) == one

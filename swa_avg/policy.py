@@ -11,7 +11,15 @@ from typing import Any, Literal
 from swa_avg.errors import Finding
 from swa_avg.formats.base import Checkpoint, Tensor
 
-__all__ = ["FLOATS", "Treatment", "batchnorm_layers", "is_model_optimizer", "refusals", "resolve_dtypes", "treatment"]
+__all__ = [
+    "FLOATS",
+    "Treatment",
+    "batchnorm_layers",
+    "is_model_optimizer",
+    "refusals",
+    "resolve_dtypes",
+    "treatment",
+]
 
 Treatment = Literal["average", "compare", "copy"]
 
@@ -41,11 +49,15 @@ def treatment(tensor: Tensor) -> Treatment:
 
 
 def _is_spectral_state(tensor: Tensor) -> bool:
-    return tensor.shape[:1] == (1,) and len(tensor.shape) == 2 and _POWER_ITERATION.search(tensor.name) is not None
+    return (
+        tensor.shape[:1] == (1,)
+        and len(tensor.shape) == 2
+        and _POWER_ITERATION.search(tensor.name) is not None
+    )
 
 
 def is_model_optimizer(tensor: Tensor) -> bool:
-    """Tell whether a tensor is state of the compiled model's optimizer, which `--optimizer drop` leaves out."""
+    """Tell whether a tensor is state of the model's optimizer, which `--optimizer drop` leaves out."""
     return tensor.role == "optimizer" and tensor.name.startswith(("optimizer/", "optimizer_weights/"))
 
 
@@ -76,14 +88,16 @@ def refusals(checkpoint: Checkpoint) -> Iterator[Finding]:
         if tensor.role != "weight":
             continue
         if tensor.dtype == "opaque16":
-            problem = "holds 2-byte values of a type that the file does not name; if it is bfloat16: --dtype bfloat16"
+            problem = (
+                "holds 2-byte values of a type the file does not name; if bfloat16, add --dtype bfloat16"
+            )
             yield Finding(checkpoint.path, tensor.name, problem)
         elif tensor.dtype == "int8":
             problem = "holds int8 codes, which cannot be averaged: average before you quantize"
             yield Finding(checkpoint.path, tensor.name, problem)
         elif checkpoint.kind.startswith("legacy") and _LORA.search(tensor.name):
             problem = (
-                "is a LoRA factor; mean(A)·mean(B) is not mean(A·B): save .keras or .weights.h5, which hold merged kernels"
+                "is a LoRA factor, and factors do not average: save .keras or .weights.h5, which merge them"
             )
             yield Finding(checkpoint.path, tensor.name, problem)
 
@@ -97,7 +111,8 @@ def batchnorm_layers(checkpoint: Checkpoint) -> list[str]:
     configured = [
         str(layer["config"].get("name", "?"))
         for layer in _objects(checkpoint.config)
-        if _BATCHNORM_CLASSES.search(str(layer.get("class_name"))) and isinstance(layer.get("config"), Mapping)
+        if _BATCHNORM_CLASSES.search(str(layer.get("class_name")))
+        and isinstance(layer.get("config"), Mapping)
     ]
     if configured:
         return list(dict.fromkeys(configured))
@@ -105,7 +120,9 @@ def batchnorm_layers(checkpoint: Checkpoint) -> list[str]:
     for tensor in checkpoint.tensors.values():
         if tensor.role == "weight":
             groups.setdefault(tensor.name.rpartition("/")[0], []).append(tensor)
-    return sorted(_layer_name(checkpoint, group) for group, members in groups.items() if _is_batchnorm(group, members))
+    return sorted(
+        _layer_name(checkpoint, group) for group, members in groups.items() if _is_batchnorm(group, members)
+    )
 
 
 def _is_batchnorm(group: str, members: list[Tensor]) -> bool:
@@ -148,5 +165,7 @@ def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
 
 def _mentions_bfloat16(config: Any) -> bool:
     return any(
-        isinstance(value, str) and "bfloat16" in value for settings in _objects(config) for value in settings.values()
+        isinstance(value, str) and "bfloat16" in value
+        for settings in _objects(config)
+        for value in settings.values()
     )

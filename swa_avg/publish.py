@@ -25,7 +25,9 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         if not overwrite:
             raise UsageError(f"the output {output} exists; name another one, or add --overwrite")
         if output.suffix == ".json":
-            raise UsageError(f"the output {output} exists; several files cannot be replaced in one step: name another")
+            raise UsageError(
+                f"the output {output} exists; several files cannot be replaced in one step: name another"
+            )
     if not output.parent.is_dir():
         raise UsageError(f"the folder of the output does not exist: {output.parent}")
 
@@ -42,6 +44,7 @@ class Publication:
         self._overwrite = overwrite
         self._files: list[tuple[IO[bytes], Path, Path]] = []
         """Open file, temporary path, final path."""
+        self._scratch: list[IO[bytes]] = []
 
     def create(self, name: str) -> IO[bytes]:
         final = self.output.with_name(name)
@@ -53,7 +56,9 @@ class Publication:
 
     def scratch(self) -> IO[bytes]:
         """Return a temporary file without a name in the output's folder."""
-        return tempfile.TemporaryFile(dir=self.output.parent)
+        file = tempfile.TemporaryFile(dir=self.output.parent)  # noqa: SIM115 (closed on leaving)
+        self._scratch.append(file)
+        return file
 
     def publish(self) -> None:
         """Give every file its name, in the order of creation.
@@ -68,7 +73,7 @@ class Publication:
         while self._files:
             _, temporary, final = self._files[0]
             if self._overwrite and final == self.output:
-                os.replace(temporary, final)
+                temporary.replace(final)
             else:
                 _move_to_free_name(temporary, final)
             self._files.pop(0)
@@ -80,9 +85,10 @@ class Publication:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file, temporary, _ in self._files:
+        for file in (*self._scratch, *(file for file, _, _ in self._files)):
             with contextlib.suppress(OSError):
                 file.close()
+        for _, temporary, _ in self._files:
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and not isinstance(error, SystemRefusalError):
             reason = error.strerror or str(error)
@@ -97,7 +103,7 @@ def _move_to_free_name(temporary: Path, final: Path) -> None:
     except OSError:  # a file system without hard links
         if final.exists():
             raise UsageError(f"the output {final} exists; name another one, or add --overwrite") from None
-        os.replace(temporary, final)
+        temporary.replace(final)
     else:
         temporary.unlink()
 

@@ -73,8 +73,8 @@ def average(
 
     Floating-point weights (float16, bfloat16, float32, float64; any shape) are summed in float64 in training
     order and rounded once to their stored dtype, ties to even. Everything else is the newest checkpoint's:
-    see the table "What is averaged" in the README. Source: Izmailov et al. 2018, "Averaging Weights Leads to Wider
-    Optima and Better Generalization" (arXiv:1803.05407).
+    see the table "What is averaged" in the README. Source: Izmailov et al. 2018, "Averaging Weights Leads to
+    Wider Optima and Better Generalization" (arXiv:1803.05407).
 
     Args:
         inputs: Names and shell patterns of checkpoints of one format. Their training order is the natural
@@ -117,10 +117,16 @@ def average(
         if optimizer == "drop" and not dry_run:
             template = template.without_optimizer(publication.scratch)
         plan = make_plan(
-            checkpoints, template, coefficients, uniform=method == "uniform", drop_optimizer=optimizer == "drop"
+            checkpoints,
+            template,
+            coefficients,
+            uniform=method == "uniform",
+            drop_optimizer=optimizer == "drop",
         )
         total = bytes_to_read(plan, verify)
-        report = Report(target, plan, method, verify, total, _PROCESS_MEMORY + block_memory(block_bytes, threads))
+        report = Report(
+            target, plan, method, verify, total, _PROCESS_MEMORY + block_memory(block_bytes, threads)
+        )
         executor = stack.enter_context(ThreadPoolExecutor(threads))
         combiner = Combiner(plan, executor, block_bytes, threads, verify, partial(progress or _ignore, total))
         _check_contents(plan, combiner.checksums)
@@ -221,7 +227,9 @@ def _as_output(newest: Checkpoint, output: Path) -> Checkpoint:
         return newest.as_weights()
     if not output.name.endswith((*newest.suffixes, _suffix(newest.path))):
         expected = " or ".join(newest.suffixes)
-        raise UsageError(f"the output {output.name} must end with {expected}, since the inputs are {newest.kind}")
+        raise UsageError(
+            f"the output {output.name} must end with {expected}, since the inputs are {newest.kind}"
+        )
     return newest
 
 
@@ -231,9 +239,13 @@ def _check_contents(plan: Plan, checksums: Sequence[Sequence[int | None]]) -> No
     findings = []
     for checkpoint, sums in zip(plan.inputs, checksums, strict=True):
         if None not in sums:
-            key = tuple((image.size, checksum or 0) for image, checksum in zip(checkpoint.images, sums, strict=True))
+            key = tuple(
+                (image.size, checksum or 0) for image, checksum in zip(checkpoint.images, sums, strict=True)
+            )
             first = seen.setdefault(key, checkpoint.path)
             if first is not checkpoint.path:
-                findings.append(Finding(checkpoint.path, "weights", f"the same bytes as {first}; name one of the two"))
+                findings.append(
+                    Finding(checkpoint.path, "weights", f"the same bytes as {first}; name one of the two")
+                )
     if findings:
         raise MismatchError(findings)

@@ -70,7 +70,7 @@ def expand(patterns: Sequence[str | Path]) -> list[Path]:
 def select(
     paths: Sequence[Path], *, epochs: str | None = None, last: int | None = None, every: int | None = None
 ) -> list[Path]:
-    """Choose among files in natural order: by epoch, then the last N, then every K-th, counted from the newest.
+    """Choose among files in natural order: by epoch, then the last N, then every K-th counted from the end.
 
     Raises:
         MismatchError: two names lead to one file.

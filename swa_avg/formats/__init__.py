@@ -36,4 +36,6 @@ def open_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
     for signature, open_format in FORMATS.items():
         if head.lstrip().startswith(signature):
             return open_format(path, like)
-    raise UnreadableError(path, "not a Keras checkpoint: neither a .keras archive, nor HDF5, nor a .weights.json")
+    raise UnreadableError(
+        path, "not a Keras checkpoint: neither a .keras archive, nor HDF5, nor a .weights.json"
+    )

@@ -13,7 +13,7 @@ from typing import IO, Any
 from swa_avg.errors import UnreadableError
 from swa_avg.formats.base import Buffer, Checkpoint, Image, ImageFile, Provenance, Stage, open_file
 from swa_avg.formats.hdf5 import Hdf5Checkpoint, is_keras_store, layer_names, read_layout, strip
-from swa_avg.formats.json import parse_json
+from swa_avg.strict_json import parse_json
 
 __all__ = ["SIGNATURE", "ArchiveCheckpoint", "open_archive"]
 
@@ -49,7 +49,9 @@ class ArchiveCheckpoint(Checkpoint):
                         for chunk in image(0):
                             target.write(chunk)
                     elif member.filename == _METADATA:
-                        target.write(json.dumps({**(self.metadata or {}), _PROVENANCE: provenance()}).encode())
+                        target.write(
+                            json.dumps({**(self.metadata or {}), _PROVENANCE: provenance()}).encode()
+                        )
                     else:
                         with self.archive.open(member) as source:
                             while chunk := source.read(_CHUNK):
@@ -61,7 +63,13 @@ class ArchiveCheckpoint(Checkpoint):
     def as_weights(self) -> Hdf5Checkpoint:
         """Return the model's weights alone, as the `.weights.h5` that the archive holds."""
         return Hdf5Checkpoint(
-            self.path, "Keras weights", (".weights.h5",), self.images, self.tensors, self.config, self.layer_names
+            self.path,
+            "Keras weights",
+            (".weights.h5",),
+            self.images,
+            self.tensors,
+            self.config,
+            self.layer_names,
         )
 
     def close(self) -> None:
@@ -84,8 +92,15 @@ def open_archive(path: Path, like: Checkpoint | None = None) -> ArchiveCheckpoin
             members = _members(whole, archive)
             image = _weights_image(whole, members)
             metadata, config_bytes = archive.read(_METADATA), archive.read(_CONFIG)
-        except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, EOFError,
-                RuntimeError) as error:
+        except (
+            zipfile.BadZipFile,
+            struct.error,
+            ValueError,
+            NotImplementedError,
+            OverflowError,
+            EOFError,
+            RuntimeError,
+        ) as error:
             if isinstance(error, UnreadableError):
                 raise
             raise UnreadableError(path, f"damaged .keras archive ({error})") from error
@@ -104,17 +119,29 @@ def _checkpoint(
     like: Checkpoint | None,
 ) -> ArchiveCheckpoint:
     same = isinstance(like, ArchiveCheckpoint) and like.config_bytes == config_bytes
-    config = like.config if like is not None and same else _model_config(parse_json(config_bytes, path, _CONFIG))
-    own = {"path": path, "images": (image,), "archive": archive, "config_bytes": config_bytes, "config": config,
-           "metadata": metadata, "is_average": _PROVENANCE in metadata}
+    config = (
+        like.config if like is not None and same else _model_config(parse_json(config_bytes, path, _CONFIG))
+    )
+    own: dict[str, Any] = {
+        "path": path,
+        "images": (image,),
+        "archive": archive,
+        "config_bytes": config_bytes,
+        "config": config,
+        "metadata": metadata,
+        "is_average": _PROVENANCE in metadata,
+    }
     if isinstance(like, ArchiveCheckpoint) and like.shares_layout((image,)):
         return replace(like, **own)
     layout = read_layout(image)
     if not is_keras_store(layout.groups):
         raise UnreadableError(path, f"{_WEIGHTS} does not hold what Keras writes: no `vars` groups")
     return ArchiveCheckpoint(
-        kind=".keras archive", suffixes=(".keras",), tensors=layout.tensors,
-        layer_names=layer_names(image, layout), **own,
+        kind=".keras archive",
+        suffixes=(".keras",),
+        tensors=layout.tensors,
+        layer_names=layer_names(image, layout),
+        **own,
     )
 
 
@@ -159,14 +186,18 @@ def _members(whole: Image, archive: zipfile.ZipFile) -> dict[str, tuple[zipfile.
 
 def _data_offset(whole: Image, info: zipfile.ZipInfo) -> int:
     header = whole.read(info.header_offset, _LOCAL_HEADER.size)
-    signature, _, flags, method, _, _, _, packed, size, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+    signature, _, flags, method, _, _, _, packed, size, name_length, extra_length = _LOCAL_HEADER.unpack(
+        header
+    )
     name = whole.read(info.header_offset + _LOCAL_HEADER.size, name_length)
     sizes_agree = {packed, size} <= {info.file_size, 0xFFFFFFFF} or flags & 0x8
     if signature != b"PK\x03\x04" or method != info.compress_type or flags & _ENCRYPTED or not sizes_agree:
-        raise UnreadableError(whole.path, "has a local header that differs from the directory", tensor=info.filename)
+        raise UnreadableError(
+            whole.path, "has a local header that differs from the directory", tensor=info.filename
+        )
     if name.decode("utf-8" if flags & 0x800 else "cp437") != info.orig_filename:
         raise UnreadableError(whole.path, "is named differently in its local header", tensor=info.filename)
-    return info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+    return int(info.header_offset + _LOCAL_HEADER.size + name_length + extra_length)
 
 
 def _weights_image(whole: Image, members: Mapping[str, tuple[zipfile.ZipInfo, int]]) -> Image:

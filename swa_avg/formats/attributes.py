@@ -30,7 +30,8 @@ class DamagedAttributeError(ValueError):
 def read_strings(image: Image, header: int, names: Sequence[str]) -> dict[str, list[bytes]]:
     """Return those attributes in `names` that the object with header address `header` has.
 
-    Keras splits an attribute above 64 kB into `name0`, `name1`, ...; the parts are joined under `name`. Each value is the flat list of its strings: one for a scalar, none for an empty array of any type.
+    Keras splits an attribute above 64 kB into `name0`, `name1`, ...; the parts are joined under `name`. Each
+    value is the flat list of its strings: one for a scalar, none for an empty array of any type.
 
     Raises:
         DamagedAttributeError: a length or an address points outside the image, or a structure is malformed.

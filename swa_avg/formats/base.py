@@ -48,7 +48,9 @@ def open_file(path: Path) -> IO[bytes]:
         UnreadableError: it is missing, may not be read, or is not a regular file.
         SystemRefusalError: the system is out of file descriptors or memory.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    flags = (
+        os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    )
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
@@ -92,7 +94,9 @@ class Image:
             try:
                 count = _read_at(self.file.fileno(), buffer[done:], self.offset + position + done)
             except OSError as error:
-                raise SystemRefusalError(error.errno, f"{error.strerror} while reading", str(self.path)) from error
+                raise SystemRefusalError(
+                    error.errno, f"{error.strerror} while reading", str(self.path)
+                ) from error
             if count == 0:
                 raise UnreadableError(self.path, "the file became shorter while it was being read")
             done += count
@@ -302,7 +306,7 @@ class Stage(Protocol):
     output: Path
 
     def create(self, name: str) -> IO[bytes]:
-        """Return a new empty file, open for reading and writing, that is published as `name` beside the output.
+        """Return a new file, open for reading and writing, that is published as `name` beside the output.
 
         Files are published in the order in which they were created.
         """

@@ -16,8 +16,18 @@ from h5py import h5a, h5d, h5g, h5l, h5o, h5t
 
 from swa_avg.errors import UnreadableError
 from swa_avg.formats.attributes import DamagedAttributeError, read_strings
-from swa_avg.formats.base import Buffer, Checkpoint, Image, ImageFile, Provenance, Role, Stage, Tensor, open_file
-from swa_avg.formats.json import parse_json
+from swa_avg.formats.base import (
+    Buffer,
+    Checkpoint,
+    Image,
+    ImageFile,
+    Provenance,
+    Role,
+    Stage,
+    Tensor,
+    open_file,
+)
+from swa_avg.strict_json import parse_json
 
 __all__ = ["SIGNATURE", "Hdf5Checkpoint", "Layout", "open_hdf5", "read_layout"]
 
@@ -63,7 +73,6 @@ class Hdf5Checkpoint(Checkpoint):
             file.write(chunk)
         write_provenance(file, provenance())
 
-
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         # In a legacy file of weights alone every top-level group is a layer.
         groups = () if self.kind == LEGACY_WEIGHTS else ("optimizer", "optimizer_weights")
@@ -89,7 +98,9 @@ def strip(checkpoint: Checkpoint, groups: Sequence[str], scratch: Callable[[], I
         stripped = Image(image.path, file, 0, file.seek(0, 2))
         images.append(stripped)
         for name, tensor in read_layout(stripped, index).tensors.items():
-            tensors[name] = replace(tensor, dtype=checkpoint.tensors[name].dtype, role=checkpoint.tensors[name].role)
+            tensors[name] = replace(
+                tensor, dtype=checkpoint.tensors[name].dtype, role=checkpoint.tensors[name].role
+            )
     return {"images": tuple(images), "tensors": tensors}
 
 
@@ -135,24 +146,25 @@ def open_hdf5(path: Path, like: Checkpoint | None = None) -> Hdf5Checkpoint:
 
 def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoint:
     root = _strings(image, layout.groups[""], "layer_names", "model_config", _PROVENANCE)
-    is_average = _PROVENANCE in root
+    kind, suffixes = "Keras weights", [".weights.h5"]
+    tensors, names, config = layout.tensors, dict[str, str](), None
     if "model_weights" in layout.groups:
+        kind, suffixes = "legacy HDF5 model", [".h5", ".hdf5"]
         _check_legacy_groups(image, layout, "model_weights")
-        config = parse_json(b"".join(root["model_config"]), path, "model_config") if "model_config" in root else None
-        kind, suffixes = "legacy HDF5 model", (".h5", ".hdf5", ".keras")
-        return Hdf5Checkpoint(path, kind, suffixes, (image,), layout.tensors, config, is_average=is_average)
-    if "layer_names" in root:
+        if "model_config" in root:
+            config = parse_json(b"".join(root["model_config"]), path, "model_config")
+    elif "layer_names" in root:
+        kind, suffixes = LEGACY_WEIGHTS, [".h5", ".hdf5"]
         _check_legacy_groups(image, layout, "")
-        tensors = {name: _as_weight(tensor) for name, tensor in layout.tensors.items()}
-        kind, suffixes = LEGACY_WEIGHTS, (".h5", ".hdf5")
-        return Hdf5Checkpoint(path, kind, suffixes, (image,), tensors, is_average=is_average)
-    if not is_keras_store(layout.groups):
-        raise UnreadableError(path, "an HDF5 file, but not one that Keras wrote: no `vars` groups, no `layer_names`")
-    names = layer_names(image, layout)
-    kind = "Keras weights"
-    return Hdf5Checkpoint(
-        path, kind, (".weights.h5",), (image,), layout.tensors, None, names, is_average=is_average
-    )
+        # The top level holds layers, whatever they are called.
+        tensors = {name: replace(tensor, role="weight") for name, tensor in tensors.items()}
+    elif is_keras_store(layout.groups):
+        names = layer_names(image, layout)
+    else:
+        raise UnreadableError(
+            path, "an HDF5 file, but not one that Keras wrote: no `vars` groups, no `layer_names`"
+        )
+    return Hdf5Checkpoint(path, kind, tuple(suffixes), (image,), tensors, config, names, _PROVENANCE in root)
 
 
 def is_keras_store(groups: Iterable[str]) -> bool:
@@ -171,11 +183,6 @@ def layer_names(image: Image, layout: Layout) -> dict[str, str]:
     return names
 
 
-def _as_weight(tensor: Tensor) -> Tensor:
-    # In a weights-only legacy file the top level holds layers, whatever they are called.
-    return replace(tensor, role="weight")
-
-
 def _check_legacy_groups(image: Image, layout: Layout, parent: str) -> None:
     """Hold the layer and weight names of a legacy file against its groups and datasets.
 
@@ -183,7 +190,9 @@ def _check_legacy_groups(image: Image, layout: Layout, parent: str) -> None:
     """
     prefix = f"{parent}/" if parent else ""
     listed = _names(image, layout.groups[parent], "layer_names")
-    stored = {path.removeprefix(prefix).split("/")[0] for path in layout.groups if path.startswith(prefix) and path}
+    stored = {
+        path.removeprefix(prefix).split("/")[0] for path in layout.groups if path.startswith(prefix) and path
+    }
     hint = "the save that wrote it did not finish: leave this file out"
     for layer in listed:
         if layer not in stored:
@@ -201,7 +210,9 @@ def _check_legacy_groups(image: Image, layout: Layout, parent: str) -> None:
 def _names(image: Image, header: int, attribute: str, layer: str | None = None) -> list[str]:
     values = _strings(image, header, attribute).get(attribute)
     if values is None:
-        hint = "the save that wrote it did not finish, or it is stored in a newer HDF5 layout than Keras writes"
+        hint = (
+            "the save that wrote it did not finish, or it is stored in a newer HDF5 layout than Keras writes"
+        )
         raise UnreadableError(image.path, f"no attribute `{attribute}`", tensor=layer, hint=hint)
     return [value.decode("utf-8", "backslashreplace") for value in values]
 
@@ -257,8 +268,9 @@ class _Walk:
             for name in group:
                 child = self._child(path, name)
                 if group.links.get_info(name).type != h5l.TYPE_HARD:
-                    raise UnreadableError(self.image.path, "is a soft or external link, which Keras never writes",
-                                          tensor=child)
+                    raise UnreadableError(
+                        self.image.path, "is a soft or external link, which Keras never writes", tensor=child
+                    )
                 info = h5o.get_info(group, name)
                 if info.type == h5o.TYPE_GROUP:
                     self._enter(child, info.addr)
@@ -312,7 +324,11 @@ class _Walk:
         shape: tuple[int, ...] = space.shape if space.get_simple_extent_type() != h5py.h5s.NULL else (0,)
         nbytes = math.prod(shape) * itemsize
         properties = dataset.get_create_plist()
-        if properties.get_layout() != h5d.CONTIGUOUS or properties.get_nfilters() or properties.get_external_count():
+        if (
+            properties.get_layout() != h5d.CONTIGUOUS
+            or properties.get_nfilters()
+            or properties.get_external_count()
+        ):
             problem = "is stored chunked, compressed, compact, virtual or in another file"
             raise UnreadableError(self.image.path, problem, tensor=name, hint=_CONVERT)
         offset = dataset.get_offset() if nbytes else 0
@@ -347,9 +363,16 @@ def _check_extents(image: Image, tensors: Iterable[Tensor]) -> None:
         if tensor.offset < _SUPERBLOCK_SIZE or tensor.stop > image.size:
             problem = f"its {tensor.nbytes} bytes lie outside the file; it was truncated or damaged"
             raise UnreadableError(image.path, problem, tensor=tensor.name)
-        if previous and tensor.offset < previous.stop and (tensor.offset, tensor.stop) != (
-            previous.offset,
-            previous.stop,
+        if (
+            previous
+            and tensor.offset < previous.stop
+            and (tensor.offset, tensor.stop)
+            != (
+                previous.offset,
+                previous.stop,
+            )
         ):
-            raise UnreadableError(image.path, "overlaps another tensor; the file is damaged", tensor=tensor.name)
+            raise UnreadableError(
+                image.path, "overlaps another tensor; the file is damaged", tensor=tensor.name
+            )
         previous = tensor

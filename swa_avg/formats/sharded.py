@@ -11,7 +11,7 @@ from typing import IO, Any
 from swa_avg.errors import UnreadableError, escape
 from swa_avg.formats.base import Buffer, Checkpoint, Image, Provenance, Stage, Tensor, open_file
 from swa_avg.formats.hdf5 import Layout, layer_names, read_layout, strip
-from swa_avg.formats.json import parse_json
+from swa_avg.strict_json import parse_json
 
 __all__ = ["ShardedCheckpoint", "open_sharded"]
 
@@ -48,7 +48,11 @@ class ShardedCheckpoint(Checkpoint):
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         assert self.map is not None
-        kept = {path: where for path, where in self.map["weight_map"].items() if not path.startswith("/optimizer/")}
+        kept = {
+            path: where
+            for path, where in self.map["weight_map"].items()
+            if not path.startswith("/optimizer/")
+        }
         return replace(self, map={**self.map, "weight_map": kept}, **strip(self, ("optimizer",), scratch))
 
 
@@ -72,8 +76,13 @@ def open_sharded(path: Path, like: Checkpoint | None = None) -> ShardedCheckpoin
         for shard in shards:
             file = open_file(path.with_name(shard))
             images.append(Image(path.with_name(shard), file, 0, file.seek(0, 2)))
-        own = {"path": path, "images": tuple(images), "map": record, "shards": shards,
-               "is_average": _PROVENANCE in record}
+        own: dict[str, Any] = {
+            "path": path,
+            "images": tuple(images),
+            "map": record,
+            "shards": shards,
+            "is_average": _PROVENANCE in record,
+        }
         if isinstance(like, ShardedCheckpoint) and like.shards == shards and like.shares_layout(images):
             return replace(like, **own)
         layouts = [read_layout(image, index) for index, image in enumerate(images)]
@@ -106,7 +115,10 @@ def _shard_names(path: Path, weight_map: Mapping[str, Any]) -> tuple[str, ...]:
 def _join(
     path: Path, layouts: Sequence[Layout], weight_map: Mapping[str, Any], shards: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Return the tensors of all shards, held against the map: a variable lies in one shard, a group may span many."""
+    """Return the tensors of all shards, held against the map.
+
+    A variable lies in one shard; a group may span many.
+    """
     tensors: dict[str, Tensor] = {}
     found: dict[str, set[str]] = {}
     for shard, layout in zip(shards, layouts, strict=True):
@@ -119,5 +131,7 @@ def _join(
     for group in sorted(declared.keys() | found.keys()):
         if declared.get(group) != found.get(group):
             listed, stored = sorted(declared.get(group, ())), sorted(found.get(group, ()))
-            raise UnreadableError(path, f"the map says {listed}, the shards hold it in {stored}", tensor=group)
+            raise UnreadableError(
+                path, f"the map says {listed}, the shards hold it in {stored}", tensor=group
+            )
     return tensors
