@@ -65,6 +65,11 @@ class _Group(DefaultGroup):  # type: ignore[misc]
         self.format_commands(ctx, formatter)
         self.format_epilog(ctx, formatter)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing and not args:  # completing the first word: it may be a command
+            return click.Group.parse_args(self, ctx, args)
+        return list(super().parse_args(ctx, args))
+
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         command = self.commands[self.default_cmd_name]
         inner = click.Context(command, info_name=ctx.info_name)
@@ -232,7 +237,8 @@ def _as_json(report: Report, dry_run: bool) -> dict[str, Any]:
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 2 usage, 3 to 5 by the error's class, 130 or 143 interrupted."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _raise_signal)
     try:
         main_group.main(prog_name="swa-avg", standalone_mode=False)
         sys.stdout.flush()
@@ -249,12 +255,10 @@ def main() -> NoReturn:
     except click.UsageError as error:
         click.echo(f"swa-avg: error: {escape(error.format_message())} (see swa-avg --help)", err=True)
         code = 2
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("swa-avg: interrupted; nothing was written", err=True)
-        code = 130
-    except _TerminatedError:
-        click.echo("swa-avg: terminated; nothing was written", err=True)
-        code = 143
+    except _SignalError as received:
+        word = "interrupted" if received.number == signal.SIGINT else "terminated"
+        click.echo(f"swa-avg: {word}; nothing was written", err=True)
+        code = 128 + received.number
     except BrokenPipeError:
         # What reads our standard output has gone; the average itself is written by now.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -262,12 +266,17 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
-class _TerminatedError(BaseException):
-    """SIGTERM, raised where the program stands so that everything is cleaned up."""
+class _SignalError(BaseException):
+    """SIGINT or SIGTERM, raised where the program stands so that everything is cleaned up."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
-def _terminate(number: int, frame: Any) -> NoReturn:
-    raise _TerminatedError
+def _raise_signal(number: int, frame: Any) -> NoReturn:
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
+    raise _SignalError(number)
 
 
 def _message(error: SwaAvgError) -> str:

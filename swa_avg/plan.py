@@ -119,13 +119,13 @@ def _differences(checkpoint: Checkpoint, newest: Checkpoint) -> Iterator[Finding
         hint = (
             "; only automatic numbers differ: the model was built twice in one process, give its layers names"
         )
-    for name, tensor in ours.items():
+    for name, tensor in sorted(ours.items()):
         other = theirs.get(name)
         if other is None:
             yield Finding(path, name, f"missing; {newest.path.name} has it as {tensor}{hint}")
         elif (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
             yield Finding(path, name, f"expected {tensor} as in {newest.path.name}, found {other}")
-    for name, tensor in theirs.items():
+    for name, tensor in sorted(theirs.items()):
         if name not in ours:
             yield Finding(path, name, f"extra {tensor}; {newest.path.name} does not have it{hint}")
 

@@ -84,7 +84,7 @@ def refusals(checkpoint: Checkpoint) -> Iterator[Finding]:
     for layer, mode in _quantized_layers(checkpoint.config):
         problem = f"is quantized ({mode}); codes and scales cannot be averaged: average before you quantize"
         yield Finding(checkpoint.path, layer, problem)
-    for tensor in checkpoint.tensors.values():
+    for _, tensor in sorted(checkpoint.tensors.items()):
         if tensor.role != "weight":
             continue
         if tensor.dtype == "opaque16":

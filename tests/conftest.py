@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,8 +30,13 @@ def swa_avg(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     def run(*arguments: object) -> Ended:
         capfd.readouterr()
         monkeypatch.setattr(sys, "argv", ["swa-avg", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with pytest.raises(SystemExit) as exit_info:
+                cli.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         out, err = capfd.readouterr()
         return Ended(int(exit_info.value.code or 0), out, err)
 

@@ -35,7 +35,9 @@ class Odd(L.Layer):
     def build(self, shape):
         self.scalar = self.add_weight(name="scalar", shape=(), initializer="ones")
         self.empty = self.add_weight(name="empty", shape=(0, 3), initializer="ones")
-        self.count = self.add_weight(name="count", shape=(), dtype="int32", initializer="zeros", trainable=False)
+        self.count = self.add_weight(
+            name="count", shape=(), dtype="int32", initializer="zeros", trainable=False
+        )
         self.kernel = self.add_weight(name="kernel", shape=(shape[-1],), initializer="ones")
 
     def call(self, x):
@@ -77,7 +79,9 @@ def cnn_bn():
 
 
 def nested():
-    inner = keras.Sequential([keras.Input((6,)), L.Dense(5), L.BatchNormalization(), L.Dense(6)], name="inner")
+    inner = keras.Sequential(
+        [keras.Input((6,)), L.Dense(5), L.BatchNormalization(), L.Dense(6)], name="inner"
+    )
     inputs = keras.Input((6,))
     shared = L.Dense(6, name="shared")
     return keras.Model(inputs, L.Dense(2)(shared(inner(shared(inputs)))))
@@ -182,7 +186,9 @@ def _fill(model, rng):
 
 def _weights(model):
     """Return every weight as float64, which holds each stored type exactly."""
-    return [np.asarray(w).astype(np.float64) for w in model.get_weights() if np.asarray(w).dtype.kind not in "OUS"]
+    return [
+        np.asarray(w).astype(np.float64) for w in model.get_weights() if np.asarray(w).dtype.kind not in "OUS"
+    ]
 
 
 def write(folder):
@@ -200,7 +206,11 @@ def write(folder):
                 if (name, kind) not in UNSAVABLE:
                     _save(model, kind, where / f"ckpt_{number}{suffix}")
             weights = _weights(model)
-            np.savez(where / f"truth_{number}.npz", *weights, dtypes=[str(np.asarray(w).dtype) for w in model.get_weights()])
+            np.savez(
+                where / f"truth_{number}.npz",
+                *weights,
+                dtypes=[str(np.asarray(w).dtype) for w in model.get_weights()],
+            )
 
 
 def _save(model, kind, path):
@@ -230,7 +240,11 @@ def load(request):
                 Path(f"{path}.said.json").write_text(json.dumps(["failed", repr(error)]))
                 continue
         np.savez(f"{path}.loaded.npz", *_weights(model))
-        said = [str(w.message) for w in caught if not issubclass(w.category, (DeprecationWarning, ResourceWarning))]
+        said = [
+            str(w.message)
+            for w in caught
+            if not issubclass(w.category, (DeprecationWarning, ResourceWarning))
+        ]
         Path(f"{path}.said.json").write_text(json.dumps(said))
 
 

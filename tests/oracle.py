@@ -23,7 +23,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     for source in sources:
         with h5py.File(source, "r") as file:
             file.visititems(
-                lambda name, item: arrays.__setitem__(name, item[()]) if isinstance(item, h5py.Dataset) else None
+                lambda name, item: (
+                    arrays.__setitem__(name, item[()]) if isinstance(item, h5py.Dataset) else None
+                )
             )
     return {name: np.asarray(value) for name, value in arrays.items()}
 

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Train on real data, average the checkpoints, compare: the main job, from nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/_venv.sh
+export TF_CPP_MIN_LOG_LEVEL=3 CUDA_VISIBLE_DEVICES=
+
+make_venv .venv -e ".[tensorflow,test]"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"$PYTHON" scripts/demo.py train "$work"
+cd "$work"
+echo '$ swa-avg ckpt_*.keras -o swa.keras'
+"${PYTHON%/*}/swa-avg" ckpt_*.keras -o swa.keras
+cd - >/dev/null
+"$PYTHON" scripts/demo.py compare "$work"

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Lint, types and tests, in .venv, made where it is missing.
+#
+#   bash scripts/test.sh          everything
+#   bash scripts/test.sh --core   what needs no Keras, with the core dependencies alone, in .venv-core
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/_venv.sh
+export TF_CPP_MIN_LOG_LEVEL=3 CUDA_VISIBLE_DEVICES=
+
+if [ "${1-}" = --core ]; then
+  make_venv .venv-core -e . "pytest>=8.0" "hypothesis>=6.100"
+  "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(any(map(u.find_spec, ["keras", "tensorflow", "jax", "ml_dtypes"])))' ||
+    { echo "the core environment has more than the core" >&2; exit 1; }
+  "$PYTHON" -m pytest -m "not keras"
+  exit
+fi
+
+make_venv .venv -e ".[tensorflow,test]"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+"$PYTHON" -m pytest

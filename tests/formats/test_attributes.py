@@ -1,0 +1,104 @@
+"""String attributes, read from the bytes, against h5py; and damage, which must never crash or hang."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from h5py import h5o
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swa_avg.formats.attributes import DamagedAttributeError, read_strings
+from swa_avg.formats.base import Image, open_file
+
+
+def _image(path: Path) -> Image:
+    file = open_file(path)
+    return Image(path, file, 0, file.seek(0, 2))
+
+
+def _root(path: Path) -> int:
+    with h5py.File(path, "r") as file:
+        return int(h5o.get_info(file["/"].id).addr)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "text",
+        "ünï ☃",
+        "",
+        b"bytes",
+        np.bytes_(b"fixed"),
+        [b"a", b"bb", b""],
+        ["one", "two"],
+        np.array([], dtype="S3"),
+        np.array([], dtype=np.float64),
+        "x" * 50_000,
+    ],
+    ids=repr,
+)
+def test_strings_are_those_that_h5py_wrote(value: object, tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file.attrs["before"] = np.arange(10)
+        file.attrs["it"] = value
+        for number in range(20):
+            file.attrs[f"after{number}"] = "filler" * number
+    flat = np.asarray(value).reshape(-1).tolist()
+    expected = [item.encode() if isinstance(item, str) else item for item in flat]
+    image = _image(path)
+    assert read_strings(image, _root(path), ["it", "absent"]) == {"it": expected}
+    image.close()
+
+
+def test_parts_of_a_long_attribute_are_joined_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    names = [f"layer_{number}".encode() for number in range(24)]
+    with h5py.File(path, "w") as file:
+        for part in range(12):
+            file.attrs[f"layer_names{part}"] = names[2 * part : 2 * part + 2]
+    image = _image(path)
+    assert read_strings(image, _root(path), ["layer_names"]) == {"layer_names": names}
+    image.close()
+
+
+def _original() -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file.attrs["model_config"] = '{"a": 1}' * 20
+        file.attrs["layer_names"] = [b"one", b"two"]
+    return buffer.getvalue()
+
+
+ORIGINAL = _original()
+
+
+@given(st.data())
+@settings(max_examples=400, deadline=None)
+def test_damage_is_an_error_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged.h5"
+    path.write_bytes(ORIGINAL)
+    root = _root(path)
+    damaged = bytearray(ORIGINAL)
+    for _ in range(data.draw(st.integers(1, 4))):
+        position = data.draw(st.integers(0, len(damaged) - 8))
+        damaged[position : position + 8] = data.draw(
+            st.sampled_from([bytes(8), b"\xff" * 8, (1 << 62).to_bytes(8, "little")])
+            | st.binary(min_size=8, max_size=8)
+        )
+    path.write_bytes(damaged)
+    image = _image(path)
+    try:
+        read_strings(image, root, ["model_config", "layer_names"])
+    except DamagedAttributeError:
+        pass
+    finally:
+        image.close()

@@ -1,0 +1,479 @@
+"""The command line: what it says, how it ends, what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import makers
+import numpy as np
+import oracle
+import pytest
+from conftest import Ended
+
+Cli = Callable[..., Ended]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with ckpt_1, ckpt_2 and ckpt_10, all .keras."""
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2, 10):
+        makers.write_archive(tmp_path / f"ckpt_{number}.keras", makers.weights(number))
+    return tmp_path
+
+
+def _refused(ended: Ended, code: int, *lines: str) -> None:
+    assert ended.err == "".join(f"swa-avg: error: {line}\n" for line in lines)
+    assert ended.code == code
+    assert ended.out == ""
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_readme_command_averages_every_checkpoint(folder: Path, swa_avg: Cli) -> None:
+    ended = swa_avg("ckpt_1.keras", "ckpt_10.keras", "ckpt_2.keras", "-o", "swa.keras")
+    assert ended.code == 0
+    assert ended.err == (
+        "warning: BatchNorm statistics are averaged, not re-estimated (bn); the model may be far worse than its "
+        "weights: refresh them on training data with --bn-refresh DATA\n"
+        "wrote swa.keras: the uniform average of 3 checkpoints\n"
+    )
+    written = oracle.read_arrays(Path("swa.keras"))
+    inputs = [makers.weights(number) for number in (1, 2, 10)]
+    for name, value in written.items():
+        expected = (
+            inputs[-1][name] if name.startswith("optimizer") else oracle.mean([a[name] for a in inputs])
+        )
+        assert value.tobytes() == np.asarray(expected).tobytes()
+
+
+def test_quoted_patterns_and_the_default_output(folder: Path, swa_avg: Cli) -> None:
+    assert swa_avg("ckpt_*.keras").code == 0
+    assert Path("swa.keras").exists()
+
+
+def test_the_order_of_names_and_a_second_run_change_no_byte(folder: Path, swa_avg: Cli) -> None:
+    swa_avg("ckpt_1.keras", "ckpt_2.keras", "ckpt_10.keras", "-o", "a.keras")
+    swa_avg("ckpt_10.keras", "ckpt_1.keras", "ckpt_2.keras", "-o", "b.keras", "--threads", "3")
+    swa_avg("ckpt_*.keras", "-o", "c.keras", "--max-memory", "80M", "--no-verify")
+    assert Path("a.keras").read_bytes() == Path("b.keras").read_bytes() == Path("c.keras").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".weights.h5", ".h5", ".weights.json"])
+def test_two_runs_of_every_format_write_the_same_bytes(suffix: str, tmp_path: Path, swa_avg: Cli) -> None:
+    write = {
+        ".weights.h5": makers.write_weights,
+        ".h5": makers.write_legacy,
+        ".weights.json": makers.write_sharded,
+    }[suffix]
+    for number in (1, 2):
+        names = makers.weights(number)
+        arrays = (
+            {f"dense/{n.rpartition('/')[2]}": v for n, v in names.items() if "dense" in n}
+            if suffix == ".h5"
+            else names
+        )
+        write(tmp_path / f"ckpt_{number}{suffix}", arrays)
+    for optimizer in ("keep", "drop"):
+        results = []
+        for turn in ("a", "b"):
+            target = tmp_path / turn / optimizer
+            target.mkdir(parents=True)
+            assert (
+                swa_avg(
+                    tmp_path / f"ckpt_*{suffix}", "-o", target / f"swa{suffix}", "--optimizer", optimizer
+                ).code
+                == 0
+            )
+            results.append({path.name: path.read_bytes() for path in target.iterdir()})
+        assert results[0] == results[1]
+        assert len(results[0]) == (3 if suffix == ".weights.json" else 1)
+
+
+def test_selection_is_by_natural_order_and_inclusive_epochs(folder: Path, swa_avg: Cli) -> None:
+    def chosen(*options: str) -> list[str]:
+        ended = swa_avg("ckpt_*.keras", "--dry-run", "--json", *options)
+        return [Path(entry["path"]).name for entry in json.loads(ended.out)["inputs"]]
+
+    assert chosen() == ["ckpt_1.keras", "ckpt_2.keras", "ckpt_10.keras"]
+    assert chosen("--last", "2") == ["ckpt_2.keras", "ckpt_10.keras"]
+    assert chosen("--every", "2") == ["ckpt_1.keras", "ckpt_10.keras"]
+    assert chosen("--epochs", "2:10") == ["ckpt_2.keras", "ckpt_10.keras"]
+    assert chosen("--epochs", "1:2") == ["ckpt_1.keras", "ckpt_2.keras"]
+    assert chosen("--epochs", "1:10:9") == ["ckpt_1.keras", "ckpt_10.keras"]
+    assert chosen("--epochs", "2") == ["ckpt_2.keras"]
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path, swa_avg: Cli) -> None:
+    before = _names(folder)
+    ended = swa_avg("ckpt_*.keras", "--dry-run", "--optimizer", "drop")
+    assert ended.code == 0
+    assert _names(folder) == before
+    size = sum(len(makers.store_bytes(makers.weights(number))) for number in (1, 2, 10)) / 1024
+    assert ended.err.splitlines()[:8] == [
+        " coefficient  checkpoint (.keras archive, uniform)",
+        "    0.333333  ckpt_1.keras",
+        "    0.333333  ckpt_2.keras",
+        "    0.333333  ckpt_10.keras",
+        "averaged: 6 tensors, 240 B",
+        "equal in all, copied: 0 tensors, 0 B",
+        "copied from the newest: 0 tensors, 0 B",
+        "left out: 3 tensors, 152 B",
+    ]
+    assert ended.err.splitlines()[8].startswith(f"bytes to read: {size:.1f} KiB; peak memory: about ")
+    assert ended.err.endswith("would write swa.keras: the uniform average of 3 checkpoints\n")
+
+
+def test_json_and_quiet(folder: Path, swa_avg: Cli) -> None:
+    ended = swa_avg("ckpt_*.keras", "-q", "--json")
+    assert ended.err == ""
+    result = json.loads(ended.out)
+    assert result["output"] == "swa.keras"
+    assert result["written"] is True
+    assert result["format"] == ".keras archive"
+    assert set(result["tensors"]["averaged"]) == {
+        name for name in makers.weights() if not name.startswith("optimizer")
+    }
+    assert set(result["tensors"]["copied from the newest"]) == {f"optimizer/vars/{i}" for i in range(3)}
+    assert result["batchnorm_layers"] == ["bn"]
+
+
+def test_an_output_that_exists_stays_without_overwrite(folder: Path, swa_avg: Cli) -> None:
+    Path("swa.keras").write_bytes(b"precious")
+    _refused(swa_avg("ckpt_*.keras"), 2, "the output swa.keras exists; name another one, or add --overwrite")
+    assert Path("swa.keras").read_bytes() == b"precious"
+    assert swa_avg("ckpt_*.keras", "--overwrite").code == 0
+    assert Path("swa.keras").read_bytes() != b"precious"
+
+
+def test_an_output_among_the_inputs_is_never_skipped_silently(folder: Path, swa_avg: Cli) -> None:
+    shutil.copy("ckpt_1.keras", "swa.keras")
+    _refused(
+        swa_avg("*.keras", "--last", "1", "--overwrite"),
+        2,
+        "the output swa.keras is also an input (swa.keras); name another output, or narrower inputs",
+    )
+    os.link("ckpt_2.keras", "hard.keras")
+    _refused(
+        swa_avg("ckpt_*.keras", "-o", "hard.keras", "--overwrite"),
+        2,
+        "the output hard.keras is also an input (ckpt_2.keras); name another output, or narrower inputs",
+    )
+    Path("soft.keras").symlink_to("ckpt_2.keras")
+    assert swa_avg("ckpt_*.keras", "-o", "soft.keras", "--overwrite").code == 2
+
+
+def test_outputs_that_are_not_plain_files_are_refused(folder: Path, swa_avg: Cli) -> None:
+    Path("dir.keras").mkdir()
+    os.mkfifo("fifo.keras")
+    Path("link.keras").symlink_to("nowhere.keras")
+    for name, problem in (
+        ("dir.keras", "the output dir.keras exists and is not a regular file"),
+        ("fifo.keras", "the output fifo.keras exists and is not a regular file"),
+        ("link.keras", "the output link.keras is a symbolic link; name the file itself"),
+        ("no/such/swa.keras", "the folder of the output does not exist: no/such"),
+        ("swa.txt", "the output swa.txt must end with .keras, since the inputs are .keras archive"),
+        ("swa.h5", "the output swa.h5 must end with .keras, since the inputs are .keras archive"),
+    ):
+        _refused(swa_avg("ckpt_*.keras", "-o", name, "--overwrite"), 2, problem)
+    assert Path("link.keras").is_symlink()
+
+
+def test_the_same_file_twice_is_refused(folder: Path, swa_avg: Cli) -> None:
+    _refused(
+        swa_avg("ckpt_1.keras", "ckpt_1.keras"),
+        4,
+        "ckpt_1.keras: file: the same file as ckpt_1.keras; name it once",
+    )
+    Path("link_1.keras").symlink_to("ckpt_1.keras")
+    _refused(
+        swa_avg("ckpt_1.keras", "link_1.keras"),
+        4,
+        "link_1.keras: file: the same file as ckpt_1.keras; name it once",
+    )
+    shutil.copy("ckpt_1.keras", "copy_1.keras")
+    _refused(
+        swa_avg("ckpt_1.keras", "copy_1.keras"),
+        4,
+        "copy_1.keras: weights: the same bytes as ckpt_1.keras; name one of the two",
+    )
+    makers.write_weights(Path("a.weights.h5"), makers.weights())
+    shutil.copy("a.weights.h5", "b.weights.h5")
+    _refused(
+        swa_avg("a.weights.h5", "b.weights.h5"),
+        4,
+        "b.weights.h5: weights: the same bytes as a.weights.h5; name one of the two",
+    )
+    assert not Path("swa.keras").exists()
+    assert not Path("swa.weights.h5").exists()
+
+
+def test_every_mismatch_is_named_at_once(folder: Path, swa_avg: Cli) -> None:
+    arrays = makers.weights(3)
+    arrays["layers/dense/vars/0"] = np.zeros((7, 6), np.float32)
+    arrays["layers/dense/vars/1"] = arrays["layers/dense/vars/1"].astype(np.float64)
+    arrays["layers/extra/vars/0"] = np.zeros(2, np.float32)
+    del arrays["layers/batch_normalization/vars/3"]
+    makers.write_archive(folder / "ckpt_3.keras", arrays, makers.config(units=6))
+    before = _names(folder)
+    _refused(
+        swa_avg("ckpt_*.keras"),
+        4,
+        "ckpt_3.keras: config.config.layers[0].config.units: expected 5 as in ckpt_10.keras, found 6",
+        "ckpt_3.keras: layers/batch_normalization/vars/3: missing; ckpt_10.keras has it as float32[5]",
+        "ckpt_3.keras: layers/dense/vars/0: expected float32[7, 5] as in ckpt_10.keras, found float32[7, 6]",
+        "ckpt_3.keras: layers/dense/vars/1: expected float32[5] as in ckpt_10.keras, found float64[5]",
+        "ckpt_3.keras: layers/extra/vars/0: extra float32[2]; ckpt_10.keras does not have it",
+    )
+    assert _names(folder) == before
+
+
+def test_compile_settings_may_differ(folder: Path, swa_avg: Cli) -> None:
+    settings = makers.config() | {"compile_config": {"optimizer": {"learning_rate": 0.5}}}
+    makers.write_archive(folder / "ckpt_3.keras", makers.weights(3), settings)
+    assert swa_avg("ckpt_*.keras").code == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_name_file_and_tensor(value: float, folder: Path, swa_avg: Cli) -> None:
+    for number in (3, 4):
+        arrays = makers.weights(number)
+        arrays["layers/dense/vars/1"][number] = value
+        makers.write_archive(folder / f"ckpt_{number}.keras", arrays)
+    before = _names(folder)
+    problem = "layers/dense/vars/1: holds NaN or infinity; leave this checkpoint out"
+    _refused(swa_avg("ckpt_*.keras"), 4, f"ckpt_3.keras: {problem}", f"ckpt_4.keras: {problem}")
+    assert _names(folder) == before
+
+
+def test_integers_that_are_no_counters_must_be_equal(tmp_path: Path, swa_avg: Cli) -> None:
+    for number in (1, 2):
+        arrays = {
+            "a/vars/0": np.arange(9, dtype=np.int64) + (number == 1),
+            "a/vars/1": np.int64(number),
+            "a/vars/2": np.array([number, 7], np.uint32),
+            "a/vars/3": np.array([True, False, True]),
+        }
+        makers.write_weights(tmp_path / f"ckpt_{number}.weights.h5", arrays)
+    first, second = (tmp_path / f"ckpt_{number}.weights.h5" for number in (1, 2))
+    problem = f"a/vars/0: holds integers that differ from {first.name}, and is not a counter"
+    _refused(swa_avg(first, second, "-o", tmp_path / "swa.weights.h5"), 4, f"{second}: {problem}")
+
+
+def test_quantized_and_lora_checkpoints_are_refused(tmp_path: Path, swa_avg: Cli) -> None:
+    settings = makers.config()
+    settings["config"]["layers"][0]["config"]["dtype"] = {
+        "class_name": "QuantizedFloat8DTypePolicy",
+        "config": {"mode": "float8", "source_name": "float32"},
+    }
+    path = makers.write_archive(tmp_path / "ckpt_1.keras", makers.weights(), settings)
+    _refused(
+        swa_avg(path, "-o", tmp_path / "swa.keras"),
+        4,
+        f"{path}: dense: is quantized (float8); codes and scales cannot be averaged: average before you quantize",
+    )
+    path = makers.write_weights(tmp_path / "q.weights.h5", {"layers/dense/vars/0": np.zeros((4, 4), np.int8)})
+    _refused(
+        swa_avg(path, "-o", tmp_path / "swa.weights.h5"),
+        4,
+        f"{path}: layers/dense/vars/0: holds int8 codes, which cannot be averaged: average before you quantize",
+    )
+    lora = {
+        "dense/dense/kernel": np.zeros((4, 4), np.float32),
+        "dense/dense/lora_kernel_a": np.zeros((4, 2), np.float32),
+    }
+    path = makers.write_legacy(tmp_path / "lora.h5", lora)
+    _refused(
+        swa_avg(path, "-o", tmp_path / "swa.h5"),
+        4,
+        f"{path}: dense/lora_kernel_a: is a LoRA factor, and factors do not average: save .keras or .weights.h5, "
+        "which merge them".replace("dense/lora", "model_weights/dense/dense/lora"),
+    )
+
+
+def test_formats_do_not_mix(folder: Path, swa_avg: Cli) -> None:
+    makers.write_weights(folder / "ckpt_3.weights.h5", makers.weights(3))
+    _refused(
+        swa_avg("ckpt_3.weights.h5", "ckpt_10.keras"),
+        4,
+        "ckpt_3.weights.h5: format: is a Keras weights; ckpt_10.keras is a .keras archive",
+    )
+
+
+def test_inputs_that_are_no_checkpoints(folder: Path, swa_avg: Cli) -> None:
+    Path("empty.keras").touch()
+    Path("text.keras").write_text("not a model")
+    Path("dir.keras").mkdir()
+    os.mkfifo("fifo.keras")
+    for name, problem in (
+        ("empty.keras", "empty.keras: the file is empty"),
+        (
+            "text.keras",
+            "text.keras: not a Keras checkpoint: neither a .keras archive, nor HDF5, nor a .weights.json",
+        ),
+        ("dir.keras", "dir.keras: not a regular file; name a checkpoint file"),
+        ("fifo.keras", "fifo.keras: not a regular file; name a checkpoint file"),
+        ("missing.keras", "missing.keras: no such file"),
+        ("/dev/zero", "/dev/zero: not a regular file; name a checkpoint file"),
+    ):
+        _refused(swa_avg(name, "-o", "swa.keras"), 3, problem)
+
+
+def test_a_damaged_archive_is_named_with_its_checksums(folder: Path, swa_avg: Cli) -> None:
+    data = bytearray(Path("ckpt_2.keras").read_bytes())
+    payload = makers.weights(2)["layers/dense/vars/0"].tobytes()
+    data[data.index(payload) + 5] ^= 1
+    Path("ckpt_2.keras").write_bytes(data)
+    ended = swa_avg("ckpt_*.keras")
+    assert ended.code == 3
+    assert ended.err.startswith("swa-avg: error: ckpt_2.keras: damaged: its CRC-32 is ")
+    assert ended.err.endswith("; leave this file out, or restore it\n")
+    assert not Path("swa.keras").exists()
+    assert swa_avg("ckpt_*.keras", "--no-verify").code == 0
+
+
+def test_names_from_files_are_printed_escaped(tmp_path: Path, swa_avg: Cli) -> None:
+    name = "layers/de\nn\x1b[31mse/vars/0"
+    for number, shape in ((1, 3), (2, 4)):
+        makers.write_weights(tmp_path / f"ckpt_{number}.weights.h5", {name: np.zeros(shape, np.float32)})
+    first = tmp_path / "ckpt_1.weights.h5"
+    _refused(
+        swa_avg(tmp_path / "ckpt_*.weights.h5", "-o", tmp_path / "swa.weights.h5"),
+        4,
+        f"{first}: layers/de\\nn\\x1b[31mse/vars/0: expected float32[4] as in ckpt_2.weights.h5, found float32[3]",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ((), "no checkpoints named; for example: swa-avg 'ckpt_*.keras' -o swa.keras"),
+        (("nothing_*.keras",), "no file matches 'nothing_*.keras'"),
+        (("ckpt_*.keras", "--last", "4"), "--last 4, but only 3 checkpoints were found"),
+        (("ckpt_*.keras", "--last", "0"), "--last is 0; expected 1 or more"),
+        (("ckpt_*.keras", "--every", "-1"), "--every is -1; expected 1 or more"),
+        (("ckpt_*.keras", "--epochs", "50:60"), "none of the 3 checkpoints was selected"),
+        (
+            ("ckpt_*.keras", "--epochs", "a:b"),
+            "--epochs 'a:b'; expected A:B or A:B:STEP, such as 140:150 or 100:200:10",
+        ),
+        (("ckpt_*.keras", "--method", "ema"), "--decay and --method ema go together; the method is ema"),
+        (("ckpt_*.keras", "--decay", "0.9"), "--decay and --method ema go together; the method is uniform"),
+        (
+            ("ckpt_*.keras", "--method", "weights", "--weights", "1,1"),
+            "--weights has 2 numbers for 3 checkpoints",
+        ),
+        (
+            ("ckpt_*.keras", "--method", "weights", "--weights", "1,1,1"),
+            "--weights sum to 3.0; expected finite numbers with sum 1",
+        ),
+        (
+            ("ckpt_*.keras", "--method", "weights", "--weights", "nan,0,1"),
+            "--weights sum to nan; expected finite numbers with sum 1",
+        ),
+        (
+            ("ckpt_*.keras", "--max-memory", "1M"),
+            "--max-memory 1048576 is too little; at least 67895296 bytes are needed",
+        ),
+    ],
+)
+def test_requests_that_cannot_be_met(
+    arguments: tuple[str, ...], problem: str, folder: Path, swa_avg: Cli
+) -> None:
+    before = _names(folder)
+    _refused(swa_avg(*arguments), 2, problem)
+    assert _names(folder) == before
+
+
+def test_unknown_options_end_with_one_line(swa_avg: Cli) -> None:
+    ended = swa_avg("--frobnicate")
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+    assert "--frobnicate" in ended.err
+
+
+def test_one_input_is_copied_bit_for_bit(folder: Path, swa_avg: Cli) -> None:
+    assert swa_avg("ckpt_1.keras", "-o", "swa.keras").code == 0
+    for name, value in oracle.read_arrays(Path("swa.keras")).items():
+        assert value.tobytes() == np.asarray(makers.weights(1)[name]).tobytes()
+
+
+def test_the_output_says_how_it_was_made(folder: Path, swa_avg: Cli) -> None:
+    import zipfile
+    import zlib
+
+    swa_avg("ckpt_*.keras")
+    with zipfile.ZipFile("swa.keras") as archive:
+        record = json.loads(archive.read("metadata.json"))["swa_avg"]
+    expected = [
+        {
+            "name": f"ckpt_{number}.keras",
+            "size": len(makers.store_bytes(makers.weights(number))),
+            "crc32": [f"{zlib.crc32(makers.store_bytes(makers.weights(number))):08x}"],
+            "coefficient": 1 / 3,
+        }
+        for number in (1, 2, 10)
+    ]
+    assert record["inputs"] == expected
+    assert (record["method"], record["optimizer"], record["template"]) == ("uniform", "keep", "ckpt_10.keras")
+
+
+def test_an_average_among_the_inputs_is_pointed_out(folder: Path, swa_avg: Cli) -> None:
+    swa_avg("ckpt_*.keras", "-o", "swa_3.keras")
+    ended = swa_avg("ckpt_10.keras", "swa_3.keras", "-o", "again.keras")
+    assert "warning: swa_3.keras is itself an average that swa-avg wrote\n" in ended.err
+
+
+def test_a_run_interrupted_half_way_leaves_nothing(folder: Path) -> None:
+    big = {"layers/dense/vars/0": np.zeros(40_000_000, np.float32)}
+    for number in (1, 2):
+        makers.write_weights(folder / f"big_{number}.weights.h5", big | {"vars/0": np.float32(number)})
+    code = "import os, signal, sys; from swa_avg import publish, cli\n" + (
+        "create = publish.Publication.create\n"
+        "def interrupted(self, name):\n"
+        "    file = create(self, name)\n"
+        "    os.kill(os.getpid(), getattr(signal, os.environ['SIGNAL']))\n"
+        "    return file\n"
+        "publish.Publication.create = interrupted\n"
+        "sys.argv = ['swa-avg', 'big_*.weights.h5', '-o', 'swa.weights.h5']\n"
+        "cli.main()\n"
+    )
+    before = _names(folder)
+    for name, exit_code in (("SIGINT", 130), ("SIGTERM", 143)):
+        environment = {**os.environ, "SIGNAL": name}
+        ended = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        word = "interrupted" if name == "SIGINT" else "terminated"
+        assert (ended.returncode, ended.stderr) == (exit_code, f"swa-avg: {word}; nothing was written\n")
+        assert _names(folder) == before
+
+
+def test_help_shows_the_options_of_the_default_command(swa_avg: Cli) -> None:
+    ended = swa_avg("--help")
+    assert ended.code == 0
+    assert ended.out.startswith("Usage: swa-avg [OPTIONS] [CHECKPOINTS]...\n")
+    assert "--bn-refresh" in ended.out or "--last N" in ended.out
+    assert "Commands:" in ended.out
+
+
+def test_completion_offers_options_commands_and_files() -> None:
+    from click.shell_completion import ShellComplete
+
+    from swa_avg.cli import main_group
+
+    complete = ShellComplete(main_group, {}, "swa-avg", "_SWA_AVG_COMPLETE")
+    assert "--last" in [item.value for item in complete.get_completions([], "--la")]
+    assert "--last" in [item.value for item in complete.get_completions(["a.keras"], "--la")]
+    assert "file" in [item.type for item in complete.get_completions([], "ck")]
+    assert "average" in [item.value for item in complete.get_completions([], "av")]
+    assert isinstance(main_group, click.Group)

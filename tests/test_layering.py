@@ -1,0 +1,66 @@
+"""Who may import whom (DESIGN: layering)."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import makers
+import pytest
+
+HEAVY = "{'keras', 'tensorflow', 'tf_keras', 'jax', 'torch'}"
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def _loaded(run_python: Run, code: str, modules: str, *arguments: object) -> str:
+    report = f"import sys\n{code}\nprint('LOADED', sorted({modules} & set(sys.modules)))"
+    ended = run_python(report, *arguments)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.rpartition("LOADED")[2].strip()
+
+
+def test_importing_the_package_loads_nothing_heavy(run_python: Run) -> None:
+    assert _loaded(run_python, "import swa_avg", HEAVY[:-1] + ", 'h5py', 'numpy'}") == "[]"
+
+
+def test_averaging_loads_neither_keras_nor_tensorflow(run_python: Run, tmp_path: Path) -> None:
+    for number in (1, 2):
+        makers.write_archive(tmp_path / f"ckpt_{number}.keras", makers.weights(number))
+    code = (
+        "from swa_avg import cli\n"
+        "try:\n    cli.main()\nexcept SystemExit as ended:\n    assert ended.code == 0, ended.code"
+    )
+    assert _loaded(run_python, code, HEAVY, tmp_path / "ckpt_*.keras", "-o", tmp_path / "swa.keras") == "[]"
+    assert (tmp_path / "swa.keras").exists()
+
+
+def test_help_loads_no_numpy_h5py_or_rich(run_python: Run) -> None:
+    code = "from swa_avg import cli\ntry:\n    cli.main()\nexcept SystemExit:\n    pass"
+    assert _loaded(run_python, code, "{'numpy', 'h5py', 'rich'}", "--help") == "[]"
+
+
+@pytest.mark.parametrize("module", ["plan", "methods", "policy", "schedules", "batchnorm.moments", "index"])
+def test_the_pure_modules_import_no_io(module: str) -> None:
+    package = Path(__file__).parents[1] / "swa_avg"
+    seen: set[Path] = set()
+    pending = [package / (module.replace(".", "/") + ".py")]
+    while pending:
+        path = pending.pop()
+        if path in seen or not path.exists():
+            continue
+        seen.add(path)
+        for line in path.read_text().splitlines():
+            if line.startswith(("import ", "from ")):  # what a function imports is its own affair
+                top = line.split()[1].split(".")
+                assert top[0] not in ("h5py", "click", "keras", "tensorflow", "jax"), f"{path}: {line}"
+                if top[0] == "swa_avg" and len(top) > 1:
+                    pending.append(package.joinpath(*top[1:]).with_suffix(".py"))
+    assert seen
+
+
+def test_formats_stay_below_the_plan() -> None:
+    package = Path(__file__).parents[1] / "swa_avg"
+    for path in (package / "formats").glob("*.py"):
+        for above in ("plan", "combine", "run", "cli", "policy", "publish"):
+            assert f"swa_avg.{above}" not in path.read_text(), path

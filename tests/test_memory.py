@@ -1,0 +1,43 @@
+"""Peak memory does not grow with the number or size of checkpoints."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import makers
+import numpy as np
+import pytest
+
+MEGABYTE = 2**20
+# Start-up: everything that averaging imports, and nothing averaged.
+START = "import swa_avg.run"
+AVERAGE = "import swa_avg, sys; swa_avg.average(sys.argv[2:], sys.argv[1], threads=2)"
+
+
+def _peak(code: str, *arguments: object) -> int:
+    """Return the peak resident bytes of a fresh process that runs `code`.
+
+    Not by getrusage, whose peak includes that of the process before exec: this one, with its large arrays.
+    """
+    report = f"{code}\nprint(open('/proc/self/status').read())"
+    command = [sys.executable, "-c", report, *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    (peak,) = (line.split()[1] for line in ended.stdout.splitlines() if line.startswith("VmHWM:"))
+    return int(peak) * 1024
+
+
+def _write(path: Path, values: int, number: int) -> Path:
+    return makers.write_weights(path, {"layers/dense/vars/0": np.full(values, number, np.float32)})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_bounded_in_size_and_number(tmp_path: Path) -> None:
+    start = _peak(START)
+    big = [_write(tmp_path / f"big_{n}.weights.h5", 64 * MEGABYTE // 4, n) for n in (1, 2, 3)]
+    many = [_write(tmp_path / f"many_{n}.weights.h5", 2 * MEGABYTE // 4, n) for n in range(60)]
+    huge = [_write(tmp_path / f"huge_{n}.weights.h5", 320 * MEGABYTE // 4, n) for n in (1, 2)]
+    for name, inputs in (("big", big), ("many", many), ("huge", huge)):
+        added = _peak(AVERAGE, tmp_path / f"{name}.weights.h5", *inputs) - start
+        assert added < 50 * MEGABYTE, name

@@ -1,0 +1,188 @@
+"""Checks before a byte is averaged, on checkpoints that exist in memory only."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import makers
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swa_avg.errors import MismatchError
+from swa_avg.formats.base import Checkpoint, Stage, Tensor
+from swa_avg.plan import config_differences, make_plan
+from swa_avg.policy import batchnorm_layers, treatment
+
+
+@dataclass(frozen=True)
+class Fake(Checkpoint):
+    def write(
+        self, image: Callable[[int], Iterator[bytes]], provenance: Callable[[], Any], stage: Stage
+    ) -> None:
+        raise NotImplementedError
+
+    def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
+        raise NotImplementedError
+
+
+def _tensor(
+    name: str, shape: tuple[int, ...] = (4,), dtype: str = "float32", offset: int = 0, **more: Any
+) -> Tensor:
+    return Tensor(name, shape, dtype, 0, offset, 4, **more)
+
+
+def _fake(name: str, *tensors: Tensor, **more: Any) -> Fake:
+    return Fake(Path(name), "fake", (".fake",), (), {tensor.name: tensor for tensor in tensors}, **more)
+
+
+def test_tensors_are_sorted_by_where_they_lie_and_split_by_treatment() -> None:
+    tensors = [
+        _tensor("b/vars/0", offset=300),
+        _tensor("a/vars/0", offset=100),
+        _tensor("alias/vars/0", offset=100),
+        _tensor("count", (), "int64", offset=500),
+        _tensor("table", (9,), "int64", offset=600),
+        _tensor("optimizer/vars/2", offset=700, role="optimizer"),
+    ]
+    plan = make_plan([_fake("one", *tensors), newest := _fake("two", *tensors)], newest, [0.5, 0.5])
+    assert [t.name for t in plan.averaged] == ["a/vars/0", "b/vars/0"]
+    assert [t.name for t in plan.compared] == ["table"]
+    assert [t.name for t in plan.copied] == ["count", "optimizer/vars/2"]
+    assert plan.dropped == ()
+
+
+def test_dropped_optimizer_state_is_the_models_own() -> None:
+    own = _tensor("optimizer/vars/2", offset=700, role="optimizer")
+    inner = _tensor("g_optimizer/vars/2", offset=800, role="optimizer")
+    newest = _fake("one", _tensor("a"), own, inner)
+    plan = make_plan([newest], newest, [1.0], drop_optimizer=True)
+    assert plan.dropped == (own,)
+    assert plan.copied == (inner,)
+
+
+def test_differing_optimizer_state_is_no_mismatch() -> None:
+    first = _fake("one", _tensor("a"))
+    second = _fake("two", _tensor("a"), _tensor("optimizer/vars/0", offset=9, role="optimizer"))
+    assert make_plan([first, second], second, [0.5, 0.5]).averaged == (second.tensors["a"],)
+
+
+def test_findings_beyond_a_hundred_are_counted() -> None:
+    newest = _fake("two", *(_tensor(f"layer{i}", offset=i) for i in range(150)))
+    with pytest.raises(MismatchError) as caught:
+        make_plan([_fake("one"), newest], newest, [0.5, 0.5])
+    assert len(caught.value.findings) == 101
+    assert str(caught.value).endswith("one: ...: and 50 more findings like these")
+
+
+def test_automatic_numbers_of_tensor_names_are_explained() -> None:
+    first, second = _fake("one", _tensor("conv2d_1/kernel")), _fake("two", _tensor("conv2d/kernel"))
+    with pytest.raises(MismatchError, match="only automatic numbers differ") as caught:
+        make_plan([first, second], second, [0.5, 0.5])
+    assert len(caught.value.findings) == 2
+
+
+def test_layer_names_of_equal_shapes_are_compared() -> None:
+    tensors = (_tensor("layers/dense/vars/0"),)
+    first = _fake("one", *tensors, layer_names={"layers/dense": "head"})
+    second = _fake("two", *tensors, layer_names={"layers/dense": "body"})
+    with pytest.raises(
+        MismatchError, match="one: layers/dense: expected layer 'body' as in two, found 'head'"
+    ):
+        make_plan([first, second], second, [0.5, 0.5])
+    renumbered = _fake("one", *tensors, layer_names={"layers/dense": "body_3"})
+    assert make_plan([renumbered, second], second, [0.5, 0.5])
+
+
+class TestConfigDifferences:
+    def test_equal_configurations_do_not_differ(self) -> None:
+        assert list(config_differences(makers.config(), copy.deepcopy(makers.config()))) == []
+
+    @given(st.sampled_from(["units", "name", "dtype"]), st.one_of(st.integers(), st.text(), st.none()))
+    def test_any_changed_setting_is_found_with_its_path(self, key: str, value: object) -> None:
+        changed = makers.config()
+        settings = changed["config"]["layers"][0]["config"]
+        if settings[key] == value:
+            return
+        settings[key] = value
+        if key == "name" and isinstance(value, str) and value.rstrip("0123456789") == "dense_":
+            return
+        assert [path for path, _, _ in config_differences(makers.config(), changed)] == [
+            f"config.config.layers[0].config.{key}"
+        ]
+
+    def test_numbers_that_keras_appends_are_exchanged_consistently(self) -> None:
+        one = {
+            "layers": [{"name": "conv2d", "inputs": ["input"]}, {"name": "conv2d_1", "inputs": ["conv2d"]}]
+        }
+        other = {
+            "layers": [
+                {"name": "conv2d_2", "inputs": ["input_1"]},
+                {"name": "conv2d_3", "inputs": ["conv2d_2"]},
+            ]
+        }
+        crossed = {
+            "layers": [
+                {"name": "conv2d_2", "inputs": ["input_1"]},
+                {"name": "conv2d_3", "inputs": ["conv2d_3"]},
+            ]
+        }
+        assert list(config_differences(one, other)) == []
+        assert [path for path, _, _ in config_differences(one, crossed)] == ["config.layers[1].inputs[0]"]
+
+    def test_a_numbered_class_is_another_class(self) -> None:
+        assert len(list(config_differences({"class_name": "Block_1"}, {"class_name": "Block_2"}))) == 1
+
+    def test_a_missing_and_an_extra_key_are_found(self) -> None:
+        assert list(config_differences({"a": 1}, {"b": 2})) == [
+            ("config.a", "1", "nothing"),
+            ("config.b", "nothing", "2"),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "expected"),
+    [
+        ("layers/dense/vars/0", (3, 3), "bfloat16", "average"),
+        ("layers/batch_normalization/vars/2", (3,), "float32", "average"),
+        ("layers/normalization/vars/2", (), "int64", "copy"),
+        ("layers/dropout/seed_generator/vars/0", (2,), "uint32", "copy"),
+        ("layers/lookup/vars/0", (40,), "int64", "compare"),
+        ("layers/mask/vars/0", (4, 4), "bool", "compare"),
+        ("layers/spectral_normalization/vars/1", (1, 8), "float32", "copy"),
+        ("layers/spectral_normalization/vars/0", (16, 8), "float32", "average"),
+        ("model_weights/sn/sn/vector_u", (1, 8), "float32", "copy"),
+    ],
+)
+def test_the_table_of_what_is_averaged(name: str, shape: tuple[int, ...], dtype: str, expected: str) -> None:
+    assert treatment(_tensor(name, shape, dtype)) == expected
+
+
+class TestBatchNormLayers:
+    def test_from_the_configuration(self) -> None:
+        assert batchnorm_layers(_fake("one", config=makers.config())) == ["bn"]
+
+    def test_from_the_names_of_a_legacy_file(self) -> None:
+        names = ("gamma:0", "beta:0", "moving_mean:0", "moving_variance:0")
+        tensors = [_tensor(f"stem/stem/{name}") for name in names]
+        assert batchnorm_layers(_fake("one", *tensors)) == ["stem"]
+
+    def test_from_the_group_of_a_weights_file_and_its_layer_name(self) -> None:
+        tensors = [_tensor(f"layers/batch_normalization_3/vars/{i}") for i in range(2)]
+        names = {"layers/batch_normalization_3": "stem_bn"}
+        assert batchnorm_layers(_fake("one", *tensors, layer_names=names)) == ["stem_bn"]
+
+    def test_from_four_vectors_of_one_length_in_a_subclassed_model(self) -> None:
+        assert batchnorm_layers(_fake("one", *(_tensor(f"norm1/vars/{i}") for i in range(4)))) == ["norm1"]
+
+    def test_no_false_alarm_for_other_layers(self) -> None:
+        dense = [_tensor("layers/dense/vars/0", (4, 4)), _tensor("layers/dense/vars/1")]
+        layer_norm = [
+            _tensor("layers/layer_normalization/vars/0"),
+            _tensor("layers/layer_normalization/vars/1"),
+        ]
+        assert batchnorm_layers(_fake("one", *dense, *layer_norm)) == []

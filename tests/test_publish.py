@@ -1,0 +1,92 @@
+"""All of an output, or nothing of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from swa_avg.errors import SystemRefusalError, UsageError
+from swa_avg.publish import Publication
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_files_appear_together_and_readable(tmp_path: Path) -> None:
+    with Publication(tmp_path / "swa.json", overwrite=False) as publication:
+        for name in ("swa_0.h5", "swa.json"):
+            publication.create(name).write(name.encode())
+        assert not {"swa_0.h5", "swa.json"} & set(_names(tmp_path))
+        publication.publish()
+    assert _names(tmp_path) == ["swa.json", "swa_0.h5"]
+    assert (tmp_path / "swa.json").read_bytes() == b"swa.json"
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "swa.json").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_nothing_is_left_after_an_error(tmp_path: Path) -> None:
+    def fail() -> None:
+        with Publication(tmp_path / "swa.h5", overwrite=True) as publication:
+            publication.create("swa.h5").write(b"half")
+            publication.scratch().write(b"scratch")
+            raise RuntimeError("bug")
+
+    (tmp_path / "swa.h5").write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="bug"):
+        fail()
+    assert _names(tmp_path) == ["swa.h5"]
+    assert (tmp_path / "swa.h5").read_bytes() == b"old"
+
+
+def test_a_file_that_appears_during_the_run_is_not_replaced(tmp_path: Path) -> None:
+    def run() -> None:
+        with Publication(tmp_path / "swa.h5", overwrite=False) as publication:
+            publication.create("swa.h5").write(b"ours")
+            (tmp_path / "swa.h5").write_bytes(b"theirs")
+            publication.publish()
+
+    with pytest.raises(UsageError, match="exists; name another one, or add --overwrite"):
+        run()
+    assert _names(tmp_path) == ["swa.h5"]
+    assert (tmp_path / "swa.h5").read_bytes() == b"theirs"
+
+
+def test_a_system_error_is_named_with_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run() -> None:
+        with Publication(tmp_path / "swa.h5", overwrite=False) as publication:
+            publication.create("swa.h5").write(b"ours")
+            publication.publish()
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemRefusalError, match=r"cannot write: No space left on device") as caught:
+        run()
+    assert caught.value.filename == str(tmp_path / "swa.h5")
+    assert _names(tmp_path) == []
+
+
+def test_the_file_is_durable_before_it_is_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    fsync, link = os.fsync, os.link
+
+    def traced_fsync(descriptor: int) -> None:
+        calls.append("fsync folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "fsync file")  # noqa: PTH112
+        fsync(descriptor)
+
+    def traced_link(source: Path, target: Path) -> None:
+        calls.append("link")
+        link(source, target)
+
+    monkeypatch.setattr(os, "fsync", traced_fsync)
+    monkeypatch.setattr(os, "link", traced_link)
+    with Publication(tmp_path / "swa.h5", overwrite=False) as publication:
+        publication.create("swa.h5").write(b"data")
+        publication.publish()
+    assert calls == ["fsync file", "link", "fsync folder"]

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from swa_avg.errors import UsageError
+from swa_avg.selection import epoch_number, expand, natural_key, parse_epochs, select
+
+
+def test_order_is_natural() -> None:
+    names = ["ckpt_10.keras", "ckpt_2.keras", "ckpt_1.keras", "b/x.h5", "a/x.h5", "ckpt_02b.keras"]
+    assert [str(p) for p in sorted(map(Path, names), key=natural_key)] == [
+        "a/x.h5", "b/x.h5", "ckpt_1.keras", "ckpt_2.keras", "ckpt_02b.keras", "ckpt_10.keras",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("ckpt_0010.keras", 10),
+        ("weights.05-0.32.hdf5", 5),
+        ("w.07-0.32.weights.h5", 7),
+        ("resnet50_ckpt_140.weights.json", 140),
+        ("epoch12.h5", 12),
+        ("best.keras", None),
+        ("model-0.91.keras", None),
+    ],
+)
+def test_the_epoch_is_the_last_whole_number(name: str, number: int | None) -> None:
+    assert epoch_number(Path(name)) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("3:5", [3, 4, 5]), ("1:9:4", [1, 5, 9]), (":2", [0, 1, 2]), ("7", [7]), ("5:4", [])],
+)
+def test_epoch_ranges_include_both_ends(text: str, numbers: list[int]) -> None:
+    assert list(parse_epochs(text)) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "a", "1:2:0", "1-2", "1:2:3:4", "-1:3"])
+def test_other_epoch_ranges_are_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        list(parse_epochs(text)) if text else parse_epochs("x")
+
+
+def test_open_ended_epochs_reach_the_newest(tmp_path: Path) -> None:
+    paths = [tmp_path / f"ckpt_{number}.keras" for number in range(1, 6)]
+    for path in paths:
+        path.touch()
+    assert select(paths, epochs="4:") == paths[3:]
+
+
+def test_filters_apply_in_order_epochs_last_every(tmp_path: Path) -> None:
+    paths = [tmp_path / f"ckpt_{number}.keras" for number in range(1, 21)]
+    for path in paths:
+        path.touch()
+    chosen = select(paths, epochs="5:18", last=7, every=3)
+    assert [epoch_number(path) for path in chosen] == [12, 15, 18]
+
+
+def test_names_with_pattern_characters_are_taken_literally_if_they_exist(tmp_path: Path) -> None:
+    path = tmp_path / "run[1].keras"
+    path.touch()
+    assert expand([path]) == [path]
+
+
+def test_undecodable_names_are_files_too(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/ck\xff_1.keras"))
+    path.touch()
+    assert expand([tmp_path / "*.keras"]) == [path]
