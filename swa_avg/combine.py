@@ -57,11 +57,8 @@ class _Block:
         )
 
 
-@dataclass(frozen=True)
-class _Result:
-    data: NDArray[np.uint8]
-    checksums: tuple[int, ...]
-    """CRC-32 of the block's bytes in each input that has the template's layout, when verifying."""
+_Underway = tuple[_Block, "NDArray[np.uint8]", "Future[list[int]]"]
+"""A block, the buffer that it is averaged into, and the work."""
 
 
 @dataclass
@@ -88,7 +85,7 @@ class Combiner:
         self.checksums = [[image.crc32 for image in source.images] for source in self.plan.inputs]
 
     def image(self, index: int) -> Iterator[memoryview]:
-        """Yield the bytes of the output's image `index`, in order.
+        """Yield the bytes of the output's image `index`; each view is good until the next is asked for.
 
         Averages are summed in float64 in checkpoint order (a uniform average is the plain sum, divided once)
         and rounded once to the stored type, ties to even.
@@ -101,34 +98,41 @@ class Combiner:
         template = self.plan.template
         shared = [n for n, source in enumerate(self.plan.inputs) if source.tensors is template.tensors]
         running = [0] * len(shared)
-        under_way: deque[tuple[_Block, Future[_Result]]] = deque()
-        blocks = _blocks(self.plan, index, template.images[index].size, self.block_bytes)
+        free = [np.empty(self.block_bytes, np.uint8) for _ in range(_PENDING * self.threads)]
+        under_way: deque[_Underway] = deque()
         try:
-            for block in blocks:
-                under_way.append((block, self.executor.submit(self._combine, block)))
-                if len(under_way) >= _PENDING * self.threads:
-                    yield self._take(under_way, running)
+            for block in _blocks(self.plan, index, template.images[index].size, self.block_bytes):
+                if not free:
+                    yield from self._take(under_way, free, running)
+                output = free.pop()
+                work = self.executor.submit(self._combine, block, output[: block.stop - block.start])
+                under_way.append((block, output, work))
             while under_way:
-                yield self._take(under_way, running)
+                yield from self._take(under_way, free, running)
         finally:
-            for _, future in under_way:
-                future.cancel()
+            for _, _, work in under_way:
+                work.cancel()
         if self.verify:
             for position, source in enumerate(shared):
                 self._verified(source, index, running[position])
             for source in set(range(len(self.plan.inputs))) - set(shared):
                 self._verified(source, index, self._checksum(self.plan.inputs[source].images[index]))
 
-    def _take(self, under_way: deque[tuple[_Block, Future[_Result]]], running: list[int]) -> memoryview:
-        block, future = under_way.popleft()
+    def _take(
+        self, under_way: deque[_Underway], free: list[NDArray[np.uint8]], running: list[int]
+    ) -> Iterator[memoryview]:
+        """Yield the first block under way; once the next is asked for, its buffer is free again."""
+        block, output, work = under_way.popleft()
         try:
-            result = future.result()
+            checksums = work.result()
         except _UnfitError:
             raise MismatchError(list(_unfit(self.plan, self.block_bytes))) from None
+        size = block.stop - block.start
         self.progress(block.cost(self.plan, self.verify))
-        for position, checksum in enumerate(result.checksums):
-            running[position] = crc32_combine(running[position], checksum, block.stop - block.start)
-        return result.data.data
+        for position, checksum in enumerate(checksums):
+            running[position] = crc32_combine(running[position], checksum, size)
+        yield output[:size].data
+        free.append(output)
 
     def _verified(self, source: int, index: int, checksum: int) -> None:
         image = self.plan.inputs[source].images[index]
@@ -143,14 +147,17 @@ class Combiner:
             checksum = crc32(image.read(start, min(self.block_bytes, image.size - start)), checksum)
         return checksum
 
-    def _combine(self, block: _Block) -> _Result:
-        """Average one block; runs on any thread."""
+    def _combine(self, block: _Block, output: NDArray[np.uint8]) -> list[int]:
+        """Average one block into `output`, on any thread.
+
+        Return the CRC-32 of the block's bytes in each input of the template's layout, when verifying.
+        """
         template = self.plan.template
-        output = np.empty(block.stop - block.start, np.uint8)
         checksums = []
         sums = None
+        raw = output
         for number, source in enumerate(self.plan.inputs):
-            raw = self._buffer(block)
+            raw = self._buffer(block) if block.pieces else output
             if source.tensors is template.tensors and (self.verify or source is template):
                 source.images[block.image].read_into(raw.data, block.start)
                 if self.verify:
@@ -160,13 +167,13 @@ class Combiner:
             if block.pieces:
                 sums = sums or _Sums(block, raw, self._accumulator(block))
                 sums.add(number, self.plan)
-        if self.plan.inputs[-1] is template:
-            output[:] = raw  # read last, and whole
-        else:
+        if self.plan.inputs[-1] is not template:
             template.images[block.image].read_into(output.data, block.start)
+        elif raw is not output:
+            output[:] = raw  # the newest input, read last, and whole
         if sums is not None:
             sums.finish(self.plan, output, block)
-        return _Result(output, tuple(checksums))
+        return checksums
 
     def _buffer(self, block: _Block) -> NDArray[np.uint8]:
         """Return this thread's input buffer, so shifted that a float at the first piece is aligned."""
@@ -368,4 +375,4 @@ def block_memory(block_bytes: int, threads: int) -> int:
     A thread holds one block of input, its float64 sums (up to four times as many bytes, of two-byte
     values) and as much again while converting.
     """
-    return block_bytes * (threads * (1 + 2 * 4) + _PENDING * threads + 1)
+    return block_bytes * threads * (1 + 2 * 4 + _PENDING)

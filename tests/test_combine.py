@@ -83,7 +83,8 @@ def _combined(paths: list[Path], block_bytes: int, threads: int, *, verify: bool
     checkpoints = [open_checkpoint(path) for path in paths]
     plan = make_plan(checkpoints, checkpoints[-1], [1 / len(paths)] * len(paths))
     with ThreadPoolExecutor(threads) as executor:
-        data = b"".join(Combiner(plan, executor, block_bytes, threads, verify).image(0))
+        combiner = Combiner(plan, executor, block_bytes, threads, verify)
+        data = b"".join(map(bytes, combiner.image(0)))
     tensors = checkpoints[-1].tensors
     for checkpoint in checkpoints:
         checkpoint.close()

@@ -13,6 +13,7 @@ from typing import IO, Any
 from swa_avg.errors import UnreadableError
 from swa_avg.formats.base import Buffer, Checkpoint, Image, ImageFile, Provenance, Stage, open_file
 from swa_avg.formats.hdf5 import Hdf5Checkpoint, is_keras_store, layer_names, read_layout, strip
+from swa_avg.formats.stored_zip import StoredZip
 from swa_avg.strict_json import parse_json
 
 __all__ = ["SIGNATURE", "ArchiveCheckpoint", "open_archive"]
@@ -38,24 +39,18 @@ class ArchiveCheckpoint(Checkpoint):
         self, image: Callable[[int], Iterator[Buffer]], provenance: Callable[[], Provenance], stage: Stage
     ) -> None:
         assert self.archive is not None
-        file = stage.create(stage.output.name)
-        with zipfile.ZipFile(file, "w") as output:
-            for member in self.archive.infolist():
-                # Same name, time and attributes as the template's, so that equal inputs give equal bytes.
-                copy = zipfile.ZipInfo(member.filename, member.date_time)
-                copy.external_attr, copy.create_system = member.external_attr, member.create_system
-                with output.open(copy, "w", force_zip64=member.file_size >= zipfile.ZIP64_LIMIT) as target:
-                    if member.filename == _WEIGHTS:
-                        for chunk in image(0):
-                            target.write(chunk)
-                    elif member.filename == _METADATA:
-                        target.write(
-                            json.dumps({**(self.metadata or {}), _PROVENANCE: provenance()}).encode()
-                        )
-                    else:
-                        with self.archive.open(member) as source:
-                            while chunk := source.read(_CHUNK):
-                                target.write(chunk)
+        output = StoredZip(stage.create(stage.output.name))
+        # Names, times and attributes are the template's, so that equal inputs give equal bytes.
+        for member in self.archive.infolist():
+            if member.filename == _WEIGHTS:
+                output.add(member, self.images[0].size, image(0))
+            elif member.filename == _METADATA:
+                metadata = json.dumps({**(self.metadata or {}), _PROVENANCE: provenance()}).encode()
+                output.add(member, len(metadata), [metadata])
+            else:
+                with self.archive.open(member) as source:
+                    output.add(member, member.file_size, iter(lambda: source.read(_CHUNK), b""))
+        output.finish()
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         return replace(self, **strip(self, ("optimizer",), scratch))
