@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
-import makers
 import numpy as np
-import oracle
 import pytest
+
+import makers
+import oracle
 from conftest import Ended
 
 Cli = Callable[..., Ended]

@@ -7,13 +7,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import h5py
-import makers
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import makers
+import oracle
 from swa_avg import average
 from swa_avg.combine import Combiner, round_to_bfloat16
 from swa_avg.formats import open_checkpoint

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
-from conftest import CORPUS, Ended
 
+import oracle
+from conftest import CORPUS, Ended
 from swa_avg import average
 from swa_avg.formats import open_checkpoint
 from swa_avg.policy import resolve_dtypes

@@ -12,9 +12,9 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 
+import oracle
 from swa_avg import average
 
 pytestmark = pytest.mark.keras

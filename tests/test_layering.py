@@ -6,8 +6,9 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import makers
 import pytest
+
+import makers
 
 HEAVY = "{'keras', 'tensorflow', 'tf_keras', 'jax', 'torch'}"
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import makers
 import numpy as np
 import pytest
+
+import makers
 
 MEGABYTE = 2**20
 # Start-up: everything that averaging imports, and nothing averaged.

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import makers
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import makers
 from swa_avg.errors import MismatchError
 from swa_avg.formats.base import Checkpoint, Stage, Tensor
 from swa_avg.plan import config_differences, make_plan

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import makers
 import numpy as np
-import oracle
 import pytest
 
+import makers
+import oracle
 from swa_avg import average
 from swa_avg.errors import SwaAvgError, UnreadableError
 from swa_avg.formats import open_checkpoint

@@ -1,0 +1,32 @@
+"""Put the current help text, and what demo.sh printed (a file named as argument), into README.md."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def replace(text: str, marker: str, block: str) -> str:
+    pattern = rf"(<!-- {marker} -->\n```\n).*?(```\n<!-- /{marker} -->)"
+    return re.sub(pattern, lambda match: match[1] + block + match[2], text, flags=re.DOTALL)
+
+
+def main() -> None:
+    text = README.read_text()
+    command = [str(Path(sys.executable).with_name("swa-avg")), "--help"]
+    environment = {**os.environ, "COLUMNS": "80"}
+    text = replace(
+        text,
+        "help",
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout,
+    )
+    if len(sys.argv) > 1:
+        text = replace(text, "demo", Path(sys.argv[1]).read_text())
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

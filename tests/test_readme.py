@@ -1,0 +1,31 @@
+"""What the README says of the command line is what the command line says of itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import Ended
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_help_text_is_current(swa_avg: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    block = re.search(r"<!-- help -->\n```\n(.*?)```\n<!-- /help -->", README, re.DOTALL)
+    assert block is not None
+    assert block.group(1) == swa_avg("--help").out
+
+
+def test_every_test_file_that_holds_a_guarantee_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)`", README)
+    assert named
+    for name in named:
+        assert (Path(__file__).parents[1] / name).exists(), name
+
+
+def test_the_set_up_commands_are_the_scripts() -> None:
+    assert "\nbash scripts/demo.sh\nbash scripts/test.sh\n" in README
