@@ -8,9 +8,11 @@ export TF_CPP_MIN_LOG_LEVEL=3 CUDA_VISIBLE_DEVICES=
 make_venv .venv -e ".[tensorflow,test]"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-"$PYTHON" scripts/demo.py train "$work"
+quietly() { "$@" 2>"$work/log" || { cat "$work/log" >&2; exit 1; }; } # TensorFlow greets on standard error
+
+quietly "$PYTHON" scripts/demo.py train "$work"
 cd "$work"
 echo '$ swa-avg ckpt_*.keras -o swa.keras'
 "${PYTHON%/*}/swa-avg" ckpt_*.keras -o swa.keras
 cd - >/dev/null
-"$PYTHON" scripts/demo.py compare "$work"
+quietly "$PYTHON" scripts/demo.py compare "$work"

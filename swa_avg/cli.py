@@ -89,11 +89,12 @@ def main_group() -> None:
 @click.option(
     "-o", "--output", type=click.Path(), help="Where the average goes.  [default: swa + the inputs' suffix]"
 )
-@click.option("--last", type=int, metavar="N", help="Only the last N checkpoints.")
+@click.option("--epochs", metavar="A:B[:STEP]", help="Only these epochs, both ends included.")
+@click.option("--best", type=int, metavar="N", help="Of these, the best N by a metric in checkpoints.json.")
+@click.option("--monitor", metavar="NAME", help="That metric.  [default: the monitored one]")
+@click.option("--mode", type=click.Choice(["min", "max"]), help="Whether less or more of it is better.")
+@click.option("--last", type=int, metavar="N", help="Of these, the last N.")
 @click.option("--every", type=int, metavar="K", help="Of these, every K-th, counted back from the newest.")
-@click.option(
-    "--epochs", metavar="A:B[:STEP]", help="Only these epochs, both ends included, by the number in the name."
-)
 @click.option(
     "--method",
     type=click.Choice(["uniform", "ema", "power-ema", "weights"]),
@@ -132,7 +133,8 @@ def average(
     """Average Keras checkpoints into one model, exactly, in bounded memory, without TensorFlow.
 
     CHECKPOINTS are .keras, .weights.h5, .h5 or .weights.json files of one training run, named or as quoted
-    patterns. They are taken in natural order, ckpt_2 before ckpt_10.
+    patterns. They are taken in natural order, ckpt_2 before ckpt_10. Without any, the checkpoints.json that
+    CheckpointSaver left in the current folder says which.
 
     \b
     swa-avg ckpt_*.keras -o swa.keras

@@ -19,7 +19,7 @@ from swa_avg.plan import Plan, make_plan
 from swa_avg.policy import batchnorm_layers, resolve_dtypes
 from swa_avg.provenance import describe
 from swa_avg.publish import Publication, check_output
-from swa_avg.selection import epoch_number, expand, select
+from swa_avg.selection import epochs_of, expand, select
 
 __all__ = ["Progress", "Report", "average"]
 
@@ -50,12 +50,15 @@ class Report:
 
 
 def average(
-    inputs: Sequence[str | Path],
+    inputs: Sequence[str | Path] = (),
     output: str | Path | None = None,
     *,
+    epochs: str | None = None,
+    best: int | None = None,
+    monitor: str | None = None,
+    mode: str | None = None,
     last: int | None = None,
     every: int | None = None,
-    epochs: str | None = None,
     method: str = "uniform",
     decay: float | None = None,
     sigma_rel: float | None = None,
@@ -78,12 +81,17 @@ def average(
 
     Args:
         inputs: Names and shell patterns of checkpoints of one format. Their training order is the natural
-            order of the names (`ckpt_2` before `ckpt_10`), in whichever order they are given.
+            order of the names (`ckpt_2` before `ckpt_10`), in whichever order they are given. Without any:
+            those that `checkpoints.json` in the current folder names, in its order.
         output: Where the average is written; `swa` + the inputs' suffix by default. From `.keras` inputs it
             may end with `.weights.h5`.
-        last: Use only the last so many.
+        epochs: Use only these epochs: `A:B[:STEP]`, both ends included; by the index beside the checkpoints,
+            else by the last whole number in each name.
+        best: Of these, the best so many by a metric in the index.
+        monitor: That metric; the one that the index monitors by default.
+        mode: `min` or `max`, for a metric that the index does not monitor.
+        last: Of these, the last so many.
         every: Of these, every so many-th, counted back from the newest.
-        epochs: `A:B[:STEP]`, both ends included, by the last whole number in each name.
         method: `uniform`; `ema` with `decay`; `power-ema` with `sigma_rel`; `weights` with `weights`.
         decay: Share in [0, 1) that each step of `ema` keeps.
         sigma_rel: Width of the `power-ema` profile relative to the length of training, in (0, 0.2887).
@@ -106,7 +114,7 @@ def average(
     named = expand(inputs)
     target = Path(output) if output is not None else Path("swa" + _suffix(named[-1]))
     _check_not_an_input(target, named)
-    paths = select(named, epochs=epochs, last=last, every=every)
+    paths = select(named, epochs=epochs, best=best, monitor=monitor, mode=mode, last=last, every=every)
     check_output(target, overwrite=overwrite)
     coefficients = _coefficients(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
     block_bytes, threads = _fit(max_memory, threads or min(4, os.cpu_count() or 1))
@@ -178,10 +186,9 @@ def _coefficients(
     if decay is not None:
         return methods.ema(len(paths), decay)
     if sigma_rel is not None:
-        numbers = [epoch_number(path) for path in paths]
-        if None in numbers:
-            raise UsageError("--method power-ema needs the epoch as a number in each name")
-        return methods.power_ema([float(number) for number in numbers if number is not None], sigma_rel)
+        return methods.power_ema(
+            [float(epoch) for epoch in epochs_of(paths, "--method power-ema")], sigma_rel
+        )
     if weights is not None:
         return methods.given(len(paths), weights)
     return methods.uniform(len(paths))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import glob
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
+from swa_avg.index import INDEX_NAME, Entry, Index, read_index
 
-__all__ = ["epoch_number", "expand", "natural_key", "parse_epochs", "select"]
+__all__ = ["epoch_number", "epochs_of", "expand", "natural_key", "parse_epochs", "read_indices", "select"]
 
 _DECIMALS = re.compile(r"(?<![\d.])\d+\.\d+")
 _EPOCHS = re.compile(r"(\d+)?:(\d+)?(?::(\d+))?$|(\d+)$")
@@ -46,10 +48,14 @@ def parse_epochs(text: str) -> range:
 def expand(patterns: Sequence[str | Path]) -> list[Path]:
     """Return the files that names and shell patterns stand for, in natural order.
 
+    With no pattern, those that the index of the current folder names, in training order.
+
     Raises:
-        UnreadableError: a name that is no pattern does not exist.
-        UsageError: nothing was named, or a pattern matches nothing.
+        UnreadableError: a name that is no pattern does not exist, or the index names a file that is missing.
+        UsageError: a pattern matches nothing, or nothing was named and there is no index.
     """
+    if not patterns:
+        return _indexed(Path())
     paths: list[Path] = []
     for pattern in patterns:
         path = Path(pattern)
@@ -58,35 +64,94 @@ def expand(patterns: Sequence[str | Path]) -> list[Path]:
                 raise UnreadableError(path, "no such file")
             paths.append(path)
             continue
-        matches = [Path(match) for match in glob.glob(str(pattern))]  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        matches = [Path(match) for match in glob.glob(str(pattern))]  # noqa: PTH207 (takes absolute patterns)
         if not matches:
             raise UsageError(f"no file matches {str(pattern)!r}")
         paths.extend(matches)
-    if not paths:
-        raise UsageError("no checkpoints named; for example: swa-avg 'ckpt_*.keras' -o swa.keras")
     return sorted(paths, key=natural_key)
 
 
+def _indexed(folder: Path) -> list[Path]:
+    index_path = folder / INDEX_NAME
+    if not index_path.exists():
+        raise UsageError(
+            f"no checkpoints named, and no {INDEX_NAME} here; such as: swa-avg 'ckpt_*.keras' -o swa.keras"
+        )
+    paths = [folder / entry.file for entry in read_index(index_path).entries]
+    for path in paths:
+        if not path.exists():
+            hint = "name the checkpoints themselves, or restore it"
+            raise UnreadableError(index_path, f"names {path.name}, which is not there", hint=hint)
+    if not paths:
+        raise UsageError(f"{index_path} names no checkpoints")
+    return paths
+
+
+def read_indices(paths: Sequence[Path]) -> dict[Path, tuple[Index, Entry]]:
+    """Return what the indices beside the files, if there are any, say of each.
+
+    Raises:
+        UnreadableError: an index is damaged.
+    """
+    known = {}
+    for folder in dict.fromkeys(path.parent for path in paths):
+        if (folder / INDEX_NAME).exists():
+            index = read_index(folder / INDEX_NAME)
+            known.update({folder / entry.file: (index, entry) for entry in index.entries})
+    return {path: known[path] for path in paths if path in known}
+
+
+def epochs_of(paths: Sequence[Path], purpose: str) -> list[int]:
+    """Return each checkpoint's epoch: by the index beside it, else the last whole number in its name.
+
+    Raises:
+        UsageError: neither says it; `purpose` is the option that needs it.
+    """
+    indexed = read_indices(paths)
+    epochs = []
+    for path in paths:
+        number = indexed[path][1].epoch if path in indexed else epoch_number(path)
+        if number is None:
+            raise UsageError(
+                f"{purpose} needs the epoch in an index or as a number in each name; {path.name} has none"
+            )
+        epochs.append(number)
+    return epochs
+
+
 def select(
-    paths: Sequence[Path], *, epochs: str | None = None, last: int | None = None, every: int | None = None
+    paths: Sequence[Path],
+    *,
+    epochs: str | None = None,
+    best: int | None = None,
+    monitor: str | None = None,
+    mode: str | None = None,
+    last: int | None = None,
+    every: int | None = None,
 ) -> list[Path]:
-    """Choose among files in natural order: by epoch, then the last N, then every K-th counted from the end.
+    """Choose among files in training order, and keep that order.
+
+    By epoch, then the best N by a metric of the index, then the last N, then every K-th counted from the end.
 
     Raises:
         MismatchError: two names lead to one file.
-        UsageError: a file has no number to select by, or nothing is left.
+        UnreadableError: an index is damaged.
+        UsageError: what to select by is not known of a file, or nothing is left.
     """
     _check_distinct(paths)
     chosen = list(paths)
-    if epochs is not None:
-        wanted = parse_epochs(epochs)
-        for path in chosen:
-            if epoch_number(path) is None:
-                raise UsageError(f"--epochs needs a number in each name; {path.name} has none")
-        chosen = [path for path in chosen if epoch_number(path) in wanted]
-    for option, number in (("--last", last), ("--every", every)):
+    for option, number in (("--best", best), ("--last", last), ("--every", every)):
         if number is not None and number < 1:
             raise UsageError(f"{option} is {number}; expected 1 or more")
+    if best is None and (monitor is not None or mode is not None):
+        raise UsageError("--monitor and --mode go with --best")
+    if epochs is not None:
+        wanted = parse_epochs(epochs)
+        chosen = [
+            path for path, epoch in zip(chosen, epochs_of(chosen, "--epochs"), strict=True) if epoch in wanted
+        ]
+    if best is not None:
+        chosen = _best(chosen, best, monitor, mode)
     if last is not None:
         if last > len(chosen):
             raise UsageError(f"--last {last}, but only {len(chosen)} checkpoints were found")
@@ -96,6 +161,33 @@ def select(
     if not chosen:
         raise UsageError(f"none of the {len(paths)} checkpoints was selected")
     return chosen
+
+
+def _best(paths: Sequence[Path], count: int, monitor: str | None, mode: str | None) -> list[Path]:
+    """Return the best `count` files by a metric, in training order; of equals the newer."""
+    indexed = read_indices(paths)
+    missing = [path.name for path in paths if path not in indexed]
+    if missing:
+        raise UsageError(f"--best goes by the metrics in {INDEX_NAME}, which does not name {missing[0]}")
+    if count > len(paths):
+        raise UsageError(f"--best {count}, but only {len(paths)} checkpoints were found")
+    values = []
+    for path in paths:
+        index, entry = indexed[path]
+        name = monitor or index.monitor
+        if name is None:
+            raise UsageError("--best needs --monitor NAME: the index monitors no metric")
+        if name not in entry.metrics:
+            raise UsageError(
+                f"{path.name} has no metric {name!r} in the index, but {', '.join(entry.metrics) or 'none'}"
+            )
+        direction = mode or (index.mode if name == index.monitor else None)
+        if direction is None:
+            raise UsageError(f"--monitor {name} needs --mode min or --mode max")
+        value = entry.metrics[name]
+        values.append(math.inf if math.isnan(value) else -value if direction == "max" else value)
+    ranked = sorted(range(len(paths)), key=lambda position: (values[position], -position))
+    return [paths[position] for position in sorted(ranked[:count])]
 
 
 def _check_distinct(paths: Sequence[Path]) -> None:

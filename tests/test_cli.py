@@ -114,6 +114,71 @@ def test_selection_is_by_natural_order_and_inclusive_epochs(folder: Path, swa_av
     assert chosen("--epochs", "2") == ["ckpt_2.keras"]
 
 
+def _index(folder: Path, **settings: object) -> None:
+    entries = [
+        {"file": f"ckpt_{n}.keras", "epoch": n + 100, "metrics": {"val_loss": loss, "val_accuracy": 1 - loss}}
+        for n, loss in ((1, 0.3), (2, 0.1), (10, 0.2))
+    ]
+    index = {"version": 1, "monitor": "val_loss", "mode": "min", "checkpoints": entries} | settings
+    (folder / "checkpoints.json").write_text(json.dumps(index))
+
+
+def test_the_index_of_the_current_folder_says_which(folder: Path, swa_avg: Cli) -> None:
+    makers.write_archive(folder / "ckpt_11.keras", makers.weights(11))
+    _index(folder)
+    ended = swa_avg("--json", "-q")
+    assert [entry["path"] for entry in json.loads(ended.out)["inputs"]] == [
+        "ckpt_1.keras",
+        "ckpt_2.keras",
+        "ckpt_10.keras",
+    ]
+    assert Path("swa.keras").exists()
+
+
+def test_the_index_ranks_and_numbers(folder: Path, swa_avg: Cli) -> None:
+    _index(folder)
+
+    def chosen(*options: str) -> list[str]:
+        ended = swa_avg("--dry-run", "--json", *options)
+        return [entry["path"] for entry in json.loads(ended.out)["inputs"]]
+
+    assert chosen("--best", "2") == ["ckpt_2.keras", "ckpt_10.keras"]
+    assert chosen("--best", "1", "--monitor", "val_accuracy", "--mode", "min") == ["ckpt_1.keras"]
+    assert chosen("ckpt_1.keras", "ckpt_2.keras", "--best", "1") == ["ckpt_2.keras"]
+    assert chosen("--epochs", "101:102") == ["ckpt_1.keras", "ckpt_2.keras"]
+
+
+def test_an_index_that_does_not_fit_is_reported(folder: Path, swa_avg: Cli) -> None:
+    _index(folder)
+    _refused(
+        swa_avg("--best", "1", "--monitor", "val_accuracy"),
+        2,
+        "--monitor val_accuracy needs --mode min or --mode max",
+    )
+    _refused(
+        swa_avg("--best", "1", "--monitor", "auc"),
+        2,
+        "ckpt_1.keras has no metric 'auc' in the index, but val_loss, val_accuracy",
+    )
+    _refused(swa_avg("--best", "4"), 2, "--best 4, but only 3 checkpoints were found")
+    _refused(swa_avg("--mode", "max"), 2, "--monitor and --mode go with --best")
+    makers.write_archive(folder / "ckpt_11.keras", makers.weights(11))
+    _refused(
+        swa_avg("ckpt_*.keras", "--best", "1"),
+        2,
+        "--best goes by the metrics in checkpoints.json, which does not name ckpt_11.keras",
+    )
+    Path("ckpt_2.keras").unlink()
+    _refused(
+        swa_avg(),
+        3,
+        "checkpoints.json: names ckpt_2.keras, which is not there; name the checkpoints themselves, or restore it",
+    )
+    _index(folder, version=9)
+    assert swa_avg().err.startswith("swa-avg: error: checkpoints.json: ")
+    assert swa_avg("ckpt_*.keras").code == 0
+
+
 def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path, swa_avg: Cli) -> None:
     before = _names(folder)
     ended = swa_avg("ckpt_*.keras", "--dry-run", "--optimizer", "drop")
@@ -357,7 +422,10 @@ def test_names_from_files_are_printed_escaped(tmp_path: Path, swa_avg: Cli) -> N
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ((), "no checkpoints named; for example: swa-avg 'ckpt_*.keras' -o swa.keras"),
+        (
+            (),
+            "no checkpoints named, and no checkpoints.json here; such as: swa-avg 'ckpt_*.keras' -o swa.keras",
+        ),
         (("nothing_*.keras",), "no file matches 'nothing_*.keras'"),
         (("ckpt_*.keras", "--last", "4"), "--last 4, but only 3 checkpoints were found"),
         (("ckpt_*.keras", "--last", "0"), "--last is 0; expected 1 or more"),

@@ -1,0 +1,391 @@
+"""The folder of a training run: checkpoints, and `checkpoints.json`, which says how good each one was."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from swa_avg.errors import SystemRefusalError, UnreadableError
+from swa_avg.publish import _sync_folder
+from swa_avg.strict_json import parse_json
+
+__all__ = [
+    "INDEX_NAME",
+    "MODES",
+    "Entry",
+    "Folder",
+    "Index",
+    "is_plain_name",
+    "prepare_folder",
+    "published",
+    "read_index",
+    "write_index",
+]
+
+INDEX_NAME = "checkpoints.json"
+MODES = ("min", "max")
+
+_VERSION = 1
+_MAX_BYTES = 16 * 2**20
+_MAX_NUMBER = 2**53  # beyond it, a JSON number is another number elsewhere
+_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no numbers for them
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One saved checkpoint."""
+
+    file: str
+    """Name of the file, in the folder of the index."""
+    epoch: int
+    """The 1-based number that `fit` prints."""
+    step: int | None = None
+    """Training steps since the start of training, where that is known."""
+    learning_rate: float | None = None
+    """In effect when the checkpoint was saved; None without an optimizer."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """As Keras logged them; may hold NaN and infinities."""
+    time: str = ""
+    """When it was saved, ISO 8601 with the offset from UTC."""
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """What identifies a checkpoint of a run, and orders them: epoch and step."""
+        return self.epoch, self.step if self.step is not None else -1
+
+
+@dataclass(frozen=True)
+class Index:
+    """The checkpoints of one folder, in training order."""
+
+    entries: tuple[Entry, ...] = ()
+    monitor: str | None = None
+    """The metric that ranks them."""
+    mode: str | None = None
+    """`min` or `max`: which values of the monitored metric are the better ones."""
+
+    def with_entry(self, entry: Entry) -> Index:
+        """Return the index with one more entry, in the place of any of the same file or position."""
+        others = [e for e in self.entries if e.file != entry.file and e.position != entry.position]
+        return replace(self, entries=tuple(sorted([*others, entry], key=lambda e: e.position)))
+
+    def without(self, files: set[str]) -> Index:
+        """Return the index without the entries of `files`."""
+        return replace(self, entries=tuple(e for e in self.entries if e.file not in files))
+
+    def best(self, count: int) -> tuple[Entry, ...]:
+        """Return the best `count` entries by the monitored metric, in training order.
+
+        The newer of two equals is the better one; one whose metric is missing or NaN is worse than any other.
+        """
+        if self.monitor is None:
+            raise ValueError("the index monitors no metric")
+        sign = -1.0 if self.mode == "max" else 1.0
+
+        def badness(entry: Entry) -> tuple[bool, float]:
+            value = entry.metrics.get(self.monitor or "", math.nan)
+            return (True, 0.0) if math.isnan(value) else (False, sign * value)
+
+        newest_first = self.entries[::-1]
+        ranked = sorted(newest_first, key=badness)[:count]
+        return tuple(sorted(ranked, key=lambda e: e.position))
+
+    def pruned(self, keep_last: int | None, keep_best: int | None) -> Index:
+        """Return the index with only the entries that `keep_last` or `keep_best` keeps; with neither, all."""
+        if keep_last is None and keep_best is None:
+            return self
+        kept = list(self.entries[-keep_last:]) if keep_last else []
+        if keep_best:
+            kept.extend(self.best(keep_best))
+        return self.without({e.file for e in self.entries} - {e.file for e in kept})
+
+
+def is_plain_name(name: str) -> bool:
+    """Tell whether `name` can only be that of a file in the folder at hand, on any system."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0") and name.isprintable()
+
+
+def read_index(path: Path) -> Index:
+    """Read the index at `path`; it comes from elsewhere and may hold anything.
+
+    Raises:
+        UnreadableError: it cannot be read, is no index, or one of another version.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise UnreadableError(path, (error.strerror or str(error)).lower()) from error
+    if len(data) > _MAX_BYTES:
+        raise UnreadableError(path, f"the index is larger than {_MAX_BYTES >> 20} MiB")
+    value = parse_json(data, path, "the index")
+    try:
+        return _index(value)
+    except (TypeError, ValueError) as error:
+        hint = "name the checkpoints themselves, or move this file away"
+        raise UnreadableError(path, f"not an index of checkpoints: {error}", hint=hint) from error
+
+
+def write_index(path: Path, index: Index) -> None:
+    """Write the index, all or nothing: a temporary beside it takes its name once it is on disk.
+
+    Raises:
+        SystemRefusalError: disk full, permission denied, input/output error.
+    """
+    value = {
+        "version": _VERSION,
+        "monitor": index.monitor,
+        "mode": index.mode,
+        "checkpoints": [_as_json(entry) for entry in index.entries],
+    }
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    with published(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+@contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """Give a temporary beside `path` that takes its name when the block ends well, and goes otherwise.
+
+    For writers that want a path, not a file: the temporary's name keeps the suffix.
+
+    Raises:
+        SystemRefusalError: the block, or what follows it, met an error of the operating system.
+    """
+    temporary = path.with_name(f"{_own_prefix()}{secrets.token_hex(4)}-{path.name}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except Exception as error:
+        refusal = _refusal(error)
+        if refusal is None or isinstance(error, SystemRefusalError):
+            raise
+        reason = refusal.strerror or str(refusal)
+        raise SystemRefusalError(refusal.errno, f"cannot write: {reason}", str(path)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def prepare_folder(path: Path) -> None:
+    """Create a folder where there is none, and try, before hours of training, whether it can be written to.
+
+    Raises:
+        SystemRefusalError: it cannot be created, or cannot be written to.
+    """
+    probe = path / f"{_own_prefix()}{secrets.token_hex(4)}-probe"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise SystemRefusalError(
+            error.errno, f"cannot write into this folder: {reason}", str(path)
+        ) from error
+
+
+class Folder:
+    """The folder that one training run saves checkpoints in."""
+
+    def __init__(self, path: Path, keep_last: int | None, keep_best: int | None, *, by_step: bool) -> None:
+        self.path = path
+        self.first_epoch = 0
+        """0-based index of the first epoch that this run trains: what it trains again, it replaces."""
+        self._keep_last = keep_last
+        self._keep_best = keep_best
+        self._by_step = by_step
+        self._earlier: set[str] = set()
+        self._own: set[str] = set()
+        self._foreign: set[str] = set()
+
+    @property
+    def index_path(self) -> Path:
+        return self.path / INDEX_NAME
+
+    def open(self) -> list[str]:
+        """Make the folder ready for a run, and return warnings.
+
+        Raises:
+            SystemRefusalError: it cannot be created or written to.
+            UnreadableError: it holds an index that cannot be read.
+        """
+        prepare_folder(self.path)
+        self._remove_stale()
+        index, warnings = self._read()
+        self._earlier = {entry.file for entry in index.entries}
+        self._own, self._foreign = set(), set()
+        return warnings
+
+    def record(self, entry: Entry, monitor: str | None, mode: str | None) -> list[str]:
+        """Add a file that is in place to the index, then delete what need not be kept; return warnings.
+
+        The index never names a file that is not there: it is written before any file goes.
+        """
+        index, warnings = self._read()
+        foreign = {e.file for e in index.entries} - self._earlier - self._own - self._foreign
+        if foreign:
+            self._foreign |= foreign
+            warnings.append(f"another run saves in {self.path} too; give each run a folder of its own")
+        self._own.add(entry.file)
+        again = [
+            e for e in index.entries if e.file in self._earlier - self._own and self._trained_again(e, entry)
+        ]
+        replaced = {e.file for e in again if e.epoch == entry.epoch and not self._by_step}
+        replaced |= {e.file for e in index.entries if e.position == entry.position} - {entry.file}
+        left = sorted({e.file for e in again} - replaced)
+        if left:
+            names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+            warnings.append(
+                f"{self.path}: {len(left)} checkpoints of an earlier run of these epochs left the index "
+                f"but stay on disk ({names}); move them away before you average by pattern"
+            )
+        index = replace(index, monitor=monitor, mode=mode).without({*left, *replaced}).with_entry(entry)
+        pruned = index.pruned(self._keep_last, self._keep_best)
+        write_index(self.index_path, pruned)
+        gone = replaced | ({e.file for e in index.entries} - {e.file for e in pruned.entries})
+        return warnings + [problem for file in sorted(gone) for problem in self._delete(file)]
+
+    def _trained_again(self, old: Entry, new: Entry) -> bool:
+        return self.first_epoch < old.epoch <= new.epoch and old.position <= new.position
+
+    def _read(self) -> tuple[Index, list[str]]:
+        """Read the index anew, since another run may write it, and drop what is no longer there."""
+        if not self.index_path.exists():
+            return Index(), []
+        index = read_index(self.index_path)
+        missing = {e.file for e in index.entries if not (self.path / e.file).is_file()}
+        warnings = [f"{self.path / file} is gone; it leaves the index" for file in sorted(missing)]
+        return index.without(missing), warnings
+
+    def _delete(self, file: str) -> list[str]:
+        try:
+            (self.path / file).unlink(missing_ok=True)
+        except OSError as error:
+            return [f"{self.path / file} cannot be deleted: {error.strerror or error}"]
+        return []
+
+    def _remove_stale(self) -> None:
+        """Remove temporaries of runs on this machine that no longer live: of a killed one, say."""
+        for path in self.path.glob(f".tmp-{_host()}-*"):
+            match = re.match(r"(\d+)-", path.name.removeprefix(f".tmp-{_host()}-"))
+            if match and not _alive(int(match.group(1))):
+                with suppress(OSError):
+                    path.unlink()
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "", platform.node())[:20] or "local"
+
+
+def _own_prefix() -> str:
+    return f".tmp-{_host()}-{os.getpid()}-"
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":  # elsewhere, asking might end the process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _refusal(error: BaseException) -> OSError | None:
+    """Return the system's error: this one, or a full disk behind it, since closing a file may add another."""
+    if isinstance(error, OSError):
+        return error
+    hidden = error.__cause__ or error.__context__
+    while hidden is not None:
+        if isinstance(hidden, OSError) and hidden.errno in _FULL:
+            return hidden
+        hidden = hidden.__cause__ or hidden.__context__
+    return None
+
+
+def _as_json(entry: Entry) -> dict[str, Any]:
+    return {
+        "file": entry.file,
+        "epoch": entry.epoch,
+        "step": entry.step,
+        "learning_rate": None if entry.learning_rate is None else _number_as_json(entry.learning_rate),
+        "metrics": {name: _number_as_json(value) for name, value in entry.metrics.items()},
+        "time": entry.time,
+    }
+
+
+def _number_as_json(value: float) -> float | str:
+    return value if math.isfinite(value) else str(float(value))
+
+
+def _index(value: dict[str, Any]) -> Index:
+    version = value.get("version")
+    if type(version) is not int or version != _VERSION:
+        raise ValueError(f"version {str(version)[:40]}; this release reads version {_VERSION}")
+    checkpoints = value.get("checkpoints")
+    if not isinstance(checkpoints, list):
+        raise TypeError("`checkpoints` is not a list")
+    entries = [_entry(item, f"checkpoint {number}") for number, item in enumerate(checkpoints, 1)]
+    if len({e.file for e in entries}) < len(entries):
+        raise ValueError("a file stands twice")
+    monitor, mode = value.get("monitor"), value.get("mode")
+    if monitor is not None and (not isinstance(monitor, str) or mode not in MODES):
+        raise ValueError("`monitor` is not a name with a `mode` of min or max")
+    ordered = tuple(sorted(entries, key=lambda e: e.position))
+    return Index(ordered, monitor, mode if monitor is not None else None)
+
+
+def _entry(item: object, where: str) -> Entry:
+    if not isinstance(item, dict):
+        raise TypeError(f"{where} is not an object")
+    name = item.get("file")
+    if not isinstance(name, str) or not is_plain_name(name):
+        raise ValueError(f"{where}: `file` is not the name of a file in this folder: {str(name)[:200]!r}")
+    step, rate, metrics = item.get("step"), item.get("learning_rate"), item.get("metrics", {})
+    if not isinstance(metrics, dict):
+        raise TypeError(f"{where}: `metrics` is not an object")
+    time = item.get("time", "")
+    if not isinstance(time, str):
+        raise TypeError(f"{where}: `time` is not a text")
+    return Entry(
+        name,
+        _count(item.get("epoch"), f"{where}: `epoch`", least=1),
+        None if step is None else _count(step, f"{where}: `step`", least=0),
+        None if rate is None else _number(rate, f"{where}: `learning_rate`"),
+        {key: _number(number, f"{where}: `metrics`: {key}") for key, number in metrics.items()},
+        time,
+    )
+
+
+def _count(value: object, what: str, *, least: int) -> int:
+    if type(value) is not int or not least <= value <= _MAX_NUMBER:
+        raise ValueError(f"{what} is not a whole number of at least {least}")
+    return value
+
+
+def _number(value: object, what: str) -> float:
+    if isinstance(value, str) and value in _NOT_FINITE:
+        return _NOT_FINITE[value]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{what} is not a number")
+    if abs(value) > sys.float_info.max or not math.isfinite(value):  # isfinite fails on huge integers
+        raise ValueError(f"{what} is out of range")
+    return float(value)
