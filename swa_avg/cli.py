@@ -18,7 +18,10 @@ from swa_avg import __version__
 from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError, escape
 
 if TYPE_CHECKING:
-    from swa_avg.run import Progress, Report
+    from collections.abc import Callable
+
+    from swa_avg.batchnorm.checkpoint import Refresh
+    from swa_avg.run import Report
 
 __all__ = ["main"]
 
@@ -115,6 +118,26 @@ def main_group() -> None:
     help="Copy the newest checkpoint's optimizer state, or leave it out.",
 )
 @click.option("--dtype", type=click.Choice(["bfloat16"]), help="What untagged 2-byte tensors hold.")
+@click.option("--bn-refresh", metavar="DATA", help="Re-estimate BatchNorm statistics on these training data.")
+@click.option(
+    "--bn-input", multiple=True, metavar="KEY[=INPUT]", help="Which array of DATA, for which input."
+)
+@click.option("--bn-batch-size", type=click.IntRange(1), metavar="N", help="Rows a batch.  [default: 128]")
+@click.option("--bn-samples", type=click.IntRange(1), metavar="N", help="Use N rows.  [default: all]")
+@click.option(
+    "--bn-estimator",
+    type=click.Choice(["pooled", "batch-mean"]),
+    default="pooled",
+    show_default=True,
+    help="All rows as one population, or the mean of the batches.",
+)
+@click.option("--bn-seed", type=int, default=0, metavar="N", help="Of the order of rows.  [default: 0]")
+@click.option("--bn-preprocess", metavar="MODULE:FUNCTION", help="Applied to each batch.")
+@click.option("--model", metavar="PATH", help="For weights alone: .keras, JSON config or MODULE:FUNCTION.")
+@click.option(
+    "--import", "imports", multiple=True, metavar="MODULE", help="Registers the model's own classes."
+)
+@click.option("--unsafe", is_flag=True, help="Load Lambda layers: run code that the checkpoint holds.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option(
     "--no-verify", is_flag=True, help="Do not check the inputs' checksums; reads only what is averaged."
@@ -128,7 +151,12 @@ def main_group() -> None:
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="List every tensor.")
 def average(
-    checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool, no_verify: bool, **options: Any
+    checkpoints: Sequence[str],
+    no_verify: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
 ) -> None:
     """Average Keras checkpoints into one model, exactly, in bounded memory, without TensorFlow.
 
@@ -138,12 +166,20 @@ def average(
 
     \b
     swa-avg ckpt_*.keras -o swa.keras
-    swa-avg ckpt_*.keras -o swa.keras --last 10
+    swa-avg ckpt_*.keras -o swa.keras --last 10 --bn-refresh train.npz
     """
     from swa_avg.run import average as run
 
-    with _progress(quiet) as progress:
-        report = run(checkpoints, verify=not no_verify, progress=progress, **options)
+    refresh = _refresh(options)
+    with _progress(quiet, "averaging", in_bytes=True) as progress, _progress(quiet, "refreshing") as rows:
+        report = run(
+            checkpoints,
+            verify=not no_verify,
+            refresh=refresh,
+            progress=progress,
+            refresh_progress=rows,
+            **options,
+        )
     if not quiet:
         _describe(report, dry_run=options["dry_run"], verbose=verbose)
     if as_json:
@@ -153,19 +189,64 @@ def average(
 main_group.add_command(average)
 
 
+def _refresh(options: dict[str, Any]) -> Refresh | None:
+    """Take the options of a refresh out of `options`."""
+    from swa_avg.batchnorm.checkpoint import Refresh
+
+    taken = {
+        field: options.pop(option)
+        for option, field in (
+            ("bn_refresh", "data"),
+            ("bn_input", "inputs"),
+            ("bn_batch_size", "batch_size"),
+            ("bn_samples", "samples"),
+            ("bn_estimator", "estimator"),
+            ("bn_seed", "seed"),
+            ("bn_preprocess", "preprocess"),
+            ("model", "model"),
+            ("imports", "imports"),
+            ("unsafe", "unsafe"),
+        )
+    }
+    return Refresh(**taken) if taken["data"] is not None else None
+
+
 @contextmanager
-def _progress(quiet: bool) -> Iterator[Progress | None]:
-    """Show a bar on a terminal."""
+def _progress(
+    quiet: bool, title: str, *, in_bytes: bool = False
+) -> Iterator[Callable[[int | None, int], None] | None]:
+    """Show a bar on a terminal, from the first time that there is progress."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("averaging", total=None)
-        yield lambda total, count: bar.update(task, total=total, advance=count)
+    amounts = (
+        (DownloadColumn(binary_units=True), TransferSpeedColumn())
+        if in_bytes
+        else (MofNCompleteColumn(), TextColumn("{task.speed:.0f} rows/s"))
+    )
+    columns = (TextColumn(title), BarColumn(), *amounts, TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(title, total=None)
+
+    def advance(total: int | None, count: int) -> None:
+        bar.start()
+        bar.update(task, total=total, advance=count)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
 
 
 def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
@@ -187,7 +268,9 @@ def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
         if checkpoint.is_average:
             lines.append(f"warning: {checkpoint.path} is itself an average that swa-avg wrote")
     layers = report.batchnorm_layers
-    if layers:
+    if report.refresh is not None:
+        lines.extend(report.refresh.lines(verbose=verbose))
+    elif layers:
         shown = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
         lines.append(
             f"warning: BatchNorm statistics are averaged, not re-estimated ({shown}); the model may be far "
@@ -232,6 +315,7 @@ def _as_json(report: Report, dry_run: bool) -> dict[str, Any]:
             title: [tensor.name for tensor in tensors] for title, tensors in _treatments(report).items()
         },
         "batchnorm_layers": report.batchnorm_layers,
+        "refresh": None if report.refresh is None else report.refresh.as_json(),
         "bytes_to_read": report.bytes_to_read,
         "peak_memory": report.peak_memory,
     }

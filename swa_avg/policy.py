@@ -15,6 +15,7 @@ __all__ = [
     "FLOATS",
     "Treatment",
     "batchnorm_layers",
+    "has_lambda",
     "is_model_optimizer",
     "refusals",
     "resolve_dtypes",
@@ -123,6 +124,11 @@ def batchnorm_layers(checkpoint: Checkpoint) -> list[str]:
     return sorted(
         _layer_name(checkpoint, group) for group, members in groups.items() if _is_batchnorm(group, members)
     )
+
+
+def has_lambda(config: Any) -> bool:
+    """Tell whether a model's configuration holds a Lambda layer: code, which loading the model would run."""
+    return any(layer.get("class_name") in ("Lambda", "__lambda__") for layer in _objects(config))
 
 
 def _is_batchnorm(group: str, members: list[Tensor]) -> bool:

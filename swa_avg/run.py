@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from swa_avg import methods
+from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_values, with_values
+from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.combine import Combiner, block_memory, bytes_to_read
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.formats import Checkpoint, open_checkpoint
@@ -41,7 +44,9 @@ class Report:
     verify: bool
     bytes_to_read: int
     peak_memory: int
-    """Predicted peak of the process's resident memory, in bytes."""
+    """Predicted peak of the process's resident memory, in bytes, without a refresh."""
+    refresh: RefreshReport | None = None
+    """What the refresh of BatchNorm statistics did."""
 
     @cached_property
     def batchnorm_layers(self) -> list[str]:
@@ -69,8 +74,10 @@ def average(
     verify: bool = True,
     max_memory: int | None = None,
     threads: int | None = None,
+    refresh: Refresh | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
+    refresh_progress: Callable[[int | None, int], None] | None = None,
 ) -> Report:
     """Average Keras checkpoints into one, without Keras.
 
@@ -102,8 +109,10 @@ def average(
         verify: Read every byte and check it against the CRC-32 that archives store.
         max_memory: Bytes of resident memory to stay under.
         threads: Worker threads; the machine's cores up to 4 by default.
+        refresh: Re-estimate the BatchNorm statistics on these data before the average is written.
         dry_run: Plan, and write nothing.
         progress: Told how many bytes have been read.
+        refresh_progress: Told how many rows of data have been used, as by `refresh_batchnorm`.
 
     Raises:
         UsageError: the request cannot be met as it was made.
@@ -138,14 +147,37 @@ def average(
         executor = stack.enter_context(ThreadPoolExecutor(threads))
         combiner = Combiner(plan, executor, block_bytes, threads, verify, partial(progress or _ignore, total))
         _check_contents(plan, combiner.checksums)
+        if refresh is not None:
+            check_request(refresh, template)
         if dry_run:
             return report
-        template.write(combiner.image, lambda: describe(plan, method, combiner.checksums), publication)
+        if refresh is None:
+            template.write(combiner.image, lambda: describe(plan, method, combiner.checksums), publication)
+        else:
+            draft = stack.enter_context(_draft(target))
+            with Publication(draft, overwrite=False) as unrefreshed:
+                template.write(combiner.image, lambda: None, unrefreshed)
+                unrefreshed.publish()
+            values, statistics = refreshed_values(draft, refresh, draft.parent, refresh_progress)
+            report = replace(report, refresh=statistics)
+            averaged = stack.enter_context(closing(open_checkpoint(draft)))
+            averaged.write(
+                partial(with_values, averaged, values),
+                lambda: describe(plan, method, combiner.checksums) | {"batchnorm": statistics.record()},
+                publication,
+            )
         _check_contents(plan, combiner.checksums)
         for checkpoint in checkpoints:
             checkpoint.check_unchanged()
         publication.publish()
     return report
+
+
+@contextmanager
+def _draft(output: Path) -> Iterator[Path]:
+    """Make a path for the average before its refresh, in a temporary folder beside the output."""
+    with TemporaryDirectory(dir=output.parent, prefix=".swa-avg-") as folder:
+        yield Path(folder) / output.name
 
 
 def _ignore(total: int, count: int) -> None:

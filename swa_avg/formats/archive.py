@@ -45,7 +45,9 @@ class ArchiveCheckpoint(Checkpoint):
             if member.filename == _WEIGHTS:
                 output.add(member, self.images[0].size, image(0))
             elif member.filename == _METADATA:
-                metadata = json.dumps({**(self.metadata or {}), _PROVENANCE: provenance()}).encode()
+                record = provenance()
+                own = {} if record is None else {_PROVENANCE: record}
+                metadata = json.dumps({**(self.metadata or {}), **own}).encode()
                 output.add(member, len(metadata), [metadata])
             else:
                 with self.archive.open(member) as source:

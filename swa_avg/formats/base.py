@@ -30,7 +30,8 @@ __all__ = [
 
 Role = Literal["weight", "optimizer", "metric"]
 Buffer = bytes | bytearray | memoryview
-Provenance = Mapping[str, Any]
+Provenance = Mapping[str, Any] | None
+"""What an output says of how it was made; None leaves it out."""
 
 _WINDOW = 256 * 1024
 

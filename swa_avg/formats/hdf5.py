@@ -29,8 +29,9 @@ from swa_avg.formats.base import (
 )
 from swa_avg.strict_json import parse_json
 
-__all__ = ["SIGNATURE", "Hdf5Checkpoint", "Layout", "open_hdf5", "read_layout"]
+__all__ = ["LEGACY_MODEL", "LEGACY_WEIGHTS", "SIGNATURE", "Hdf5Checkpoint", "Layout", "open_hdf5", "read_layout"]
 
+LEGACY_MODEL = "legacy HDF5 model"
 LEGACY_WEIGHTS = "legacy HDF5 weights"
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _SUPERBLOCK_SIZE = 96
@@ -71,7 +72,9 @@ class Hdf5Checkpoint(Checkpoint):
         file = stage.create(stage.output.name)
         for chunk in image(0):
             file.write(chunk)
-        write_provenance(file, provenance())
+        record = provenance()
+        if record is not None:
+            write_provenance(file, record)
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         # In a legacy file of weights alone every top-level group is a layer.
@@ -111,7 +114,7 @@ def _copy_attribute(source: Any, target: Any) -> None:
     copy.write(value)
 
 
-def write_provenance(file: IO[bytes], provenance: Provenance) -> None:
+def write_provenance(file: IO[bytes], provenance: Mapping[str, Any]) -> None:
     """Add the provenance to an HDF5 file as JSON in the root attribute `swa_avg` (in parts if it is long).
 
     Through the Python file object, since h5py crashes the process where it cannot write through a path.
@@ -149,7 +152,7 @@ def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoin
     kind, suffixes = "Keras weights", [".weights.h5"]
     tensors, names, config = layout.tensors, dict[str, str](), None
     if "model_weights" in layout.groups:
-        kind, suffixes = "legacy HDF5 model", [".h5", ".hdf5"]
+        kind, suffixes = LEGACY_MODEL, [".h5", ".hdf5"]
         _check_legacy_groups(image, layout, "model_weights")
         if "model_config" in root:
             config = parse_json(b"".join(root["model_config"]), path, "model_config")

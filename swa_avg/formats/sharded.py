@@ -43,8 +43,10 @@ class ShardedCheckpoint(Checkpoint):
             for path, where in self.map["weight_map"].items()
         }
         # Created last, published last: a reader finds the whole set or none of it.
-        record = {**self.map, "weight_map": weight_map, _PROVENANCE: provenance()}
-        stage.create(stage.output.name).write(json.dumps(record, indent=4).encode())
+        record = provenance()
+        own = {} if record is None else {_PROVENANCE: record}
+        text = json.dumps({**self.map, "weight_map": weight_map, **own}, indent=4)
+        stage.create(stage.output.name).write(text.encode())
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         assert self.map is not None

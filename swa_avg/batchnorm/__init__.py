@@ -1,0 +1,1 @@
+"""BatchNorm statistics for averaged weights: moments (pure), data (arrays, streamed), refresh (Keras)."""

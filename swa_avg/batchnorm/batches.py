@@ -1,0 +1,271 @@
+"""Batches of what the model takes: rows of arrays in a seeded order, or a stream as it comes."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swa_avg.batchnorm.draw import Permutation
+from swa_avg.batchnorm.rows import Rows, describe
+from swa_avg.batchnorm.spec import Batch, Spec, fits
+from swa_avg.errors import UnreadableError
+
+__all__ = ["ArrayData", "Data", "StreamData", "as_array", "check_rows", "features_of", "pick"]
+
+Array = NDArray[Any]
+
+
+class Data(ABC):
+    """Batches to run the model on; iterated once."""
+
+    def __init__(self, source: str, spec: Spec) -> None:
+        self.source = source
+        self.spec = spec
+        self.used: dict[str, str] = {}
+        """Array, with type and shape -> input of the model, in words."""
+        self._keys: dict[str, str] = {}
+        """Input -> array."""
+        self.ignored: tuple[str, ...] = ()
+        self.notes: list[str] = []
+        self.total: int | None = spec.samples
+        """Rows that will come, where that is known."""
+        self.batch_size: int | None = spec.batch_size
+        self.samples = 0
+        """Rows that have come."""
+        self._digests: dict[str, Any] = {}
+
+    @abstractmethod
+    def _batches(self) -> Iterator[tuple[dict[str, Array], Array | None]]:
+        """Yield raw batches by input, and which rows they are where rows have numbers."""
+
+    def __iter__(self) -> Iterator[tuple[Batch, int]]:
+        """Yield (batch, rows in it).
+
+        Raises:
+            UnreadableError: NaN or infinity, another shape than the model's, or no rows.
+        """
+        for raw, numbers in self._batches():
+            rows = self._check(raw, numbers)
+            batch: Batch = raw if len(raw) > 1 else next(iter(raw.values()))
+            if self.spec.preprocess is not None:
+                batch = self.spec.preprocess(batch)
+            self._check_shapes(batch)
+            self.samples += rows
+            yield batch, rows
+        if not self.samples:
+            raise UnreadableError(self.source, "expected at least one row; found none")
+
+    def _check(self, raw: dict[str, Array], numbers: Array | None) -> int:
+        sizes = {name: len(values) if np.ndim(values) else 0 for name, values in raw.items()}
+        if len(set(sizes.values())) != 1:
+            raise UnreadableError(self.source, f"expected equal numbers of rows; found {sizes}")
+        for name, values in raw.items():
+            if values.dtype.kind not in "fiubV" or values.dtype.hasobject:
+                raise UnreadableError(
+                    self.source, f"expected numbers; found {values.dtype}", tensor=name or None
+                )
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                bad = int(np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))[0])
+                row = int(numbers[bad]) if numbers is not None else self.samples + bad
+                key = self._keys.get(name, name)
+                problem = f"expected finite numbers; found NaN or infinity in row {row}"
+                raise UnreadableError(self.source, problem, tensor=key or None)
+            digest = self._digests.setdefault(
+                name, hashlib.blake2b(str((values.dtype.str, values.shape[1:])).encode(), digest_size=32)
+            )
+            digest.update(np.ascontiguousarray(values))
+        return next(iter(sizes.values()))
+
+    def _check_shapes(self, batch: Batch) -> None:
+        alone = next(iter(self._keys), "")
+        entries = batch.items() if isinstance(batch, Mapping) else [(alone, batch)]
+        for name, values in entries:
+            expected = self.spec.shape_of(name)
+            shape = getattr(values, "shape", ())
+            if expected is not None and not fits(tuple(shape), expected):
+                key = self._keys.get(name, name)
+                problem = f"expected rows of shape {list(expected[1:])}; found {list(shape[1:])}"
+                hint = "choose the array with --bn-input, or reshape it with --bn-preprocess"
+                raise UnreadableError(self.source, problem, tensor=key or None, hint=hint)
+
+    @property
+    def digest(self) -> str:
+        """BLAKE2b-256 of the rows used so far, in their order, whatever the batches: types, shapes and
+        values."""
+        whole = hashlib.blake2b(digest_size=32)
+        for name in sorted(self._digests):
+            whole.update(f"{name}\0".encode() + self._digests[name].digest())
+        return whole.hexdigest()
+
+    def close(self) -> None:  # noqa: B027  (most data have nothing to close)
+        """Close what was opened."""
+
+    def __enter__(self) -> Data:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ArrayData(Data):
+    """Rows of arrays, in files or in memory, in a seeded random order."""
+
+    def __init__(
+        self,
+        source: str,
+        spec: Spec,
+        rows: Mapping[str, Rows],
+        keys: Mapping[str, str],
+    ) -> None:
+        super().__init__(source, spec)
+        self._rows = rows
+        self.stack = ExitStack()
+        """What to close at the end."""
+        self.check_source: Callable[[], None] = _nothing
+        """Raises if the source has changed since it was opened."""
+        for name, array in rows.items():
+            shown = f"{keys[name] or Path(source).name} {describe(array.dtype, array.shape)}"
+            self.used[shown] = name or "the input"
+            self._keys[name] = keys[name]
+        counts = {array.shape[0] for array in rows.values()}
+        if len(counts) != 1:
+            found = ", ".join(f"{keys[name]} {array.shape[0]}" for name, array in rows.items())
+            raise UnreadableError(source, f"expected arrays of one length; found {found}")
+        self._count = counts.pop()
+        self.total = min(self._count, spec.samples or self._count)
+        if spec.whole_batches:
+            rest = self.total % spec.batch_size
+            self.total -= rest
+            if rest:
+                self.notes.append(
+                    f"left out {rest} rows, since the model takes batches of {spec.batch_size} only"
+                )
+
+    def _batches(self) -> Iterator[tuple[dict[str, Array], Array | None]]:
+        assert self.total is not None
+        order = Permutation(self._count, self.spec.seed)
+        size = self.spec.batch_size
+        spans = [(start, min(start + size, self.total)) for start in range(0, self.total, size)]
+
+        def read(span: tuple[int, int]) -> tuple[dict[str, Array], Array | None]:
+            numbers = order(*span)
+            return {name: rows.take(numbers) for name, rows in self._rows.items()}, numbers
+
+        yield from _ahead(read, spans)
+        self.check_source()
+
+    def close(self) -> None:
+        self.stack.close()
+
+
+def _nothing() -> None:
+    pass
+
+
+class StreamData(Data):
+    """Batches as somebody else makes them, in their order."""
+
+    def __init__(self, source: str, spec: Spec, batches: Iterable[Any]) -> None:
+        super().__init__(source, spec)
+        self._source = batches
+        self.batch_size = None
+
+    def _batches(self) -> Iterator[tuple[dict[str, Array], Array | None]]:
+        left = self.spec.samples
+        for picked in self.raw():
+            batch = {name: values for name, (_, values) in picked.items()}
+            if left is not None:
+                batch = {name: values[:left] for name, values in batch.items()}
+                left -= len(next(iter(batch.values())))
+            yield batch, None
+            if left == 0:
+                return
+
+    def raw(self) -> Iterator[dict[str, tuple[str, Array]]]:
+        """Yield input of the model -> (key, array) of each batch, whole and unchecked."""
+        for element in self._source:
+            features = features_of(element, len(self.spec.names))
+            picked = {
+                name: (key, as_array(part))
+                for name, (key, part) in pick(self.source, self.spec, features).items()
+            }
+            if not self.used:
+                self._describe(features, picked)
+            yield picked
+
+    def _describe(self, features: Any, picked: Mapping[str, tuple[str, Array]]) -> None:
+        for name, (key, values) in picked.items():
+            shown = ", ".join(["batch", *map(str, values.shape[1:])])
+            self.used[f"{key} {values.dtype}[{shown}]"] = name or "the input"
+            self._keys[name] = key
+        if isinstance(features, Mapping):
+            taken = set(self._keys.values())
+            self.ignored = tuple(_shown(key, part) for key, part in features.items() if key not in taken)
+
+
+def pick(source: str, spec: Spec, features: Any) -> dict[str, tuple[str, Any]]:
+    """Return input of the model -> (key, tensor) from the x of a batch.
+
+    Raises:
+        UnreadableError: there are more or fewer tensors than inputs, or it is not clear which to take.
+    """
+    if isinstance(features, Mapping):
+        known = {str(key): _shown(key, part) for key, part in features.items() if part is not None}
+        return {name: (key, features[key]) for name, key in spec.choose(source, known).items()}
+    parts = list(features) if isinstance(features, list | tuple) else [features]
+    names = spec.names or ([""] if len(parts) == 1 else [str(number) for number in range(len(parts))])
+    if len(names) != len(parts):
+        raise UnreadableError(source, f"expected batches of {len(names)} inputs; found {len(parts)}")
+    return {name: (name or "batches", part) for name, part in zip(names, parts, strict=True)}
+
+
+def _shown(key: object, part: Any) -> str:
+    shape = ", ".join(map(str, getattr(part, "shape", ())))
+    return f"{key} {getattr(part, 'dtype', type(part).__name__)}[{shape}]"
+
+
+def check_rows(source: str, spec: Spec, rows: Mapping[str, tuple[str, Rows]]) -> None:
+    for name, (key, array) in rows.items():
+        if not array.shape or not array.shape[0]:
+            problem = f"expected at least one row; found {describe(array.dtype, array.shape)}"
+            raise UnreadableError(source, problem, tensor=key or None)
+        if 0 in array.shape or array.dtype.kind not in "fiubV":
+            problem = f"expected numbers; found {describe(array.dtype, array.shape)}"
+            raise UnreadableError(source, problem, tensor=key or None)
+        expected = spec.shape_of(name)
+        if spec.preprocess is None and expected is not None and not fits(array.shape, expected):
+            problem = f"expected rows of shape {list(expected[1:])}; found {list(array.shape[1:])}"
+            hint = "choose the array with --bn-input, or reshape it with --bn-preprocess"
+            raise UnreadableError(source, problem, tensor=key or None, hint=hint)
+
+
+def features_of(element: Any, inputs: int) -> Any:
+    """Return x of a batch x, (x, y) or (x, y, weights); torch loaders make lists of what should be tuples."""
+    if isinstance(element, list) and len(element) == inputs > 1:
+        return element
+    return element[0] if isinstance(element, tuple | list) else element
+
+
+def as_array(values: Any) -> Array:
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+    return np.asarray(values)
+
+
+def _ahead(read: Callable[[Any], Any], spans: Sequence[Any]) -> Iterator[Any]:
+    """Read one batch ahead on another thread."""
+    with ThreadPoolExecutor(1) as executor:
+        coming: Future[Any] | None = None
+        for span in [*spans, None]:
+            following = executor.submit(read, span) if span is not None else None
+            if coming is not None:
+                yield coming.result()
+            coming = following

@@ -1,0 +1,210 @@
+"""Refresh the BatchNorm statistics in a checkpoint file, and nothing else in it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swa_avg.batchnorm.functions import import_function, import_module, names_function
+from swa_avg.errors import Finding, MismatchError, UsageError
+from swa_avg.formats import Checkpoint, open_checkpoint
+from swa_avg.formats.hdf5 import LEGACY_MODEL, LEGACY_WEIGHTS
+from swa_avg.policy import has_lambda
+
+if TYPE_CHECKING:
+    from swa_avg.batchnorm.report import RefreshReport
+
+__all__ = ["Refresh", "check_request", "refreshed_values", "with_values"]
+
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """What a refresh of a checkpoint is asked to do; see `refresh_batchnorm` for the first six."""
+
+    data: str | Path
+    inputs: Sequence[str] = ()
+    batch_size: int | None = None
+    samples: int | None = None
+    estimator: str = "pooled"
+    seed: int = 0
+    preprocess: str | None = None
+    """`MODULE:FUNCTION`, applied to each batch."""
+    model: str | None = None
+    """For weights alone: a `.keras` file, a JSON configuration, or `MODULE:FUNCTION` that returns the
+    model."""
+    imports: Sequence[str] = ()
+    """Modules that register the model's own classes with Keras."""
+    unsafe: bool = False
+    """Load Lambda layers: run code that the checkpoint holds."""
+
+
+def check_request(refresh: Refresh, newest: Checkpoint) -> None:
+    """Find out, before anything is read, what would keep the model from being loaded.
+
+    Raises:
+        UsageError: Keras is not installed, weights alone come without a model, or the model holds code.
+    """
+    if importlib.util.find_spec("keras") is None:
+        raise UsageError("--bn-refresh needs Keras: pip install 'swa-avg[tensorflow]'")
+    if newest.config is None and refresh.model is None:
+        raise UsageError(
+            f"{newest.path.name} holds weights alone: --bn-refresh needs --model, a .keras file, a JSON "
+            "configuration or MODULE:FUNCTION"
+        )
+    if not refresh.unsafe and has_lambda(newest.config):
+        raise UsageError(
+            f"{newest.path.name} holds a Lambda layer, which is code: add --unsafe if you trust who wrote it"
+        )
+
+
+def refreshed_values(
+    draft: Path, refresh: Refresh, scratch: Path, progress: Callable[[int | None, int], None] | None
+) -> tuple[dict[str, bytes], RefreshReport]:
+    """Return tensor name -> new bytes for each BatchNorm statistic of the checkpoint `draft`, and the report.
+
+    Keras loads the file and saves its weights before and after the refresh, into the folder `scratch`; what
+    differs between the two are the statistics, and where the first does not say what the draft says, nothing
+    is trusted.
+
+    Raises:
+        UsageError: the model cannot be loaded as it was asked for.
+        UnreadableError: the data cannot be used.
+        MismatchError: Keras does not give back the weights that it loaded.
+    """
+    with _without_greeting():
+        from swa_avg.batchnorm.refresh import refresh_batchnorm
+
+    with closing(open_checkpoint(draft)) as checkpoint:
+        model = _load(draft, checkpoint, refresh)
+        with closing(_saved(model, checkpoint, scratch / "before")) as before:
+            report = refresh_batchnorm(
+                model,
+                refresh.data,
+                estimator=refresh.estimator,
+                batch_size=refresh.batch_size,
+                samples=refresh.samples,
+                seed=refresh.seed,
+                inputs=refresh.inputs,
+                preprocess=import_function(refresh.preprocess) if refresh.preprocess else None,
+                progress=progress,
+            )
+            with closing(_saved(model, checkpoint, scratch / "after")) as after:
+                return _changed(checkpoint, before, after), report
+
+
+def with_values(checkpoint: Checkpoint, values: Mapping[str, bytes], index: int) -> Iterator[bytes]:
+    """Yield the bytes of image `index` of a checkpoint with the values of some tensors replaced."""
+    image = checkpoint.images[index]
+    position = 0
+    tensors = [checkpoint.tensors[name] for name in values if checkpoint.tensors[name].image == index]
+    for tensor in [*sorted(tensors, key=lambda tensor: tensor.offset), None]:
+        stop = image.size if tensor is None else tensor.offset
+        while position < stop:
+            chunk = image.read(position, min(_CHUNK, stop - position))
+            position += len(chunk)
+            yield chunk
+        if tensor is not None:
+            yield values[tensor.name]
+            position = tensor.stop
+
+
+@contextmanager
+def _without_greeting() -> Iterator[None]:
+    """Keep what TensorFlow's libraries print while Keras is imported off standard error."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        import keras  # type: ignore[import-untyped]  # noqa: F401
+
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _load(draft: Path, checkpoint: Checkpoint, refresh: Refresh) -> Any:
+    """Return the draft as a live model, by Keras with its safe mode on."""
+    import keras
+
+    for module in refresh.imports:
+        import_module(module)
+    try:
+        if checkpoint.config is not None and refresh.model is None:
+            return keras.models.load_model(draft, compile=False, safe_mode=not refresh.unsafe)
+        model = _build(str(refresh.model), refresh, keras)
+        model.load_weights(draft)
+    except (ValueError, TypeError, AttributeError, ImportError, KeyError, OSError) as error:
+        if isinstance(error, UsageError):
+            raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UsageError(
+            f"Keras cannot load the model ({reason}); its own classes come with --import MODULE"
+        ) from error
+    return model
+
+
+def _build(source: str, refresh: Refresh, keras: Any) -> Any:
+    path = Path(source)
+    if not path.exists() and names_function(source):
+        return import_function(source)()
+    if path.suffix == ".json":
+        text = path.read_text("utf-8")
+        if "Lambda" in text and not refresh.unsafe:
+            raise UsageError(
+                f"{path} may hold a Lambda layer, which is code: add --unsafe if you trust who wrote it"
+            )
+        return keras.models.model_from_json(text)
+    return keras.models.load_model(path, compile=False, safe_mode=not refresh.unsafe)
+
+
+def _saved(model: Any, checkpoint: Checkpoint, path: Path) -> Checkpoint:
+    """Save the model's weights so that the tensors are named as in `checkpoint`, and open them."""
+    if checkpoint.kind in (LEGACY_MODEL, LEGACY_WEIGHTS):
+        path = path.with_suffix(".h5")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Keras calls its own format legacy
+            model.save(path)
+    else:
+        path = path.with_suffix(".weights.h5")
+        model.save_weights(path)
+    return open_checkpoint(path)
+
+
+def _changed(checkpoint: Checkpoint, before: Checkpoint, after: Checkpoint) -> dict[str, bytes]:
+    values = {}
+    findings = []
+    stored = {_common_name(name): name for name in before.tensors}
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.role != "weight":
+            continue
+        twin = stored.get(_common_name(name))
+        if twin is None or _bytes(before, twin) != _bytes(checkpoint, name):
+            problem = "this Keras stores it in another way than the one that wrote the checkpoint"
+            findings.append(Finding(checkpoint.path, name, problem))
+        elif (new := _bytes(after, twin)) != _bytes(before, twin):
+            values[name] = new
+    if findings:
+        raise MismatchError(findings[:10])
+    return values
+
+
+def _common_name(name: str) -> str:
+    """Return a tensor's name without what versions and layouts add: Keras 2's `:0`, a full model's group."""
+    return name.removeprefix("model_weights/").removesuffix(":0")
+
+
+def _bytes(checkpoint: Checkpoint, name: str) -> bytes:
+    tensor = checkpoint.tensors[name]
+    return checkpoint.images[tensor.image].read(tensor.offset, tensor.nbytes)

@@ -1,0 +1,68 @@
+"""Functions that the user names on the command line."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from swa_avg.errors import UsageError
+
+__all__ = ["import_function", "import_module", "names_function"]
+
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def names_function(text: str) -> bool:
+    """Tell whether `text` reads as `MODULE:FUNCTION`."""
+    return _FUNCTION.fullmatch(text) is not None
+
+
+def import_module(name: str) -> None:
+    """Import a module for what it registers; those in the current folder count, too.
+
+    Raises:
+        UsageError: there is no such module.
+    """
+    with _current_folder_importable():
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise UsageError(f"cannot import {name}: {error}") from error
+
+
+def import_function(name: str) -> Callable[..., Any]:
+    """Import `MODULE:FUNCTION`; modules of the current folder count, too.
+
+    Raises:
+        UsageError: there is no such module or function.
+    """
+    module, _, attribute = name.partition(":")
+    if not names_function(name):
+        raise UsageError(f"{name!r} is not MODULE:FUNCTION")
+    with _current_folder_importable():
+        try:
+            found: Any = importlib.import_module(module)
+            for part in attribute.split("."):
+                found = getattr(found, part)
+        except ModuleNotFoundError as error:
+            raise UsageError(f"cannot import {name}: {error}") from error
+        except AttributeError as error:
+            raise UsageError(f"cannot import {name}: {error}") from error
+    if not callable(found):
+        raise UsageError(f"{name} is not a function")
+    return cast("Callable[..., Any]", found)
+
+
+@contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    before = list(sys.path)
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path[:] = before

@@ -1,0 +1,299 @@
+"""Re-estimate the BatchNorm statistics of a Keras model for the weights that it has now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swa_avg.batchnorm.backends import Step, compiled, leaked, random_state_kept, to_numpy, value_of
+from swa_avg.batchnorm.batches import Data
+from swa_avg.batchnorm.data import open_data
+from swa_avg.batchnorm.moments import ESTIMATORS, Statistics
+from swa_avg.batchnorm.observe import SEED_STATE, Outcome, batchnorm_layers, make_step
+from swa_avg.batchnorm.report import LayerReport, RefreshReport, drift_between, standard_error
+from swa_avg.batchnorm.spec import Shape, Spec
+from swa_avg.batchnorm.tally import Tally
+from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
+
+__all__ = ["Progress", "refresh_batchnorm"]
+
+Progress = Callable[[int | None, int], None]
+"""Called with (rows in all where known, rows since the last call)."""
+
+
+def refresh_batchnorm(
+    model: Any,
+    data: Any,
+    *,
+    estimator: str = "pooled",
+    batch_size: int | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    inputs: Sequence[str] | Mapping[str, str] = (),
+    preprocess: Callable[[Any], Any] | None = None,
+    progress: Progress | None = None,
+) -> RefreshReport:
+    """Re-estimate the statistics of every BatchNorm layer of a built Keras model, in place.
+
+    The whole model runs in training mode, as in `fit`: BatchNorm layers normalize with the statistics of the
+    batch, and dropout drops. Each layer's input is measured by two float32 passes a batch, and batches are
+    merged in float64. Nothing else of the model changes; on any exception, Ctrl-C included, nothing at all
+    does. Source: PreciseBN, Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm" (arXiv:2105.07576),
+    section 3; Izmailov et al. 2018 (arXiv:1803.05407), section 3.2.
+
+    Args:
+        model: Built, on any backend. Layers with `trainable=False` keep their statistics.
+        data: What `open_data` takes: a file, a folder, `MODULE:FUNCTION`, arrays or batches. Labels are
+        ignored. estimator: `pooled`, mean and variance of all data as one population; `batch-mean`, means of
+            the batches' statistics weighted by size, as the code of the SWA paper computes them.
+        batch_size: Rows a batch, where the data do not come in batches; 128 by default.
+        samples: Rows to use; all by default.
+        seed: Of the order of the rows, and of the model's random layers: the same seed gives the same
+        statistics. inputs: `KEY` or `KEY=INPUT`, where the data's names do not say which array goes where;
+        or a mapping. preprocess: Applied to each batch, as the model is to take it.
+        progress: Told how many rows have been used.
+
+    Raises:
+        UsageError: the request, or the model, cannot be worked with.
+        UnreadableError: the data are unreadable, do not fit the model, or hold NaN.
+        MismatchError: statistics came out that are not finite: the weights are not, or overflow.
+    """
+    if estimator not in ESTIMATORS:
+        raise UsageError(f"the estimator is {' or '.join(ESTIMATORS)}, not {estimator}")
+    if not getattr(model, "built", False):
+        raise UsageError("the model is not built: call it on one batch, or load its weights first")
+    names, shapes = _inputs_of(model)
+    bind = [f"{key}={name}" for key, name in inputs.items()] if isinstance(inputs, Mapping) else inputs
+    spec = Spec(
+        bind=bind,
+        input_names=names,
+        input_shapes=shapes,
+        batch_size=batch_size,
+        samples=samples,
+        seed=seed,
+        preprocess=preprocess,
+    )
+    layers = batchnorm_layers(model)
+    active = [layer for layer in layers if layer.trainable]
+    with random_state_kept(), open_data(data, spec) as batches:
+        tally = Tally([int(layer.moving_mean.shape[0]) for layer in active])
+        if active:
+            _run(model, active, batches, tally, progress)
+        new = {index: ESTIMATORS[estimator](tally.of(index)) for index in tally.order()}
+        report = _report(model, layers, active, batches, tally, new, estimator)
+        _assign(active, new, batches.source)
+    return report
+
+
+def _inputs_of(model: Any) -> tuple[list[str], list[Shape | None]]:
+    """Return names and shapes of the model's inputs; of a subclassed model, none are known."""
+    try:
+        structure = model._inputs_struct if hasattr(model, "_inputs_struct") else model.inputs
+        structure = structure if structure is not None else []
+    except (AttributeError, ValueError):
+        structure = []
+    if isinstance(structure, Mapping):
+        return list(structure), [tuple(tensor.shape) for tensor in structure.values()]
+    tensors = list(structure) if isinstance(structure, list | tuple) else [structure]
+    return [tensor.name for tensor in tensors], [tuple(tensor.shape) for tensor in tensors]
+
+
+def _arranger(model: Any) -> Callable[[Any], Any]:
+    """Return what turns arrays by name into the structure that the model's call takes."""
+    structure = getattr(model, "_inputs_struct", None)
+    if isinstance(structure, Mapping):
+        names = list(structure)
+        return lambda batch: batch if isinstance(batch, Mapping) else {names[0]: batch}
+    if isinstance(structure, list | tuple):
+        names = [tensor.name for tensor in structure]
+        return lambda batch: [batch[name] for name in names] if isinstance(batch, Mapping) else [batch]
+    return lambda batch: batch
+
+
+def _run(model: Any, layers: Sequence[Any], data: Data, tally: Tally, progress: Progress | None) -> None:
+    """Run the model over the data; a batch's moments are fetched and merged while the next one runs."""
+    step = make_step(model, layers)
+    arrange = _arranger(model)
+    values = _seeded(model.variables, data.spec.seed)
+    pending: tuple[Any, Any, int] | None = None
+    with compiled(step, model, eager=bool(getattr(model, "run_eagerly", False))) as fast:
+        run = fast
+        for batch, rows in data:
+            inputs = arrange(batch)
+            if tally.batches or pending:
+                outcome = run(values, inputs)
+            else:
+                run, outcome = _first(run, step, values, inputs, data)
+            integers, floats, carried = outcome
+            values = [old if new is None else new for old, new in zip(values, carried, strict=True)]
+            _take(pending, layers, data, tally, progress)
+            pending = integers, floats, rows
+        _take(pending, layers, data, tally, progress)
+
+
+def _first(run: Step, step: Step, values: list[Any], inputs: Any, data: Data) -> tuple[Step, Outcome]:
+    """Run the first batch, on which it shows whether the model can be compiled and takes the data."""
+    try:
+        return run, run(values, inputs)
+    except Exception as error:
+        if leaked(error):
+            data.notes.append(
+                "a BatchNorm layer is called inside a loop of the graph, so the model runs uncompiled, slowly"
+            )
+            return step, step(values, inputs)
+        if isinstance(error, ValueError | TypeError) and not data.spec.names:
+            problem = f"the model does not take this data ({str(error).splitlines()[0]})"
+            raise UnreadableError(data.source, problem) from error
+        raise
+
+
+def _take(
+    pending: tuple[Any, Any, int] | None,
+    layers: Sequence[Any],
+    data: Data,
+    tally: Tally,
+    progress: Progress | None,
+) -> None:
+    if pending is not None:
+        integers, floats = to_numpy(pending[0]), to_numpy(pending[1])
+        _check_finite(integers, floats, layers, tally, data)
+        tally.add(integers, floats)
+        if progress is not None:
+            progress(data.total, pending[2])
+
+
+def _check_finite(
+    integers: NDArray[Any], floats: NDArray[Any], layers: Sequence[Any], tally: Tally, data: Data
+) -> None:
+    counts, places = integers
+    bad = sorted(set(places[(counts > 0) & ~np.isfinite(floats).all(axis=0)].tolist()))
+    if bad:
+        problem = (
+            f"the layer's input is not finite in batch {tally.batches + 1}: the weights overflow, or are "
+            "not finite themselves"
+        )
+        raise MismatchError([Finding(Path(data.source), _path(layers[index]), problem) for index in bad])
+
+
+def _seeded(variables: Sequence[Any], seed: int) -> list[Any]:
+    """Return the values to start from: the model's own, except that random generators start from `seed`.
+
+    Files do not store the state of generators, so that a loaded model would drop other units in each
+    process. The k-th generator gets the first word of NumPy's SeedSequence([seed, k]), without its top bit,
+    and counter 0.
+    """
+    from keras import ops
+
+    values = [value_of(variable) for variable in variables]
+    generators = [number for number, variable in enumerate(variables) if variable.name == SEED_STATE]
+    for k, number in enumerate(generators):
+        word = int(np.random.SeedSequence([seed, k]).generate_state(1)[0]) & 0x7FFFFFFF
+        state = np.array([word, 0])
+        values[number] = ops.cast(ops.convert_to_tensor(state), variables[number].dtype)
+    return values
+
+
+def _report(
+    model: Any,
+    layers: Sequence[Any],
+    active: Sequence[Any],
+    data: Data,
+    tally: Tally,
+    new: Mapping[int, Statistics],
+    estimator: str,
+) -> RefreshReport:
+    reached = [_refreshed(active[index], index, tally, new[index], estimator) for index in new]
+    done = {id(active[index]) for index in new}
+    rest = [
+        LayerReport(layer.name, _path(layer), "untouched" if layer.trainable else "kept")
+        for layer in layers
+        if id(layer) not in done
+    ]
+    notes = list(data.notes)
+    if not layers:
+        notes.append("the model has no BatchNorm layer; nothing was changed")
+    elif not new:
+        notes.append("no BatchNorm layer runs in training mode; nothing was changed")
+    return RefreshReport(
+        layers=(*reached, *rest),
+        estimator=estimator,
+        samples=data.samples,
+        batches=tally.batches,
+        batch_size=data.batch_size,
+        seed=data.spec.seed,
+        source=data.source,
+        used=data.used,
+        ignored=data.ignored,
+        digest=data.digest,
+        inputs=max(1, len(data.spec.names)),
+        notes=tuple(notes),
+    )
+
+
+def _refreshed(layer: Any, index: int, tally: Tally, new: Statistics, estimator: str) -> LayerReport:
+    old = Statistics(_array(layer.moving_mean), _array(layer.moving_variance))
+    halves = [tally.of(index, [half]) for half in (0, 1)]
+    error = None
+    if all(half.count.all() for half in halves):
+        first, second = (ESTIMATORS[estimator](half) for half in halves)
+        error = standard_error(first, second, new, layer.epsilon)
+    return LayerReport(
+        layer.name,
+        _path(layer),
+        "refreshed",
+        channels=len(new.mean),
+        calls=tally.calls(index),
+        count=int(tally.of(index).count.min()),
+        drift=drift_between(old, new, layer.epsilon),
+        error=error,
+    )
+
+
+def _path(layer: Any) -> str:
+    return str(getattr(layer, "path", None) or layer.name)
+
+
+def _array(variable: Any) -> NDArray[np.float64]:
+    return to_numpy(value_of(variable)).astype(np.float64)
+
+
+def _assign(layers: Sequence[Any], new: Mapping[int, Statistics], source: str) -> None:
+    """Assign all statistics, or on any exception none."""
+    with _all_or_nothing([variable for index in new for variable in layers[index].non_trainable_variables]):
+        findings = []
+        for index, statistics in new.items():
+            layer = layers[index]
+            for variable, value in _values(layer, statistics):
+                variable.assign(value)
+                if not np.isfinite(_array(variable)).all():
+                    problem = f"does not fit into {variable.dtype}"
+                    findings.append(Finding(Path(source), f"{_path(layer)}/{variable.name}", problem))
+        if findings:
+            raise MismatchError(findings)
+
+
+def _values(layer: Any, new: Statistics) -> Iterator[tuple[Any, NDArray[np.float64]]]:
+    """Yield each statistic that the layer stores and its new value."""
+    deviation = np.sqrt(new.variance + layer.epsilon)  # as batch renormalization stores it
+    yield layer.moving_mean, new.mean
+    yield layer.moving_variance, new.variance
+    if getattr(layer, "renorm", False):
+        yield layer.moving_stddev, deviation
+        yield layer.renorm_mean, new.mean
+        yield layer.renorm_stddev, deviation
+
+
+@contextmanager
+def _all_or_nothing(variables: Sequence[Any]) -> Iterator[None]:
+    before = [(variable, np.array(to_numpy(value_of(variable)))) for variable in variables]
+    try:
+        yield
+    except BaseException:
+        for variable, value in before:
+            variable.assign(value)
+        raise

@@ -1,0 +1,538 @@
+"""Data for the refresh: which arrays, which rows, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import struct
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swa_avg.batchnorm.batches import Data
+from swa_avg.batchnorm.data import open_data
+from swa_avg.batchnorm.draw import Permutation
+from swa_avg.batchnorm.functions import import_function
+from swa_avg.batchnorm.spec import Spec
+from swa_avg.errors import SystemRefusalError, UnreadableError, UsageError
+
+IMAGES = np.random.default_rng(0).normal(size=(50, 4, 3)).astype("float32")
+LABELS = np.arange(50)
+
+
+def rows_of(source, **options) -> tuple[np.ndarray, Data]:
+    with open_data(source, Spec(**options)) as data:
+        return np.concatenate([batch for batch, _ in data]), data
+
+
+def refused(source, **options) -> str:
+    with pytest.raises(UnreadableError) as info:
+        rows_of(source, **options)
+    assert "\n" not in str(info.value)
+    return str(info.value)
+
+
+def sorted_rows(values):
+    return values[np.lexsort(values.reshape(len(values), -1).T)]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(name="data.npz", /, *, compressed=False, **arrays):
+        path = tmp_path / name
+        (np.savez_compressed if compressed else np.savez)(path, **arrays)
+        return path
+
+    return save
+
+
+# --- the order of rows --------------------------------------------------------------------------------------------
+
+
+@given(size=st.integers(1, 3000), seed=st.integers(0, 2**32))
+def test_every_row_is_drawn_once(size, seed):
+    assert sorted(Permutation(size, seed)(0, size)) == list(range(size))
+
+
+@given(size=st.integers(2, 2**40), seed=st.integers(0, 2**32), start=st.integers(0, 2**30))
+def test_an_order_is_computed_where_it_is_asked_for(size, seed, start):
+    start %= size
+    stop = min(size, start + 50)
+    order = Permutation(size, seed)
+    drawn = order(start, stop)
+    assert ((drawn >= 0) & (drawn < size)).all()
+    np.testing.assert_array_equal(drawn, [order(k, k + 1)[0] for k in range(start, stop)])
+
+
+def test_orders_look_random():
+    """Positions are uncorrelated with rows, neighbours with each other, and seeds give different orders."""
+    size = 100_000
+    orders = [Permutation(size, seed)(0, size) for seed in (0, 1)]
+    assert abs(np.corrcoef(np.arange(size), orders[0])[0, 1]) < 0.02
+    assert abs(np.corrcoef(orders[0][1:], orders[0][:-1])[0, 1]) < 0.02
+    assert (orders[0] == orders[1]).sum() < 20
+
+
+def test_batches_of_data_sorted_by_class_have_the_classes_of_the_whole():
+    labels = np.repeat(np.arange(10.0), 1000)
+    with open_data(labels[:, None], Spec(batch_size=500)) as data:
+        for batch, _ in data:
+            assert abs(batch.mean() - 4.5) < 0.6
+
+
+# --- sources ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("fortran", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", ">f8", "uint8", "float16", "bool", "int64"])
+def test_npz_members_come_row_by_row(saved, compressed, fortran, dtype):
+    values = np.asarray((IMAGES * 10), order="F" if fortran else "C").astype(dtype, order="K")
+    path = saved(x=values, y=LABELS, compressed=compressed)
+    found, data = rows_of(path, batch_size=7)
+    np.testing.assert_array_equal(sorted_rows(found), sorted_rows(np.ascontiguousarray(values)))
+    assert data.used == {f"x {values.dtype}[50, 4, 3]": "the input"}
+    assert data.ignored == ("y int64[50]",)
+
+
+def test_fortran_order_in_four_dimensions(saved):
+    values = np.asfortranarray(np.arange(2 * 3 * 4 * 5.0).reshape(5, 4, 3, 2))
+    found, _ = rows_of(saved(x=values))
+    np.testing.assert_array_equal(sorted_rows(found), values)
+
+
+def test_npy_files_hold_the_only_array(tmp_path):
+    np.save(tmp_path / "a.npy", IMAGES)
+    found, data = rows_of(tmp_path / "a.npy")
+    np.testing.assert_array_equal(sorted_rows(found), sorted_rows(IMAGES))
+    assert data.used == {"a.npy float32[50, 4, 3]": "the input"}
+
+
+def test_arrays_in_memory_and_in_files_give_the_same_batches(saved):
+    found, data = rows_of(saved(x=IMAGES), seed=5, batch_size=8)
+    same, other = rows_of({"x": IMAGES}, seed=5, batch_size=8)
+    np.testing.assert_array_equal(found, same)
+    assert data.digest == other.digest
+
+
+def test_the_digest_depends_on_the_rows_and_not_on_the_batches():
+    digests = [
+        rows_of(IMAGES, batch_size=3)[1].digest,
+        rows_of(IMAGES, batch_size=50)[1].digest,
+        rows_of(IMAGES, seed=1)[1].digest,
+        rows_of(IMAGES, samples=49)[1].digest,
+        rows_of(IMAGES.astype("float64"))[1].digest,
+        rows_of(IMAGES.reshape(50, 12))[1].digest,
+    ]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 5
+
+
+def test_samples_are_drawn_without_repetition_and_the_last_batch_is_smaller():
+    with open_data(np.arange(1000.0)[:, None], Spec(samples=250, batch_size=100)) as data:
+        batches = [batch for batch, _ in data]
+    assert [len(batch) for batch in batches] == [100, 100, 50]
+    assert len(np.unique(np.concatenate(batches))) == 250
+    assert data.total == data.samples == 250
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [IMAGES[:20], IMAGES[20:]],
+        [(IMAGES[:20], LABELS[:20]), (IMAGES[20:], LABELS[20:])],
+        [[IMAGES[:20], LABELS[:20]], [IMAGES[20:], LABELS[20:]]],  # as torch's DataLoader collates
+        [(IMAGES[:20], LABELS[:20], LABELS[:20]), (IMAGES[20:], LABELS[20:], LABELS[20:])],
+        [{"x": IMAGES[:20], "y": LABELS[:20]}, {"x": IMAGES[20:], "y": LABELS[20:]}],
+    ],
+    ids=["x", "x y", "list", "x y weights", "dict"],
+)
+def test_streams_of_batches_come_in_their_order_without_labels(batches):
+    found, data = rows_of(iter(batches))
+    np.testing.assert_array_equal(found, IMAGES)
+    assert data.samples == 50
+    found, _ = rows_of(batches, samples=30)
+    np.testing.assert_array_equal(found, IMAGES[:30])
+
+
+def test_batches_by_number_come_in_a_seeded_order():
+    class ByNumber:
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            return IMAGES[10 * index : 10 * index + 10], LABELS[:10]
+
+    found, _ = rows_of(ByNumber())
+    np.testing.assert_array_equal(sorted_rows(found), sorted_rows(IMAGES))
+    assert (found != IMAGES).any()
+
+
+def test_functions_are_imported_from_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_batches.py").write_text(
+        "import numpy as np\n"
+        "def arrays(): return {'x': np.ones((6, 2)), 'y': np.zeros(6)}\n"
+        "def pair(): return np.ones((6, 2)), np.zeros(6)\n"
+        "def stream(): yield np.ones((6, 2))\n"
+        "def number(): return 3\n"
+    )
+    before = list(sys.path)
+    for name in ("arrays", "pair", "stream"):
+        assert rows_of(f"my_batches:{name}")[0].shape == (6, 2)
+    assert sys.path == before
+    assert "expected arrays or an iterable of batches; found int" in refused("my_batches:number")
+    for name, problem in (
+        ("my_batches:nothing", "has no attribute"),
+        ("no_such_module:nothing", "No module named"),
+        ("nothing", "is not MODULE:FUNCTION"),
+        ("my_batches:np.pi", "is not a function"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            import_function(name)
+
+
+def test_preprocessing_is_applied_to_each_batch_before_shapes_are_checked(saved):
+    path = saved(x=IMAGES)
+    options = {"input_names": ["in"], "input_shapes": [(None, 12)]}
+    found, _ = rows_of(path, preprocess=lambda batch: batch.reshape(-1, 12) * 2, **options)
+    assert found.shape == (50, 12)
+    assert "expected rows of shape [12]; found [4, 3]" in refused(path, **options)
+    assert "found [3, 4]" in refused(path, preprocess=lambda batch: batch.transpose(0, 2, 1), **options)
+
+
+# --- choosing arrays ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "chosen"),
+    [
+        (["x", "y"], {}, "x"),
+        (["x_train", "y_train", "x_test"], {}, "x_train"),
+        (["images", "labels"], {}, "images"),
+        (["anything"], {}, "anything"),
+        (["a", "x", "picture"], {"input_names": ["picture"]}, "picture"),
+        (["a", "x"], {"input_names": ["picture"]}, "x"),
+        (["a", "x"], {"bind": ["a"]}, "a"),
+        (["a", "x"], {"bind": ["a=picture"], "input_names": ["picture"]}, "a"),
+        (["k=v", "x"], {"bind": ["k=v=picture"], "input_names": ["picture"]}, "k=v"),
+    ],
+)
+def test_the_array_is_named_or_known_by_its_key(saved, keys, options, chosen):
+    path = saved(**{key: np.full((3, 2), number) for number, key in enumerate(keys)})
+    found, _ = rows_of(path, **options)
+    assert found[0, 0] == keys.index(chosen)
+
+
+def test_ambiguous_arrays_are_listed_with_shapes_and_types(saved):
+    message = refused(saved(a=IMAGES, b=LABELS))
+    assert message.endswith(
+        "expected one array for the model's input; found a float32[50, 4, 3], b int64[50]; choose with --bn-input KEY"
+    )
+
+
+def test_an_unknown_key_is_named_with_those_there_are(saved):
+    message = refused(saved(a=IMAGES, b=LABELS), bind=["c"])
+    assert "expected c; found a float32[50, 4, 3], b int64[50]" in message
+
+
+def test_an_input_that_the_model_does_not_have_is_a_usage_error():
+    with pytest.raises(UsageError, match="--bn-input a=other names no input"):
+        Spec(bind=["a=other"], input_names=["one"])
+    with pytest.raises(UsageError, match="names no input"):
+        Spec(bind=["a"], input_names=["one", "two"])
+
+
+def test_several_inputs_are_taken_by_name_from_the_same_rows(saved):
+    options = {"input_names": ["image", "row"], "input_shapes": [(None, 4, 3), (None,)]}
+    path = saved(image=IMAGES, number=LABELS, other=LABELS)
+    with open_data(path, Spec(bind=["number=row"], batch_size=20, **options)) as data:
+        for batch, _ in data:
+            np.testing.assert_array_equal(batch["image"], IMAGES[batch["row"]])
+    assert data.used == {"image float32[50, 4, 3]": "image", "number int64[50]": "row"}
+    assert data.ignored == ("other int64[50]",)
+    assert "expected row; found image" in refused(path, **options)
+    path = saved("uneven.npz", image=IMAGES, row=LABELS[:49])
+    assert "expected arrays of one length; found image 50, row 49" in refused(path, **options)
+
+
+def test_a_missing_or_extra_last_axis_of_one_is_taken_as_fit_takes_it():
+    options = {"input_names": ["in"]}
+    assert len(rows_of(IMAGES, input_shapes=[(None, 4, 3, 1)], **options)[0]) == 50
+    assert len(rows_of(IMAGES[..., None], input_shapes=[(None, 4, 3)], **options)[0]) == 50
+    assert "expected rows of shape [4, 4]" in refused(IMAGES, input_shapes=[(None, 4, 4)], **options)
+
+
+def test_a_model_of_a_fixed_batch_size_gets_whole_batches():
+    options = {"input_names": ["in"], "input_shapes": [(16, 4, 3)]}
+    found, data = rows_of(IMAGES, **options)
+    assert len(found) == data.total == 48
+    assert data.notes == ["left out 2 rows, since the model takes batches of 16 only"]
+    with pytest.raises(UsageError, match="batches of 16 only, not of 20"):
+        Spec(batch_size=20, **options)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def npy(header: bytes, payload: bytes = b"", version: int = 1) -> bytes:
+    length = struct.pack("<H" if version == 1 else "<I", len(header))
+    return b"\x93NUMPY" + bytes([version, 0]) + length + header + payload
+
+
+def header(descr="'<f4'", shape="(2, 3)", fortran="False") -> bytes:
+    return f"{{'descr': {descr}, 'fortran_order': {fortran}, 'shape': {shape}, }}".encode()
+
+
+DATA = bytes(24)
+BAD_NPY = {
+    "pickled objects": (npy(header("'|O'"), DATA), "found pickled objects, which are never read"),
+    "negative size": (npy(header(shape="(-1, 3)"), DATA), "expected a shape"),
+    "huge shape": (npy(header(shape="(1099511627776, 3)"), DATA), "expected 13194139533"),
+    "shape not a tuple": (npy(header(shape="6"), DATA), "found a damaged one"),
+    "boolean shape": (npy(header(shape="(True, 6)"), DATA), "expected a shape"),
+    "long header": (
+        npy(header() + b" " * 200_000, DATA, 2),
+        "expected a header of at most 65536 bytes; found one of",
+    ),
+    "header of a gigabyte": (
+        b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**30) + bytes(100),
+        "found one of 1073741824",
+    ),
+    "header of four terabytes": (
+        b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + bytes(100),
+        "found one of 4294967295",
+    ),
+    "header cut off": (npy(header())[:30], "found a damaged one"),
+    "brackets": (npy(b"(" * 60_000, DATA), "found a damaged one"),
+    "code": (npy(b"__import__('os').getcwd()", DATA), "found a damaged one"),
+    "long integer": (npy(header(shape=f"({'9' * 5000}, 1)"), DATA), "found a damaged one"),
+    "unknown version": (npy(header(), DATA, 9), "expected an array in .npy format"),
+    "text": (npy(header("'<U6'"), DATA), "expected numbers; found <U6"),
+    "complex": (npy(header("'<c8'", "(3,)"), DATA), "expected numbers; found complex64"),
+    "time": (npy(header("'<M8[ns]'", "(3,)"), DATA), "expected numbers; found datetime64[ns]"),
+    "fields": (npy(header("[('a', '<f4'), ('b', '<i4')]", "(3,)"), DATA), "found a structure of fields"),
+    "too short": (npy(header(), DATA[:-1]), "bytes, found"),
+    "trailing bytes": (npy(header(), DATA + b"\0"), "bytes, found"),
+    "zero rows": (npy(header(shape="(0, 3)")), "expected at least one row; found float32[0, 3]"),
+    "a number": (npy(header(shape="()"), bytes(4)), "expected at least one row; found float32[]"),
+    "empty rows": (npy(header(shape="(3, 0)")), "expected numbers; found float32[3, 0]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NPY)
+@pytest.mark.parametrize("suffix", [".npy", ".npz", "compressed.npz"])
+def test_bad_arrays_are_refused_in_one_line(tmp_path, case, suffix):
+    content, problem = BAD_NPY[case]
+    path = tmp_path / f"bad{suffix}"
+    if suffix == ".npy":
+        path.write_bytes(content)
+    else:
+        method = zipfile.ZIP_DEFLATED if suffix.startswith("c") else zipfile.ZIP_STORED
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr("x.npy", content)
+    message = refused(path)
+    assert message.startswith(f"{path}: " if suffix == ".npy" else f"{path}: x: ")
+    assert problem in message
+
+
+def test_a_bad_array_that_is_not_used_does_no_harm(tmp_path):
+    path = tmp_path / "data.npz"
+    np.savez(path, x=IMAGES)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("meta.npy", BAD_NPY["pickled objects"][0])
+        archive.writestr("README", b"hello")
+    found, data = rows_of(path)
+    assert len(found) == 50
+    assert data.ignored == ("meta (not an array of numbers)", "README")
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    np.savez(tmp_path / "bomb.npz", x=np.array([Bomb()], dtype=object))
+    np.save(tmp_path / "bomb.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    for name in ("bomb.npz", "bomb.npy"):
+        assert "pickled objects" in refused(tmp_path / name)
+    (tmp_path / "raw.npz").write_bytes(b"\x80\x04\x95\x10\x00")
+    assert "expected a .npz or .npy file; found something else" in refused(tmp_path / "raw.npz")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_damage_at_any_place_is_refused_or_harmless(saved, compressed):
+    path = saved(x=IMAGES[:4], compressed=compressed)
+    whole = path.read_bytes()
+    expected = sorted_rows(IMAGES[:4])
+    for position in range(0, len(whole), 3):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x40]) + whole[position + 1 :])
+        with contextlib.suppress(UnreadableError):
+            np.testing.assert_array_equal(sorted_rows(rows_of(path)[0]), expected)
+        path.write_bytes(whole[:position])
+        with pytest.raises(UnreadableError):
+            rows_of(path)
+
+
+def test_duplicate_keys_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "twice.npz", "w") as archive:
+        archive.writestr("x.npy", npy(header(), DATA))
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("x.npy", npy(header(), DATA))
+    assert "x: stands twice in the archive" in refused(tmp_path / "twice.npz")
+
+
+def test_an_archive_without_arrays_says_so(tmp_path):
+    with zipfile.ZipFile(tmp_path / "none.npz", "w") as archive:
+        archive.writestr("README", "hello")
+    assert "found no numeric array" in refused(tmp_path / "none.npz")
+
+
+def test_zeros_packed_a_thousand_to_one_are_refused_before_they_are_unpacked(tmp_path):
+    with (
+        zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("x.npy", "w") as file,
+    ):
+        file.write(npy(header("'|u1'", f"({2**17}, 1024)")))
+        for _ in range(2**7):
+            file.write(bytes(2**20))
+    assert "x: expected training data; found" in refused(tmp_path / "bomb.npz")
+
+
+def test_a_member_that_declares_more_than_it_holds_is_refused(saved):
+    path = saved(x=IMAGES, compressed=True)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"PK\x01\x02") + 24  # uncompressed size, in the directory
+    content[place : place + 4] = struct.pack("<I", 10**9)
+    path.write_bytes(content)
+    assert "bytes, found 1000000000" in refused(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_named_with_file_key_and_row(saved, value):
+    values = IMAGES.copy()
+    values[17, 2, 1] = value
+    path = saved(x=values)
+    assert refused(path) == f"{path}: x: expected finite numbers; found NaN or infinity in row 17"
+    assert "found NaN or infinity in row 17" in refused([(values[:10],), (values[10:],)])
+
+
+def test_streams_of_the_wrong_kind_are_refused():
+    assert "expected at least one row; found none" in refused(iter([]))
+    assert "expected numbers; found <U1" in refused([np.array(["a"])])
+    assert "expected batches of 2 inputs; found 1" in refused([IMAGES], input_names=["a", "b"])
+    assert "expected equal numbers of rows" in refused([[IMAGES, LABELS[:3]]], input_names=["a", "b"])
+
+
+@pytest.mark.parametrize("options", [{"samples": 0}, {"batch_size": 0}, {"samples": -3}])
+def test_numbers_below_one_are_usage_errors(options):
+    with pytest.raises(UsageError, match="must be at least 1"):
+        Spec(**options)
+
+
+def test_missing_files_and_other_things_are_unreadable(tmp_path):
+    assert "no such file or directory" in refused(tmp_path / "none.npz")
+    assert "without dataset_spec.pb" in refused(tmp_path)
+    os.mkfifo(tmp_path / "fifo.npz")
+    assert "not a regular file" in refused(tmp_path / "fifo.npz")
+    (tmp_path / "empty.npz").touch()
+    assert "expected a .npz or .npy file" in refused(tmp_path / "empty.npz")
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(saved):
+    path = saved(x=IMAGES)
+    with open_data(path, Spec(batch_size=10)) as data:
+        batches = iter(data)
+        next(batches)
+        os.utime(path, ns=(1, 1))
+        with pytest.raises(UnreadableError, match="the file changed while it was being read"):
+            list(batches)
+
+
+def test_no_room_to_unpack_is_the_systems_refusal(saved):
+    path = saved(x=np.random.default_rng(0).normal(size=(1000, 100)), compressed=True)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(SystemRefusalError, match=r"cannot unpack data\.npz"):
+            rows_of(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_arrays_are_read_in_bounded_memory(tmp_path):
+    """Neither the array nor an order of its rows is ever in memory: 400 MB of data, 40 MB of address space more."""
+    path = tmp_path / "large.npy"
+    shape = (100_000, 1_000)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        file.truncate(file.tell() + 4 * shape[0] * shape[1])
+    import tracemalloc
+
+    tracemalloc.start()
+    try:
+        with open_data(path, Spec(batch_size=64)) as data:
+            for count, _ in enumerate(data):
+                if count == 50:
+                    break
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
+# --- folders of tf.data -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("labelled", ["x", "x y", "dict"])
+def test_saved_datasets_are_drawn_in_a_seeded_order(tmp_path, batched, labelled):
+    tf = pytest.importorskip("tensorflow")
+    elements = {"x": IMAGES, "x y": (IMAGES, LABELS), "dict": {"x": IMAGES, "label": LABELS}}[labelled]
+    dataset = tf.data.Dataset.from_tensor_slices(elements)
+    (dataset.batch(8) if batched else dataset).save(str(tmp_path / "saved"))
+    options = {"input_names": ["in"], "input_shapes": [(None, 4, 3)], "batch_size": 20}
+    found, data = rows_of(tmp_path / "saved", **options)
+    np.testing.assert_array_equal(sorted_rows(found), sorted_rows(IMAGES))
+    again, _ = rows_of(tmp_path / "saved", **options)
+    np.testing.assert_array_equal(found, again)
+    assert data.total == 50
+    assert len(rows_of(tmp_path / "saved", samples=13, **options)[0]) == 13
+
+
+@pytest.mark.keras
+def test_saved_datasets_of_several_shapes_come_in_their_order(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+
+    def batches():
+        yield np.ones((2, 5), "float32")
+        yield np.zeros((2, 7), "float32")
+
+    dataset = tf.data.Dataset.from_generator(batches, output_signature=tf.TensorSpec((None, None)))
+    dataset.save(str(tmp_path / "saved"))
+    with open_data(tmp_path / "saved", Spec(input_names=["in"], input_shapes=[(None, None)])) as data:
+        assert [batch.shape for batch, _ in data] == [(2, 5), (2, 7)]
+    assert data.notes == ["rows of several shapes are used in the order in which they were saved"]
+
+
+@pytest.mark.keras
+def test_damaged_datasets_are_unreadable(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    tf.data.Dataset.from_tensor_slices(IMAGES).save(str(tmp_path / "saved"))
+    (tmp_path / "saved" / "dataset_spec.pb").write_bytes(b"garbage")
+    assert "damaged dataset" in refused(tmp_path / "saved")
+
+
+@pytest.mark.keras
+def test_datasets_without_end_ask_for_a_number_of_samples():
+    tf = pytest.importorskip("tensorflow")
+    endless = tf.data.Dataset.from_tensor_slices(IMAGES).batch(10).repeat()
+    with pytest.raises(UsageError, match="never ends"):
+        rows_of(endless)
+    assert len(rows_of(endless, samples=75)[0]) == 75
