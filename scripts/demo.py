@@ -50,6 +50,7 @@ class SaveFrom(keras.callbacks.ModelCheckpoint):
 def train(folder: Path) -> None:
     keras.utils.set_random_seed(1)
     train_x, _, train_y, _ = load_data()
+    np.savez(folder / "train.npz", x_train=train_x, y_train=train_y)
     model = build_model()
     model.compile(
         keras.optimizers.SGD(0.1, momentum=0.9),
@@ -69,7 +70,8 @@ def compare(folder: Path) -> None:
     warnings.simplefilter("error")
     for title, path in (
         ("last checkpoint", sorted(folder.glob("ckpt_*.keras"))[-1]),
-        ("average", folder / "swa.keras"),
+        ("average, not refreshed", folder / "plain.keras"),
+        ("average, refreshed", folder / "swa.keras"),
     ):
         model = keras.models.load_model(path)
         loss, accuracy = model.evaluate(test_x, test_y, batch_size=256, verbose=0)

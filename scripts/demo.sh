@@ -12,7 +12,13 @@ quietly() { "$@" 2>"$work/log" || { cat "$work/log" >&2; exit 1; }; } # TensorFl
 
 quietly "$PYTHON" scripts/demo.py train "$work"
 cd "$work"
-echo '$ swa-avg ckpt_*.keras -o swa.keras'
-"${PYTHON%/*}/swa-avg" ckpt_*.keras -o swa.keras
+PATH=${PYTHON%/*}:$PATH
+for command in \
+  'swa-avg ckpt_*.keras -o plain.keras' \
+  'swa-avg ckpt_*.keras -o swa.keras --bn-refresh train.npz'; do
+  echo "\$ $command"
+  eval "$command" 2>&1
+  echo
+done
 cd - >/dev/null
 quietly "$PYTHON" scripts/demo.py compare "$work"

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Report", "SwaAvgError", "__version__", "average"]
+__all__ = ["RefreshReport", "Report", "SwaAvgError", "__version__", "average", "refresh_batchnorm"]
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from swa_avg.batchnorm.refresh import refresh_batchnorm
+    from swa_avg.batchnorm.report import RefreshReport
     from swa_avg.errors import SwaAvgError
     from swa_avg.run import Report, average
 
+# `swa-avg --help` imports this package and must not wait for numpy and h5py, nor averaging for Keras.
+_HOMES = {
+    "RefreshReport": "swa_avg.batchnorm.report",
+    "Report": "swa_avg.run",
+    "SwaAvgError": "swa_avg.errors",
+    "average": "swa_avg.run",
+    "refresh_batchnorm": "swa_avg.batchnorm.refresh",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # `swa-avg --help` imports this package and must not wait for numpy and h5py.
-    if name in ("average", "Report"):
-        from swa_avg import run
-
-        return getattr(run, name)
-    if name == "SwaAvgError":
-        from swa_avg.errors import SwaAvgError
-
-        return SwaAvgError
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,7 +21,7 @@ from isal.isal_zlib import crc32
 
 from swa_avg.batchnorm.rows import FileRows, Rows, describe, room_for
 from swa_avg.errors import SystemRefusalError, UnreadableError
-from swa_avg.formats.archive import _data_offset
+from swa_avg.formats.archive import data_offset
 from swa_avg.formats.base import Image, ImageFile, open_file
 
 __all__ = ["ArrayFile", "Stored", "open_arrays"]
@@ -168,7 +168,7 @@ class ArrayFile:
         """Return where a member's bytes lie; a compressed one is spilled to a temporary file first."""
         with self._damage_named(key):
             if info.compress_type == zipfile.ZIP_STORED:
-                start = _data_offset(self._whole, info)
+                start = data_offset(self._whole, info)
                 if info.compress_size != info.file_size or start + info.file_size > self._archive.start_dir:
                     raise UnreadableError(self.path, "reaches beyond the archive", tensor=key)
                 if whole:

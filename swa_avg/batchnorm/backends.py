@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from swa_avg.batchnorm.interrupts import interrupts_held
+
 __all__ = ["Step", "compiled", "leaked", "random_state_kept", "squared_difference", "to_numpy", "value_of"]
 
 Step = Callable[[list[Any], Any], Any]
@@ -72,8 +74,10 @@ class _TensorFlowStep:
             self._kept.setdefault(id(variable), (variable, tf.identity(variable)))
 
     def restore(self) -> None:
-        for variable, value in self._kept.values():
-            variable.assign(value)
+        """Put back what the step assigned behind Keras's back."""
+        with interrupts_held():
+            for variable, value in self._kept.values():
+                variable.assign(value)
 
 
 @contextmanager

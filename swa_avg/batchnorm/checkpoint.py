@@ -126,7 +126,7 @@ def _without_greeting() -> Iterator[None]:
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
-        import keras  # type: ignore[import-untyped]  # noqa: F401
+        import keras  # noqa: F401
 
         yield
     finally:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swa_avg.batchnorm.backends import squared_difference
+from swa_avg.batchnorm.interrupts import interrupts_held
 
 __all__ = ["SEED_STATE", "Outcome", "batchnorm_layers", "make_step"]
 
@@ -102,12 +103,13 @@ def _observing(layers: Sequence[Any], scope: Any) -> Iterator[list[_Call]]:
             layer.__dict__["renorm"] = False
         yield calls
     finally:
-        for layer, before in zip(layers, overridden, strict=False):
-            for name in ("_moments", "call", "renorm"):
-                if name in before:
-                    layer.__dict__[name] = before[name]
-                else:
-                    layer.__dict__.pop(name, None)
+        with interrupts_held():
+            for layer, before in zip(layers, overridden, strict=True):
+                for name in ("_moments", "call", "renorm"):
+                    if name in before:
+                        layer.__dict__[name] = before[name]
+                    else:
+                        layer.__dict__.pop(name, None)
 
 
 def _moments_of(index: int, layer: Any, calls: list[_Call]) -> Callable[..., tuple[Tensor, Tensor]]:

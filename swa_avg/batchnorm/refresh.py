@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from swa_avg.batchnorm.backends import Step, compiled, leaked, random_state_kept, to_numpy, value_of
 from swa_avg.batchnorm.batches import Data
 from swa_avg.batchnorm.data import open_data
+from swa_avg.batchnorm.interrupts import interrupts_held
 from swa_avg.batchnorm.moments import ESTIMATORS, Statistics
 from swa_avg.batchnorm.observe import SEED_STATE, Outcome, batchnorm_layers, make_step
 from swa_avg.batchnorm.report import LayerReport, RefreshReport, drift_between, standard_error
@@ -291,9 +292,11 @@ def _values(layer: Any, new: Statistics) -> Iterator[tuple[Any, NDArray[np.float
 @contextmanager
 def _all_or_nothing(variables: Sequence[Any]) -> Iterator[None]:
     before = [(variable, np.array(to_numpy(value_of(variable)))) for variable in variables]
-    try:
-        yield
-    except BaseException:
-        for variable, value in before:
-            variable.assign(value)
-        raise
+    with interrupts_held() as deliver:
+        try:
+            yield
+            deliver()
+        except BaseException:
+            for variable, value in before:
+                variable.assign(value)
+            raise

@@ -16,7 +16,7 @@ from swa_avg.formats.hdf5 import Hdf5Checkpoint, is_keras_store, layer_names, re
 from swa_avg.formats.stored_zip import StoredZip
 from swa_avg.strict_json import parse_json
 
-__all__ = ["SIGNATURE", "ArchiveCheckpoint", "open_archive"]
+__all__ = ["SIGNATURE", "ArchiveCheckpoint", "data_offset", "open_archive"]
 
 SIGNATURE = b"PK"
 _WEIGHTS, _CONFIG, _METADATA = "model.weights.h5", "config.json", "metadata.json"
@@ -170,7 +170,7 @@ def _members(whole: Image, archive: zipfile.ZipFile) -> dict[str, tuple[zipfile.
             raise UnreadableError(whole.path, "has a name that leaves the archive", tensor=name)
         if info.create_system == 3 and (info.external_attr >> 16) & 0o170000 == 0o120000:
             raise UnreadableError(whole.path, "is a symbolic link", tensor=name)
-        start = _data_offset(whole, info)
+        start = data_offset(whole, info)
         if info.header_offset < position or start + info.file_size > archive.start_dir:
             raise UnreadableError(whole.path, "overlaps another part of the archive", tensor=name)
         position = start + info.file_size
@@ -181,7 +181,12 @@ def _members(whole: Image, archive: zipfile.ZipFile) -> dict[str, tuple[zipfile.
     return members
 
 
-def _data_offset(whole: Image, info: zipfile.ZipInfo) -> int:
+def data_offset(whole: Image, info: zipfile.ZipInfo) -> int:
+    """Return where a member's data start, once its local header agrees with the directory.
+
+    Raises:
+        UnreadableError: the two disagree.
+    """
     header = whole.read(info.header_offset, _LOCAL_HEADER.size)
     signature, _, flags, method, _, _, _, packed, size, name_length, extra_length = _LOCAL_HEADER.unpack(
         header

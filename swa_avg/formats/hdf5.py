@@ -29,7 +29,15 @@ from swa_avg.formats.base import (
 )
 from swa_avg.strict_json import parse_json
 
-__all__ = ["LEGACY_MODEL", "LEGACY_WEIGHTS", "SIGNATURE", "Hdf5Checkpoint", "Layout", "open_hdf5", "read_layout"]
+__all__ = [
+    "LEGACY_MODEL",
+    "LEGACY_WEIGHTS",
+    "SIGNATURE",
+    "Hdf5Checkpoint",
+    "Layout",
+    "open_hdf5",
+    "read_layout",
+]
 
 LEGACY_MODEL = "legacy HDF5 model"
 LEGACY_WEIGHTS = "legacy HDF5 weights"

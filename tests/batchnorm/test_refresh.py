@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -286,7 +287,7 @@ if BACKEND == "jax":
     del KINDS["float64"]  # off by default there
 
 
-LOOSER = {"mixed_float16": 1e-3, "mixed_bfloat16": 1e-2, "far_from_zero": 1e-3}
+LOOSER = {"mixed_float16": 1e-4, "mixed_bfloat16": 1e-3, "far_from_zero": 1e-3}
 """Beyond the first layer, where the forward pass rounds to 11 or 8 bits, or cancels four of seven digits."""
 
 
@@ -794,7 +795,26 @@ def test_everything_here_holds_on_jax_too():
         return
     pytest.importorskip("jax")
     environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
-    chosen = "statistics_are_those or other_state or progress-KeyboardInterrupt or same_bits"
+    kinds = "spatial smaller_last_batch twice channels_first masked time_distributed renorm dropout_between"
+    chosen = " or ".join([*kinds.split(), "mixed_float16", "other_state", "progress-KeyboardInterrupt"])
     command = [sys.executable, "-m", "pytest", str(Path(__file__)), "-k", chosen, "-p", "no:cacheprovider"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode == 0, ended.stdout[-3000:]
+
+
+def test_ctrl_c_while_statistics_are_assigned_waits_and_then_takes_them_all_back(monkeypatch):
+    model = stateful()
+    before = state_of(model)
+    layer = batchnorms(model)[0]
+    assign = type(layer.moving_mean)._direct_assign
+
+    def signalled(self, value):
+        assign(self, value)
+        signal.raise_signal(signal.SIGINT)  # again and again, also while the old values are being put back
+
+    monkeypatch.setattr(type(layer.moving_mean), "_direct_assign", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        refresh_batchnorm(model, batches_of(digits()))
+    for old, new in zip(before, state_of(model), strict=True):
+        np.testing.assert_array_equal(new, old)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
