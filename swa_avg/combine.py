@@ -8,7 +8,7 @@ executor, and come back in order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from threading import local
@@ -115,8 +115,8 @@ class Combiner:
         if self.verify:
             for position, source in enumerate(shared):
                 self._verified(source, index, running[position])
-            for source in set(range(len(self.plan.inputs))) - set(shared):
-                self._verified(source, index, self._checksum(self.plan.inputs[source].images[index]))
+            if index == 0:
+                self._verify_others(shared)
 
     def _take(
         self, under_way: deque[_Underway], free: list[NDArray[np.uint8]], running: list[int]
@@ -140,6 +140,13 @@ class Combiner:
             problem = f"damaged: its CRC-32 is {checksum:08x}, the archive says {image.crc32:08x}"
             raise UnreadableError(image.path, problem, hint="leave this file out, or restore it")
         self.checksums[source][index] = checksum
+
+    def _verify_others(self, shared: Sequence[int]) -> None:
+        """Check the inputs whose bytes lie elsewhere than the template's: block by block would not do."""
+        for number, source in enumerate(self.plan.inputs):
+            if number not in shared:
+                for index, image in enumerate(source.images):
+                    self._verified(number, index, self._checksum(image))
 
     def _checksum(self, image: Image) -> int:
         checksum = 0
@@ -166,7 +173,8 @@ class Combiner:
                 _read_pieces(source, template, block, raw)
             if block.pieces:
                 sums = sums or _Sums(block, raw, self._accumulator(block))
-                sums.add(number, self.plan)
+                with np.errstate(all="ignore"):  # what is not finite is found at the end
+                    sums.add(number, self.plan)
         if self.plan.inputs[-1] is not template:
             template.images[block.image].read_into(output.data, block.start)
         elif raw is not output:

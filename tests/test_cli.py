@@ -321,6 +321,24 @@ def test_values_that_are_not_finite_name_file_and_tensor(value: float, folder: P
     assert _names(folder) == before
 
 
+def test_infinities_that_cancel_are_found_too(folder: Path, swa_avg: Cli) -> None:
+    for number, value in ((3, np.inf), (4, -np.inf)):
+        arrays = makers.weights(number)
+        arrays["layers/dense/vars/1"][0] = value
+        makers.write_archive(folder / f"ckpt_{number}.keras", arrays)
+    problem = "layers/dense/vars/1: holds NaN or infinity; leave this checkpoint out"
+    _refused(swa_avg("ckpt_*.keras"), 4, f"ckpt_3.keras: {problem}", f"ckpt_4.keras: {problem}")
+
+
+def test_a_sum_beyond_float64_is_refused(tmp_path: Path, swa_avg: Cli) -> None:
+    for number in (1, 2):
+        arrays = {"a/vars/0": np.full(3, 1.7e308), "a/vars/1": np.float64(number)}
+        makers.write_weights(tmp_path / f"ckpt_{number}.weights.h5", arrays)
+    second = tmp_path / "ckpt_2.weights.h5"
+    ended = swa_avg(tmp_path / "ckpt_?.weights.h5", "-o", tmp_path / "swa.weights.h5")
+    _refused(ended, 4, f"{second}: sum: does not fit into float64")
+
+
 def test_integers_that_are_no_counters_must_be_equal(tmp_path: Path, swa_avg: Cli) -> None:
     for number in (1, 2):
         arrays = {

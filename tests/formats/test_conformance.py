@@ -192,6 +192,26 @@ class TestSharded(Conformance):
     def write(self, path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
         return makers.write_sharded(path, arrays)
 
+    def test_shards_may_be_split_differently(self, tmp_path: Path) -> None:
+        import json
+
+        arrays = {n: {f"l{i}/vars/0": np.full(4, n * i, np.float32) for i in range(5)} for n in (1, 3)}
+        one = self.write(tmp_path / "ckpt_1.weights.json", arrays[1])
+        other = makers.write_weights(tmp_path / "ckpt_3_00000.weights.h5", arrays[3])
+        weight_map = {f"/l{i}/vars": other.name for i in range(5)}
+        (tmp_path / "ckpt_3.weights.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        for newest, older in (
+            (tmp_path / "ckpt_3.weights.json", one),
+            (one, tmp_path / "ckpt_3.weights.json"),
+        ):
+            output = tmp_path / f"swa_{newest.name}"
+            last = newest.rename(tmp_path / "zzz.weights.json") if newest is one else newest
+            average([older, last], output)
+            found = oracle.read_arrays(output)
+            assert {name: value.tolist() for name, value in found.items()} == {
+                f"l{i}/vars/0": [2.0 * i] * 4 for i in range(5)
+            }
+
     def test_an_existing_set_cannot_be_replaced_in_one_step(
         self, tmp_path: Path, swa_avg: Callable[..., object]
     ) -> None:
