@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swa_avg.errors import SystemRefusalError, UnreadableError
-from swa_avg.index import Entry, Folder, Index, is_plain_name, published, read_index, write_index
+from swa_avg.index import Entry, Index, is_plain_name, read_index
+from swa_avg.run_folder import RunFolder, published, write_index
 
 GOOD = {
     "version": 1,
@@ -186,7 +187,7 @@ def test_temporaries_keep_the_suffix_and_hide(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="asks for a process by its number")
 def test_only_the_temporaries_of_dead_runs_are_removed(tmp_path):
     code = (
-        "from pathlib import Path; from swa_avg.index import published; import os\n"
+        "from pathlib import Path; from swa_avg.run_folder import published; import os\n"
         "with published(Path('a.keras')) as t: t.touch(); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False)
@@ -194,19 +195,19 @@ def test_only_the_temporaries_of_dead_runs_are_removed(tmp_path):
     (tmp_path / ".tmp-elsewhere-1-00-b.keras").touch()
     with published(tmp_path / "alive.keras") as alive:
         alive.touch()
-        Folder(tmp_path, None, None, by_step=False).open()
+        RunFolder(tmp_path, None, None, by_step=False).open()
         assert alive.exists()
     assert not dead.exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == [".tmp-elsewhere-1-00-b.keras", "alive.keras"]
 
 
-def save(folder: Folder, item: Entry) -> list[str]:
+def save(folder: RunFolder, item: Entry) -> list[str]:
     (folder.path / item.file).touch()
     return folder.record(item, None, None)
 
 
 def test_two_runs_in_one_folder_are_reported_and_lose_nothing(tmp_path):
-    ours, theirs = (Folder(tmp_path, None, None, by_step=False) for _ in range(2))
+    ours, theirs = (RunFolder(tmp_path, None, None, by_step=False) for _ in range(2))
     assert ours.open() == theirs.open() == []
     assert save(ours, entry(1)) == []
     (warning,) = save(theirs, Entry("other.keras", 2))
@@ -218,23 +219,23 @@ def test_two_runs_in_one_folder_are_reported_and_lose_nothing(tmp_path):
 
 
 def test_an_entry_whose_file_is_gone_is_dropped_with_a_warning(tmp_path):
-    folder = Folder(tmp_path, None, None, by_step=False)
+    folder = RunFolder(tmp_path, None, None, by_step=False)
     folder.open()
     save(folder, entry(1))
     save(folder, entry(2))
     (tmp_path / "ckpt_1.keras").unlink()
-    (warning,) = Folder(tmp_path, None, None, by_step=False).open()
+    (warning,) = RunFolder(tmp_path, None, None, by_step=False).open()
     assert warning.endswith("ckpt_1.keras is gone; it leaves the index")
     (warning,) = save(folder, entry(3))
     assert [e.epoch for e in read_index(tmp_path / "checkpoints.json").entries] == [2, 3]
 
 
 def test_checkpoints_of_epochs_trained_again_leave_the_index(tmp_path):
-    first = Folder(tmp_path, None, None, by_step=False)
+    first = RunFolder(tmp_path, None, None, by_step=False)
     first.open()
     for epoch in range(1, 5):
         save(first, entry(epoch))
-    second = Folder(tmp_path, None, None, by_step=False)
+    second = RunFolder(tmp_path, None, None, by_step=False)
     second.open()
     second.first_epoch = 1
     (warning,) = save(second, Entry("again_3.keras", 3, 30))
@@ -249,10 +250,12 @@ def test_checkpoints_of_epochs_trained_again_leave_the_index(tmp_path):
 
 
 def test_deleting_waits_for_the_index(tmp_path, monkeypatch):
-    folder = Folder(tmp_path, 1, None, by_step=False)
+    folder = RunFolder(tmp_path, 1, None, by_step=False)
     folder.open()
     save(folder, entry(1))
-    monkeypatch.setattr("swa_avg.index.write_index", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(
+        "swa_avg.run_folder.write_index", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
+    )
     with pytest.raises(OSError, match="full"):
         save(folder, entry(2))
     assert (tmp_path / "ckpt_1.keras").exists()
@@ -262,4 +265,4 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
     path = tmp_path / "run"
     path.touch()
     with pytest.raises(SystemRefusalError, match="cannot write into this folder"):
-        Folder(Path(path), None, None, by_step=False).open()
+        RunFolder(Path(path), None, None, by_step=False).open()

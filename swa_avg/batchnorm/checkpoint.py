@@ -30,7 +30,8 @@ _CHUNK = 2**20
 class Refresh:
     """What a refresh of a checkpoint is asked to do; see `refresh_batchnorm` for the first six."""
 
-    data: str | Path
+    data: Any
+    """What `refresh_batchnorm` takes."""
     inputs: Sequence[str] = ()
     batch_size: int | None = None
     samples: int | None = None
@@ -38,9 +39,9 @@ class Refresh:
     seed: int = 0
     preprocess: str | None = None
     """`MODULE:FUNCTION`, applied to each batch."""
-    model: str | None = None
-    """For weights alone: a `.keras` file, a JSON configuration, or `MODULE:FUNCTION` that returns the
-    model."""
+    model: Any = None
+    """For weights alone: a `.keras` file, a JSON configuration, or `MODULE:FUNCTION` that returns the model; or
+    a live Keras model, which gets the averaged weights and their statistics."""
     imports: Sequence[str] = ()
     """Modules that register the model's own classes with Keras."""
     unsafe: bool = False
@@ -60,7 +61,7 @@ def check_request(refresh: Refresh, newest: Checkpoint) -> None:
             f"{newest.path.name} holds weights alone: --bn-refresh needs --model, a .keras file, a JSON "
             "configuration or MODULE:FUNCTION"
         )
-    if not refresh.unsafe and has_lambda(newest.config):
+    if refresh.model is None and not refresh.unsafe and has_lambda(newest.config):
         raise UsageError(
             f"{newest.path.name} holds a Lambda layer, which is code: add --unsafe if you trust who wrote it"
         )
@@ -143,7 +144,7 @@ def _load(draft: Path, checkpoint: Checkpoint, refresh: Refresh) -> Any:
     try:
         if checkpoint.config is not None and refresh.model is None:
             return keras.models.load_model(draft, compile=False, safe_mode=not refresh.unsafe)
-        model = _build(str(refresh.model), refresh, keras)
+        model = _build(refresh.model, refresh, keras) if isinstance(refresh.model, str) else refresh.model
         model.load_weights(draft)
     except (ValueError, TypeError, AttributeError, ImportError, KeyError, OSError) as error:
         if isinstance(error, UsageError):

@@ -1,0 +1,505 @@
+"""Keras callbacks: save the checkpoints of a run to average them later, or average while training.
+
+    model.fit(..., callbacks=[CheckpointSaver("run", start_epoch=140)])
+    model.fit(..., callbacks=[SWA("models/", 140)])
+
+Importing this module imports Keras, and registers the schedules of `swa_avg.schedules` with it.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import keras
+import numpy as np
+
+from swa_avg.batchnorm.checkpoint import Refresh
+from swa_avg.errors import SwaAvgError, UsageError
+from swa_avg.index import MODES, Entry, is_plain_name
+from swa_avg.run import Report, average
+from swa_avg.run_folder import RunFolder, published
+from swa_avg.schedules import keras_schedule_class
+from swa_avg.snapshot import Snapshot, Task, saved_view, write_model
+
+__all__ = ["SWA", "CheckpointSaver", "PrintLearningRate"]
+
+keras_schedule_class()
+
+_WEIGHTS_SUFFIX = ".weights.h5"
+_GREATER = re.compile(r"(^|_)(acc|accuracy|auc|f1|f1_score|fmeasure|precision|recall)(_|$)")
+_MISSED = (
+    "{}: values of {}, which the model saves but does not list among its variables, may be a little newer "
+    "than the rest; from now on training waits for each save"
+)
+_LOWER = re.compile(r"(^|_)(loss|error|mse|mae|rmse|mape|msle)$")
+
+
+class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
+    """Save the model at the ends of epochs, with an index, into a folder that `swa-avg` averages.
+
+    Each file appears under its name complete, and on disk, or not at all; a failed save leaves earlier files
+    as they are and ends `fit` with its error. With `background`, training waits only until the arrays are
+    copied to host memory; a thread writes the file, one at a time.
+
+    The learning rate is never touched. Runs are continued: the index of the folder is read at the start, and
+    epochs that are trained again replace their checkpoints. Two runs need two folders.
+
+    Args:
+        directory: Folder for the checkpoints and `checkpoints.json`; created if need be.
+        start_epoch: 0-based index of the first epoch to save, like Keras's `initial_epoch`: of 150 epochs,
+            140 saves the last ten.
+        every: Save every so many-th epoch, counted from `start_epoch`; or every so many steps: `"500 steps"`.
+        cycle_length: Epochs in a cycle of the learning rate, counted from `start_epoch`: save at the end of
+            each cycle (after epochs `start_epoch + c`, `start_epoch + 2c`, ... as `fit` prints them), where a
+            saw-tooth is lowest. With `every`, of every so many-th cycle.
+        filename: A format of `epoch`, the 1-based number that `fit` prints, `step`, and metrics:
+            `"ckpt_{epoch:04d}_{val_loss:.3f}.keras"`. By default `ckpt_{epoch:04d}.keras`, or for steps
+            `ckpt_{epoch:04d}_{step:08d}.keras`; `.weights.h5` with `weights_only`.
+        weights_only: Save as `model.save_weights` does, not as `model.save`.
+        include_optimizer: Save the optimizer's state, and in a `.keras` file how the model was compiled.
+        keep_last: Keep only so many of the newest files.
+        keep_best: Keep only so many of the files with the best values of `monitor`. A file stays if either
+            keeps it.
+        monitor: A metric by the name that `fit` logs, for `keep_best` and `swa-avg --best`.
+        mode: `min` or `max`: which values of `monitor` are better. `auto` goes by the compiled metric, then
+            by the name (accuracy, AUC, precision, recall, F1 up; losses, errors down), and refuses others.
+        background: Write on a thread of its own.
+        verbose: 1 prints each file's name.
+
+    Raises:
+        UsageError: (here) an argument has no meaning; (at the first save) a metric is not logged.
+        SystemRefusalError: (in `fit`) disk full, permission denied, input/output error.
+        UnreadableError: (in `fit`) the folder holds a damaged index.
+    """
+
+    def __init__(
+        self,
+        directory: str | PathLike[str],
+        start_epoch: int = 0,
+        every: int | str = 1,
+        cycle_length: int | None = None,
+        filename: str | None = None,
+        weights_only: bool = False,
+        include_optimizer: bool = True,
+        keep_last: int | None = None,
+        keep_best: int | None = None,
+        monitor: str | None = None,
+        mode: str = "auto",
+        background: bool = True,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__()
+        if "://" in str(directory):
+            raise UsageError(f"{directory} is not a folder of this machine; save here, and copy afterwards")
+        _check_count("start_epoch", start_epoch, least=0)
+        for name, value in (
+            ("cycle_length", cycle_length),
+            ("keep_last", keep_last),
+            ("keep_best", keep_best),
+        ):
+            if value is not None:
+                _check_count(name, value)
+        if mode not in ("auto", *MODES):
+            raise UsageError(f"mode is {mode!r}; expected auto, min or max")
+        if keep_best is not None and monitor is None:
+            raise UsageError("keep_best needs monitor, such as monitor='val_loss'")
+        count, self._by_step = _parse_every(every)
+        if self._by_step and cycle_length is not None:
+            raise UsageError(
+                "cycle_length counts epochs; with every in steps, give the cycle's steps as every"
+            )
+        self._start_epoch = start_epoch
+        self._period = count * (cycle_length or 1)
+        self._filename = filename or _default_name(by_step=self._by_step, weights_only=weights_only)
+        _check_filename(self._filename, by_step=self._by_step, weights_only=weights_only)
+        self._weights_only = weights_only
+        self._include_optimizer = include_optimizer
+        self._monitor = monitor
+        self._mode = mode
+        self._background = background
+        self._verbose = verbose
+        self._folder = RunFolder(Path(directory), keep_last, keep_best, by_step=self._by_step)
+        self._opened = False
+        self._task: Task | None = None
+        self._saved = 0
+        self._epoch: int | None = None
+        self._step = 0
+        self._batch = -1
+        if self._by_step:
+            # Only here: a callback with this method makes `fit` wait for the logs of every batch.
+            self.on_train_batch_end = self._after_batch
+
+    def save(
+        self, model: Any, epoch: int, metrics: Mapping[str, Any] | None = None, *, step: int | None = None
+    ) -> None:
+        """Save `model` now; what custom training loops call.
+
+        Args:
+            model: A built Keras model. On JAX, with the variables assigned that a stateless loop has updated.
+            epoch: 0-based index, as in `for epoch in range(epochs)`; the file carries the number after it.
+            metrics: By name, scalars.
+            step: Steps trained so far; by default what the optimizer has counted.
+        """
+        _sync(model)
+        self.wait()
+        chief = _is_chief(model)
+        if chief and not self._opened:
+            self._folder.first_epoch = epoch
+            self._open()
+        logged = _scalars(metrics)
+        step = step if step is not None else _steps(model)
+        path = self._folder.path / self._name(epoch + 1, step, logged)
+        entry = Entry(path.name, epoch + 1, step, _learning_rate(model), logged, _now())
+        self._resolve_mode(model, logged)
+        if self._verbose and chief:
+            print(f"\nEpoch {epoch + 1}: saving {path}")
+        if self._background or not chief:
+            # All workers read their variables, which may be a collective operation; the chief alone writes.
+            snapshot = Snapshot(model, self._include_optimizer)
+            if chief:
+                self._task = Task(snapshot, path, partial(self._write, model), partial(self._record, entry))
+                self._task.start()
+        else:
+            with published(path) as temporary:
+                self._write(model, temporary)
+            self._warn(self._record(entry))
+        self._saved += 1
+
+    def wait(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+            SystemRefusalError: the last save failed; its file is not there, earlier ones are.
+        """
+        task, self._task = self._task, None
+        if task is None:
+            return
+        task.join()
+        if task.error is None:
+            self._warn(task.warnings)
+            if task.snapshot.missed:
+                self._background = False
+                self._warn([_MISSED.format(task.path, ", ".join(sorted(task.snapshot.missed)))])
+        elif isinstance(task.error, (OSError, SwaAvgError)) or not isinstance(task.error, Exception):
+            raise task.error
+        else:
+            self._retry(task)
+
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.wait()
+        elif self._task is not None:
+            self._task.join()
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
+        self.wait()
+        self._saved = 0
+        self._epoch = None
+        if _is_chief(self.model):
+            self._open()
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        if self._epoch is None:
+            # Not earlier: BackupAndRestore sets the epoch and the optimizer's count as training begins.
+            self._folder.first_epoch = epoch
+            self._step = _steps(self.model) or 0
+        self._epoch = epoch
+        self._batch = -1
+        self._raise_early()
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        done = epoch + 1 - self._start_epoch
+        if not self._by_step and done > 0 and done % self._period == 0:
+            self.save(self.model, epoch, logs)
+        else:
+            self._raise_early()
+
+    def _after_batch(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Count steps; with `steps_per_execution`, Keras calls this once for several."""
+        before, self._step = self._step, self._step + batch - self._batch
+        self._batch = batch
+        epoch = self._epoch or 0
+        if epoch >= self._start_epoch and self._step // self._period > before // self._period:
+            self.save(self.model, epoch, logs, step=self._step)
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
+        self.wait()
+        if self._saved == 0:
+            _warn_nothing(f"{type(self).__name__} saved nothing", self._expected(), self._epoch, self.params)
+
+    def _expected(self) -> str:
+        if self._by_step:
+            return f"a checkpoint every {self._period} steps after epoch {self._start_epoch}"
+        return f"the first checkpoint after epoch {self._start_epoch + self._period}"
+
+    def _open(self) -> None:
+        self._warn(self._folder.open())
+        self._opened = True
+
+    def _name(self, epoch: int, step: int | None, metrics: Mapping[str, float]) -> str:
+        fields = {**metrics, "epoch": epoch, **({} if step is None else {"step": step})}
+        try:
+            name = self._filename.format(**fields)
+        except KeyError as error:
+            available = ", ".join(sorted(fields))
+            raise UsageError(f"filename needs {error}, which is not there; there are {available}") from None
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"filename {self._filename!r} cannot be filled in: {error}") from None
+        if not is_plain_name(name):
+            raise UsageError(f"the file name {name!r} holds characters that a name may not hold")
+        return name
+
+    def _resolve_mode(self, model: Any, metrics: Mapping[str, float]) -> None:
+        if self._monitor is None:
+            return
+        if self._mode == "auto":
+            self._mode = _direction(model, self._monitor)
+        if self._saved == 0 and self._monitor not in metrics:
+            available = ", ".join(sorted(metrics)) or "none"
+            raise UsageError(f"monitor={self._monitor!r} is not among the logged metrics: {available}")
+
+    def _write(self, model: Any, temporary: Path) -> None:
+        """Write the values that the variables have on this thread."""
+        write_model(saved_view(model, include_optimizer=self._include_optimizer), temporary)
+
+    def _record(self, entry: Entry) -> list[str]:
+        return self._folder.record(entry, self._monitor, self._mode if self._monitor is not None else None)
+
+    def _raise_early(self) -> None:
+        """Let an error, or a change to saving without a thread, come before the next save does."""
+        if self._task is not None and not self._task.is_alive():
+            self.wait()
+
+    def _retry(self, task: Task) -> None:
+        """Save what a thread could not, on this one, with the values of then put back for as long."""
+        warnings.warn(
+            f"this model cannot be saved in the background ({task.error}); from now on training waits",
+            stacklevel=2,
+        )
+        self._background = False
+        with task.snapshot.assigned(), published(task.path) as temporary:
+            task.write(temporary)
+        self._warn(task.record())
+
+    def _warn(self, messages: Sequence[str]) -> None:
+        for message in messages:
+            warnings.warn(message, stacklevel=2)
+
+
+class SWA(CheckpointSaver):
+    """Save the last epochs, average them when training ends, and give the model their mean.
+
+    What is averaged are the saved files, by `swa_avg.average`: no copy of the weights is kept in memory, the
+    sum runs in float64, and the checkpoints stay for any other choice. A run that ends early by an error has
+    lost nothing: `swa-avg` averages what there is. Source: Izmailov et al. 2018 (arXiv:1803.05407),
+    algorithm 1.
+
+    Args:
+        filepath: Folder for the checkpoints and, in the end, `swa.keras`.
+        swa_start: 0-based index of the first epoch to average: of 150 epochs, 140 averages the last ten.
+        cycle_length: Epochs in a cycle of the learning rate, counted from `swa_start`: average the ends of
+            the cycles only.
+        bn_data: What `swa_avg.refresh_batchnorm` takes, such as the training inputs: for models with
+            BatchNorm, whose statistics are not those of the averaged weights.
+        bn_batch_size: Rows a batch of `bn_data`, if that does not come in batches; 128 by default.
+        keep_checkpoints: Keep the files that were averaged.
+        verbose: 1 prints what is done.
+
+    Raises:
+        UsageError: an argument has no meaning.
+        MismatchError: (at the end of `fit`) the weights cannot be averaged: quantized, or not finite.
+        SystemRefusalError: (in `fit`) disk full, permission denied, input/output error.
+    """
+
+    def __init__(
+        self,
+        filepath: str | PathLike[str],
+        swa_start: int,
+        cycle_length: int | None = None,
+        bn_data: Any = None,
+        bn_batch_size: int | None = None,
+        keep_checkpoints: bool = True,
+        verbose: int = 0,
+    ) -> None:
+        if Path(filepath).suffix in (".keras", ".h5", ".hdf5"):
+            raise UsageError(
+                f"filepath {str(filepath)!r} names a file; expected a folder, for swa.keras in it"
+            )
+        super().__init__(filepath, swa_start, cycle_length=cycle_length, verbose=verbose)
+        self._bn_data = bn_data
+        self._bn_batch_size = bn_batch_size
+        self._keep_checkpoints = keep_checkpoints
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
+        super().on_train_end(logs)
+        if self._saved == 0 or not _is_chief(self.model):
+            return
+        entries = [entry for entry in self._folder.entries() if self._is_captured(entry)]
+        paths = [self._folder.path / entry.file for entry in entries]
+        output = self._folder.path / "swa.keras"
+        refresh = None
+        if self._bn_data is not None:
+            refresh = Refresh(self._bn_data, batch_size=self._bn_batch_size, model=self.model)
+        report = average(paths, output, overwrite=True, refresh=refresh)
+        if refresh is None:
+            self.model.load_weights(output)
+        self._warn(self._findings(report))
+        if self._verbose:
+            print(f"\nThe model has the mean of {len(paths)} epochs, and is saved as {output}")
+        if not self._keep_checkpoints:
+            self._warn(self._folder.forget([entry.file for entry in entries]))
+
+    def _is_captured(self, entry: Entry) -> bool:
+        """Tell whether an entry is of the epochs to average; later ones are of an earlier, longer run."""
+        done = entry.epoch - self._start_epoch
+        return 0 < done <= (self._epoch or 0) + 1 - self._start_epoch and done % self._period == 0
+
+    @staticmethod
+    def _findings(report: Report) -> list[str]:
+        findings = []
+        if len(report.plan.inputs) == 1:
+            findings.append("SWA averaged one epoch only: the weights are that epoch's")
+        if report.refresh is not None:
+            findings.extend(report.refresh.warnings)
+        elif report.batchnorm_layers:
+            findings.append(
+                "the model has BatchNorm, whose statistics are now averages of the epochs' statistics, not "
+                "those of the averaged weights: pass bn_data, or refresh them, before you trust it"
+            )
+        return findings
+
+
+class PrintLearningRate(keras.callbacks.Callback):  # type: ignore[misc]
+    """Print the learning rate that each epoch ended with."""
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        rate = _learning_rate(self.model)
+        if rate is not None:
+            print(f"\nEpoch {epoch + 1}: learning rate {rate:g}")
+
+
+def _sync(model: Any) -> None:
+    """On JAX, bring the state that `fit` carries along back into the variables; elsewhere it never leaves."""
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
+
+
+def _is_chief(model: Any) -> bool:
+    """Tell whether this process is the one of a distributed run that writes; alone, it is."""
+    strategy = getattr(model, "distribute_strategy", None)
+    if strategy is not None:
+        return bool(strategy.extended.should_checkpoint)
+    backend = keras.backend.backend()
+    if backend == "jax":
+        return bool(sys.modules["jax"].process_index() == 0)
+    if backend == "torch":
+        distributed = sys.modules["torch"].distributed
+        return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
+    return True
+
+
+def _steps(model: Any) -> int | None:
+    """Return how many batches the optimizer has seen, or None without an optimizer."""
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        return None
+    accumulated = getattr(optimizer, "gradient_accumulation_steps", None) or 1
+    return int(_number(optimizer.iterations)) * int(accumulated)
+
+
+def _learning_rate(model: Any) -> float | None:
+    """Return the learning rate as the shortest decimal number that has its float32 value."""
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        return None
+    return float(str(np.float32(_number(optimizer.learning_rate))))
+
+
+def _number(value: Any) -> float:
+    """Return a scalar variable or tensor as a number, mirrored ones too."""
+    return float(value.numpy() if isinstance(value, keras.Variable) else keras.ops.convert_to_numpy(value))
+
+
+def _scalars(metrics: Mapping[str, Any] | None) -> dict[str, float]:
+    arrays = {name: keras.ops.convert_to_numpy(value) for name, value in (metrics or {}).items()}
+    return {name: float(array) for name, array in arrays.items() if np.ndim(array) == 0}
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _direction(model: Any, monitor: str) -> str:
+    """Return which values of a metric are better: as the compiled metric says, else as its name does."""
+    name = monitor.removeprefix("val_")
+    for group in getattr(model, "metrics", []):
+        for metric in getattr(group, "metrics", [group]):
+            direction = getattr(metric, "_direction", None)
+            if metric.name == name and direction is not None:
+                return "max" if direction == "up" else "min"
+    if _LOWER.search(name):
+        return "min"
+    if _GREATER.search(name):
+        return "max"
+    raise UsageError(f"monitor={monitor!r}: say which values are better, with mode='min' or mode='max'")
+
+
+def _warn_nothing(what: str, expected: str, epoch: int | None, params: Mapping[str, Any] | None) -> None:
+    planned = (params or {}).get("epochs")
+    ended = "before its first epoch" if epoch is None else f"after epoch {epoch + 1}"
+    of = f" of {planned}" if planned is not None else ""
+    warnings.warn(f"{what}: expected {expected}, but training ended {ended}{of}", stacklevel=3)
+
+
+def _parse_every(every: int | str) -> tuple[int, bool]:
+    """Return the number, and whether it counts steps."""
+    if not isinstance(every, str):
+        _check_count("every", every)
+        return every, False
+    match = re.fullmatch(r"([0-9]{1,15}) (epoch|step)s?", every.strip())
+    if match is None or int(match.group(1)) < 1:
+        raise UsageError(f"every is {every!r}; expected a number of epochs, or such as '500 steps'")
+    return int(match.group(1)), match.group(2) == "step"
+
+
+def _default_name(*, by_step: bool, weights_only: bool) -> str:
+    return (
+        "ckpt_{epoch:04d}"
+        + ("_{step:08d}" if by_step else "")
+        + (_WEIGHTS_SUFFIX if weights_only else ".keras")
+    )
+
+
+def _check_filename(filename: str, *, by_step: bool, weights_only: bool) -> None:
+    suffix = _WEIGHTS_SUFFIX if weights_only else ".keras"
+    if not filename.endswith(suffix):
+        raise UsageError(f"filename {filename!r} must end with {suffix} for weights_only={weights_only}")
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(filename) if name is not None]
+    except ValueError as error:
+        raise UsageError(f"filename {filename!r} is no format: {error}") from None
+    needed = "step" if by_step else "epoch"
+    if needed not in fields:
+        raise UsageError(f"filename {filename!r} needs {{{needed}}}: each checkpoint takes a name of its own")
+    if not all(name.isidentifier() for name in fields):
+        raise UsageError(f"filename {filename!r}: its fields are epoch, step and names of metrics")
+
+
+def _check_count(name: str, value: int, *, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"{name} is {value!r}; expected a whole number of at least {least}")
