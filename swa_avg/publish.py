@@ -12,7 +12,7 @@ from typing import IO
 
 from swa_avg.errors import SystemRefusalError, UsageError
 
-__all__ = ["Publication", "check_output"]
+__all__ = ["Publication", "check_output", "sync_folder"]
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -77,7 +77,7 @@ class Publication:
             else:
                 _move_to_free_name(temporary, final)
             self._files.pop(0)
-        _sync_folder(self.output.parent)
+        sync_folder(self.output.parent)
 
     def __enter__(self) -> Publication:
         return self
@@ -108,7 +108,7 @@ def _move_to_free_name(temporary: Path, final: Path) -> None:
         temporary.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
