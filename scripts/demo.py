@@ -12,6 +12,8 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from swa_avg.callbacks import CheckpointSaver
+
 EPOCHS, START = 30, 20
 
 
@@ -39,14 +41,6 @@ def build_model() -> keras.Model:
     )
 
 
-class SaveFrom(keras.callbacks.ModelCheckpoint):
-    """Keras's own ModelCheckpoint, from an epoch on."""
-
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        if epoch >= START:
-            super().on_epoch_end(epoch, logs)
-
-
 def train(folder: Path) -> None:
     keras.utils.set_random_seed(1)
     train_x, _, train_y, _ = load_data()
@@ -57,7 +51,7 @@ def train(folder: Path) -> None:
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    save = SaveFrom(folder / "ckpt_{epoch:04d}.keras")
+    save = CheckpointSaver(folder, start_epoch=START)
     history = model.fit(train_x, train_y, batch_size=64, epochs=EPOCHS, verbose=0, callbacks=[save])
     print(
         f"trained {EPOCHS} epochs, training accuracy {history.history['accuracy'][-1]:.4f}, "
