@@ -111,7 +111,7 @@ print(sorted(times)[2])
 
 def contenders(inputs: Sequence[Path], output: Path, only: str) -> dict[str, list[str]]:
     names = [str(path) for path in inputs]
-    average = [SWA_AVG, *names, "-o", str(output), "--overwrite", "-q"]
+    average = [SWA_AVG, *names, "-o", str(output), "-q"]
     commands = {
         "swa-avg --no-verify": [*average, "--no-verify"],
         "swa-avg": average,
@@ -153,6 +153,7 @@ def measure(
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for turn in range(runs + (not cold)):
         for name, command in commands.items():
+            output.unlink(missing_ok=True)  # to replace a file takes the time to free the old one's pages
             result = run_once(command, cold=cold)
             if turn or cold:
                 results[name].append(result)
@@ -233,7 +234,7 @@ def sweep(folder: Path, runs: int) -> list[str]:
     for count, megabytes in cases:
         inputs = make_inputs(folder, count, 50, megabytes * 1024 / 50)
         commands[f"{count} | {megabytes}"] = contenders(inputs, folder / "out.keras", "fast")["swa-avg"]
-    results = measure(commands, runs, cold=False)
+    results = measure(commands, folder / "out.keras", runs, cold=False)
     first = next(iter(results.values()))[0]
     for name, (seconds, peak) in results.items():
         lines.append(f"| {name} | {seconds:.2f} | {seconds / first:.2f} | {peak:.0f} |")
@@ -247,7 +248,7 @@ def each_further(folder: Path, runs: int, inputs: Sequence[Path]) -> str:
         "few": contenders(inputs[:few], folder / "out.keras", "fast")["swa-avg"],
         "all": contenders(inputs, folder / "out.keras", "fast")["swa-avg"],
     }
-    results = measure(commands, runs, cold=False)
+    results = measure(commands, folder / "out.keras", runs, cold=False)
     each = (results["all"][0] - results["few"][0]) / (len(inputs) - few)
     walk = float(
         subprocess.run([sys.executable, "-c", WALK, str(inputs[0])], check=True, capture_output=True).stdout
@@ -280,9 +281,10 @@ def main() -> None:
         megabytes = inputs[0].stat().st_size / 1e6
         title = f"{options.count} checkpoints of {megabytes:.0f} MB"
         commands = contenders(inputs, options.folder / "out.keras", options.only)
-        results = {"warm": measure(commands, options.runs, cold=False)}
+        output = options.folder / "out.keras"
+        results = {"warm": measure(commands, output, options.runs, cold=False)}
         if options.cold:
-            results["cold"] = measure(commands, options.runs, cold=True)
+            results["cold"] = measure(commands, output, options.runs, cold=True)
         lines = table(results)
         if options.variables:
             lines += ["", each_further(options.folder, options.runs, inputs)]
