@@ -147,7 +147,7 @@ def run_once(command: Sequence[str], *, cold: bool) -> tuple[float, float]:
 
 
 def measure(
-    commands: Mapping[str, Sequence[str]], runs: int, *, cold: bool
+    commands: Mapping[str, Sequence[str]], output: Path, runs: int, *, cold: bool
 ) -> dict[str, tuple[float, float]]:
     """Return name -> (median seconds, largest peak MB); the contenders take turns, after a warm-up each."""
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
