@@ -40,8 +40,8 @@ class Refresh:
     preprocess: str | None = None
     """`MODULE:FUNCTION`, applied to each batch."""
     model: Any = None
-    """For weights alone: a `.keras` file, a JSON configuration, or `MODULE:FUNCTION` that returns the model; or
-    a live Keras model, which gets the averaged weights and their statistics."""
+    """For weights alone: a `.keras` file, a JSON configuration, or `MODULE:FUNCTION` that returns the model;
+    or a live Keras model, which gets the averaged weights and their statistics."""
     imports: Sequence[str] = ()
     """Modules that register the model's own classes with Keras."""
     unsafe: bool = False
