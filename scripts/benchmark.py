@@ -41,11 +41,11 @@ for path in sys.argv[1:]:
 """
 
 PLAIN = """
-import io, json, sys, zipfile
+import io, json, sys, zipfile, zlib
 import h5py, numpy as np
 variables, size = int(sys.argv[1]), int(sys.argv[2])
-rng = np.random.default_rng(0)
 for path in sys.argv[3:]:
+    rng = np.random.default_rng(zlib.crc32(path.encode()))
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         file.create_group("vars")
