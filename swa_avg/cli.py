@@ -142,6 +142,9 @@ def main_group() -> None:
 @click.option(
     "--no-verify", is_flag=True, help="Do not check the inputs' checksums; reads only what is averaged."
 )
+@click.option(
+    "--expect-sha256", type=click.Path(), metavar="FILE", help="Hold the inputs against a list by sha256sum."
+)
 @click.option("--max-memory", type=_Size(), help="Stay under this much memory, such as 150M.")
 @click.option(
     "--threads", type=click.IntRange(1, 64), metavar="N", help="Worker threads.  [default: cores, up to 4]"

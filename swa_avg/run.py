@@ -15,6 +15,7 @@ from swa_avg import methods
 from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_values, with_values
 from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.combine import Combiner, block_memory, bytes_to_read
+from swa_avg.digests import check_digests, read_digests
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.formats import Checkpoint, open_checkpoint
 from swa_avg.formats.archive import ArchiveCheckpoint
@@ -72,6 +73,7 @@ def average(
     dtype: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
+    expect_sha256: str | Path | None = None,
     max_memory: int | None = None,
     threads: int | None = None,
     refresh: Refresh | None = None,
@@ -107,6 +109,7 @@ def average(
         dtype: `bfloat16`, where untagged 2-byte tensors of weights-only files hold that.
         overwrite: Replace an existing output.
         verify: Read every byte and check it against the CRC-32 that archives store.
+        expect_sha256: A list as `sha256sum` writes it, which names every input and must agree.
         max_memory: Bytes of resident memory to stay under.
         threads: Worker threads; the machine's cores up to 4 by default.
         refresh: Re-estimate the BatchNorm statistics on these data before the average is written.
@@ -129,6 +132,8 @@ def average(
     block_bytes, threads = _fit(max_memory, threads or min(4, os.cpu_count() or 1))
     with ExitStack() as stack:
         checkpoints = resolve_dtypes(_open_all(paths, stack), dtype)
+        if expect_sha256 is not None:
+            check_digests(checkpoints, read_digests(Path(expect_sha256)), Path(expect_sha256))
         publication = stack.enter_context(Publication(target, overwrite=overwrite))
         template = _as_output(checkpoints[-1], target)
         if optimizer == "drop" and not dry_run:

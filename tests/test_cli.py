@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -532,8 +533,8 @@ def test_a_run_interrupted_half_way_leaves_nothing(folder: Path) -> None:
         makers.write_weights(folder / f"big_{number}.weights.h5", big | {"vars/0": np.float32(number)})
     code = "import os, signal, sys; from swa_avg import publish, cli\n" + (
         "create = publish.Publication.create\n"
-        "def interrupted(self, name):\n"
-        "    file = create(self, name)\n"
+        "def interrupted(self, *arguments):\n"
+        "    file = create(self, *arguments)\n"
         "    os.kill(os.getpid(), getattr(signal, os.environ['SIGNAL']))\n"
         "    return file\n"
         "publish.Publication.create = interrupted\n"
@@ -570,3 +571,15 @@ def test_completion_offers_options_commands_and_files() -> None:
     assert "file" in [item.type for item in complete.get_completions([], "ck")]
     assert "average" in [item.value for item in complete.get_completions([], "av")]
     assert isinstance(main_group, click.Group)
+
+
+def test_inputs_are_held_against_a_list_of_digests(folder: Path, swa_avg: Cli) -> None:
+    inputs = sorted(folder.glob("ckpt_*.keras"))
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in inputs]
+    Path("SHA256SUMS").write_text("".join(lines))
+    assert swa_avg("ckpt_*.keras", "--expect-sha256", "SHA256SUMS").code == 0
+    Path("SHA256SUMS").write_text("0" * 64 + lines[0][64:] + "".join(lines[1:]))
+    ended = swa_avg("ckpt_*.keras", "--expect-sha256", "SHA256SUMS", "--overwrite")
+    found = lines[0][:64]
+    problem = f"damaged: its SHA-256 is {found}, SHA256SUMS says {'0' * 64}"
+    _refused(ended, 3, f"{inputs[0].name}: {problem}; leave this file out, or restore it")

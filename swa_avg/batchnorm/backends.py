@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from swa_avg.batchnorm.interrupts import interrupts_held
+from swa_avg.interrupts import interrupts_held
 
 __all__ = ["Step", "compiled", "leaked", "random_state_kept", "squared_difference", "to_numpy", "value_of"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swa_avg.batchnorm.backends import squared_difference
-from swa_avg.batchnorm.interrupts import interrupts_held
+from swa_avg.interrupts import interrupts_held
 
 __all__ = ["SEED_STATE", "Outcome", "batchnorm_layers", "make_step"]
 

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from swa_avg.batchnorm.backends import Step, compiled, leaked, random_state_kept, to_numpy, value_of
 from swa_avg.batchnorm.batches import Data
 from swa_avg.batchnorm.data import open_data
-from swa_avg.batchnorm.interrupts import interrupts_held
 from swa_avg.batchnorm.moments import ESTIMATORS, Statistics
 from swa_avg.batchnorm.observe import SEED_STATE, Outcome, batchnorm_layers, make_step
 from swa_avg.batchnorm.report import LayerReport, RefreshReport, drift_between, standard_error
 from swa_avg.batchnorm.spec import Shape, Spec
 from swa_avg.batchnorm.tally import Tally
 from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
+from swa_avg.interrupts import interrupts_held
 
 __all__ = ["Progress", "refresh_batchnorm"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from swa_avg.errors import UnreadableError
+from swa_avg.errors import SwaAvgError, UnreadableError
 from swa_avg.formats import archive, hdf5, sharded
-from swa_avg.formats.base import Checkpoint, Image, Tensor, open_file
+from swa_avg.formats.base import Checkpoint, Image, Tensor, open_file, refusal
 
 __all__ = ["FORMATS", "Checkpoint", "Image", "Tensor", "open_checkpoint"]
 
@@ -19,6 +19,8 @@ FORMATS: dict[bytes, Callable[[Path, Checkpoint | None], Checkpoint]] = {
     b"{": sharded.open_sharded,
 }
 
+_FEW = 2
+
 
 def open_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
     """Open the checkpoint at `path`, whatever its format, going by content.
@@ -29,6 +31,18 @@ def open_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
         UnreadableError: the file is missing, damaged or of no known format.
         SystemRefusalError: the system could not open or read it.
     """
+    try:
+        checkpoint = _open(path, like)
+        if like is not None and checkpoint.tensors is not like.tensors:
+            _check_places(checkpoint, like)
+    except OSError as error:
+        if isinstance(error, SwaAvgError):
+            raise
+        raise refusal(path, error) from error
+    return checkpoint
+
+
+def _open(path: Path, like: Checkpoint | None) -> Checkpoint:
     with open_file(path) as file:
         head = file.read(64)
     if not head:
@@ -39,3 +53,23 @@ def open_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
     raise UnreadableError(
         path, "not a Keras checkpoint: neither a .keras archive, nor HDF5, nor a .weights.json"
     )
+
+
+def _check_places(checkpoint: Checkpoint, like: Checkpoint) -> None:
+    """Raise UnreadableError if a tensor or two lie elsewhere than in `like`, and no other does.
+
+    HDF5 gives out room in order: whatever moves one tensor moves those after it. One alone was moved by a
+    damaged address, of which HDF5 keeps no checksum.
+    """
+    theirs = like.tensors
+    moved = [
+        tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name in theirs and (tensor.image, tensor.offset) != (theirs[name].image, theirs[name].offset)
+    ]
+    if checkpoint.tensors.keys() == theirs.keys() and 0 < len(moved) <= _FEW < len(theirs) - len(moved):
+        checkpoint.close()
+        problem = (
+            f"lies at another place than in {like.path.name}, and everything else does not: one is damaged"
+        )
+        raise UnreadableError(checkpoint.path, problem, tensor=moved[0].name)

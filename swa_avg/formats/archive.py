@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from swa_avg.errors import UnreadableError
+from swa_avg.errors import SwaAvgError, UnreadableError
 from swa_avg.formats.base import Buffer, Checkpoint, Image, ImageFile, Provenance, Stage, open_file
-from swa_avg.formats.hdf5 import Hdf5Checkpoint, is_keras_store, layer_names, read_layout, strip
+from swa_avg.formats.hdf5 import Hdf5Checkpoint, is_keras_store, layer_names
+from swa_avg.formats.layout import read_layout
+from swa_avg.formats.rebuild import strip
 from swa_avg.formats.stored_zip import StoredZip
-from swa_avg.strict_json import parse_json
+from swa_avg.strict_json import MAX_JSON, parse_json
 
 __all__ = ["SIGNATURE", "ArchiveCheckpoint", "data_offset", "open_archive"]
 
@@ -39,7 +41,7 @@ class ArchiveCheckpoint(Checkpoint):
         self, image: Callable[[int], Iterator[Buffer]], provenance: Callable[[], Provenance], stage: Stage
     ) -> None:
         assert self.archive is not None
-        output = StoredZip(stage.create(stage.output.name))
+        output = StoredZip(stage.create(stage.output.name, self.images[0].size))
         # Names, times and attributes are the template's, so that equal inputs give equal bytes.
         for member in self.archive.infolist():
             if member.filename == _WEIGHTS:
@@ -50,8 +52,7 @@ class ArchiveCheckpoint(Checkpoint):
                 metadata = json.dumps({**(self.metadata or {}), **own}).encode()
                 output.add(member, len(metadata), [metadata])
             else:
-                with self.archive.open(member) as source:
-                    output.add(member, member.file_size, iter(lambda: source.read(_CHUNK), b""))
+                output.add(member, member.file_size, _contents(self.path, self.archive, member))
         output.finish()
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
@@ -88,7 +89,7 @@ def open_archive(path: Path, like: Checkpoint | None = None) -> ArchiveCheckpoin
             archive = zipfile.ZipFile(ImageFile(whole))
             members = _members(whole, archive)
             image = _weights_image(whole, members)
-            metadata, config_bytes = archive.read(_METADATA), archive.read(_CONFIG)
+            metadata, config_bytes = (_small(whole, archive, name) for name in (_METADATA, _CONFIG))
         except (
             zipfile.BadZipFile,
             struct.error,
@@ -98,13 +99,19 @@ def open_archive(path: Path, like: Checkpoint | None = None) -> ArchiveCheckpoin
             EOFError,
             RuntimeError,
         ) as error:
-            if isinstance(error, UnreadableError):
+            if isinstance(error, SwaAvgError):
                 raise
             raise UnreadableError(path, f"damaged .keras archive ({error})") from error
         return _checkpoint(path, image, archive, config_bytes, parse_json(metadata, path, _METADATA), like)
     except BaseException:
         file.close()
         raise
+
+
+def _small(whole: Image, archive: zipfile.ZipFile, name: str) -> bytes:
+    if archive.getinfo(name).file_size > MAX_JSON:
+        raise UnreadableError(whole.path, f"is larger than {MAX_JSON >> 20} MiB", tensor=name)
+    return archive.read(name)
 
 
 def _checkpoint(
@@ -140,6 +147,14 @@ def _checkpoint(
         layer_names=layer_names(image, layout),
         **own,
     )
+
+
+def _contents(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
+    try:
+        with archive.open(member) as source:
+            yield from iter(lambda: source.read(_CHUNK), b"")
+    except zipfile.BadZipFile as error:
+        raise UnreadableError(path, f"is damaged ({error})", tensor=member.filename) from error
 
 
 def _model_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Read string attributes from the bytes of an HDF5 image.
+"""Read attributes from the bytes of an HDF5 image.
 
 libhdf5 loops forever or crashes on damaged variable-length strings, the form in which Keras stores
 `model_config` and layer names. So these few structures are decoded here, with every length checked, from
@@ -12,82 +12,200 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from swa_avg.formats.base import Image
 
-__all__ = ["DamagedAttributeError", "read_strings"]
+__all__ = ["Attribute", "AttributeReader", "DamagedAttributeError", "decode", "whole_name"]
 
 _ATTRIBUTE, _CONTINUATION = 0x000C, 0x0010
-_FIXED_STRING, _VARIABLE_LENGTH = 3, 9
-_MAX_MESSAGES = 100_000
-_MAX_VALUE = 256 * 2**20
+_SHARED = 2
+_INTEGER, _FLOAT, _FIXED_STRING, _VARIABLE_LENGTH = 0, 1, 3, 9
+_MAX_BYTES = 96 * 2**20  # more than the longest configuration that is parsed
+_NUMBERS = {  # class and the rest of a datatype message -> NumPy's name
+    (_INTEGER, struct.pack("<3BI2H", signed, 0, 0, size, 0, 8 * size)): f"<{'i' if signed else 'u'}{size}"
+    for size in (1, 2, 4, 8)
+    for signed in (0, 8)
+} | {
+    (
+        _FLOAT,
+        struct.pack(
+            "<3BI2H4BI", 0x20, 8 * size - 1, 0, size, 0, 8 * size, mantissa, exponent, 0, mantissa, bias
+        ),
+    ): f"<f{size}"
+    for size, mantissa, exponent, bias in ((2, 10, 5, 15), (4, 23, 8, 127), (8, 52, 11, 1023))
+}
 
 
 class DamagedAttributeError(ValueError):
     """A structure that an attribute's bytes lead to is not what the format says."""
 
 
-def read_strings(image: Image, header: int, names: Sequence[str]) -> dict[str, list[bytes]]:
-    """Return those attributes in `names` that the object with header address `header` has.
+@dataclass(frozen=True)
+class Attribute:
+    """One attribute, as its message holds it."""
 
-    Keras splits an attribute above 64 kB into `name0`, `name1`, ...; the parts are joined under `name`. Each
-    value is the flat list of its strings: one for a scalar, none for an empty array of any type.
+    name: bytes
+    shape: tuple[int, ...]
+    datatype: bytes
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes a value."""
+        return int.from_bytes(self.datatype[4:8], "little")
+
+    @property
+    def number(self) -> str | None:
+        """NumPy's name of its type, where that is a plain little-endian number."""
+        return _NUMBERS.get((self.datatype[0] & 15, self.datatype[1:]))
+
+    @property
+    def is_fixed_string(self) -> bool:
+        return self.datatype[0] & 15 == _FIXED_STRING
+
+    @property
+    def is_variable_string(self) -> bool:
+        return self.datatype[0] & 15 == _VARIABLE_LENGTH and self.size == 16 and self.datatype[1] & 15 == 1
+
+    @property
+    def encoding(self) -> str:
+        """The character set of a string type."""
+        bits = self.datatype[2] if self.is_variable_string else self.datatype[1] >> 4
+        return "utf-8" if bits & 15 else "ascii"
+
+
+class AttributeReader:
+    """Reads attributes of one image.
+
+    Hostile files lead to the same bytes again and again; all that is read together is bounded by the size of
+    the image.
+    """
+
+    def __init__(self, image: Image) -> None:
+        self.image = image
+        self._budget = 4 * image.size + 2**20
+        self._heaps: dict[int, dict[int, memoryview]] = {}
+        self._heap_bytes = 0
+
+    def strings(self, header: int, names: Sequence[str]) -> dict[str, list[bytes]]:
+        """Return those attributes in `names` that the object with header address `header` has.
+
+        Keras splits an attribute above 64 kB into `name0`, `name1`, ...; the parts are joined under `name`.
+        Each value is the flat list of its strings: one for a scalar, none for an empty array of any type.
+
+        Raises:
+            DamagedAttributeError: a length or an address points outside the image, or a structure is
+                malformed.
+        """
+        found = {}
+        for attribute in self.attributes(header):
+            if whole_name(attribute.name) in names:
+                values = self.values(attribute)
+                if values is not None:
+                    found[attribute.name] = values
+        joined: dict[str, list[bytes]] = {}
+        for name in sorted(found, key=lambda part: (len(part), part)):
+            joined.setdefault(whole_name(name), []).extend(found[name])
+        return joined
+
+    def attributes(self, header: int) -> list[Attribute]:
+        """Return the attributes of an object as they are stored; errors as for `strings`."""
+        try:
+            return [decode(body) for body in self._messages(header)]
+        except (struct.error, IndexError) as error:
+            raise DamagedAttributeError("an attribute is cut short") from error
+
+    def values(self, attribute: Attribute) -> list[bytes] | None:
+        """Return the strings that an attribute holds, None if it is of another type; errors likewise."""
+        count, size, data = math.prod(attribute.shape), attribute.size, attribute.data
+        if count == 0:
+            return []
+        if size == 0 or count > len(data) or len(data) < count * size:
+            raise DamagedAttributeError("an attribute is cut short")
+        if attribute.is_fixed_string:
+            return [data[i * size : (i + 1) * size].rstrip(b"\0") for i in range(count)]
+        if attribute.is_variable_string:
+            return [self._heap_object(data[i * 16 : i * 16 + 16]) for i in range(count)]
+        return None
+
+    def _messages(self, header: int) -> Iterator[bytes]:
+        version, count, size = struct.unpack("<BxHxxxxI", self._read(header, 12))
+        if version != 1:
+            return
+        blocks = [(header + 16, size)]
+        seen = 0
+        while blocks:
+            start, size = blocks.pop(0)
+            block = self._read(start, size)
+            position = 0
+            while position + 8 <= size and seen < count:
+                kind, length, flags = struct.unpack_from("<HHB", block, position)
+                body = block[position + 8 : position + 8 + length]
+                if len(body) < length:
+                    raise DamagedAttributeError("an object header is cut short")
+                if kind == _CONTINUATION:
+                    blocks.append(struct.unpack_from("<QQ", body))
+                elif kind == _ATTRIBUTE and not flags & _SHARED:  # a shared one holds an address instead
+                    yield body
+                position += 8 + length
+                seen += 1
+
+    def _heap_object(self, reference: bytes) -> bytes:
+        length, address, index = struct.unpack("<IQI", reference)
+        if length == 0:
+            return b""
+        if address not in self._heaps:
+            self._heaps[address] = self._heap(address)
+        found = self._heaps[address].get(index)
+        if found is None or len(found) < length:
+            raise DamagedAttributeError("an attribute's string is missing from its heap")
+        self._spend(length)
+        return bytes(found[:length])
+
+    def _heap(self, address: int) -> dict[int, memoryview]:
+        signature, version, size = struct.unpack("<4sBxxxQ", self._read(address, 16))
+        if signature != b"GCOL" or version != 1:
+            raise DamagedAttributeError("an attribute's heap is not a heap")
+        self._heap_bytes += size
+        if self._heap_bytes > _MAX_BYTES:
+            raise DamagedAttributeError(f"its attributes take more than {_MAX_BYTES >> 20} MiB")
+        collection = memoryview(self._read(address, size))
+        objects = {}
+        position = 16
+        while position + 16 <= size:
+            index, length = struct.unpack_from("<HxxxxxxQ", collection, position)
+            if index == 0:  # free space, to the end
+                break
+            if position + 16 + length > size:
+                raise DamagedAttributeError("an attribute's heap is cut short")
+            objects[index] = collection[position + 16 : position + 16 + length]
+            position += 16 + -(-length // 8) * 8
+        return objects
+
+    def _read(self, position: int, size: int) -> bytes:
+        if position + size > self.image.size:
+            raise DamagedAttributeError("an attribute points outside the file")
+        self._spend(size)
+        return self.image.read(position, size)
+
+    def _spend(self, size: int) -> None:
+        self._budget -= size
+        if size > _MAX_BYTES or self._budget < 0:
+            raise DamagedAttributeError("its attributes overlap, or are too long")
+
+
+def whole_name(part: bytes) -> str:
+    """Return the name of the attribute that one of Keras's numbered parts belongs to."""
+    return part.rstrip(b"0123456789").decode("utf-8", "backslashreplace")
+
+
+def decode(body: bytes) -> Attribute:
+    """Return the attribute that an attribute message holds.
 
     Raises:
-        DamagedAttributeError: a length or an address points outside the image, or a structure is malformed.
+        DamagedAttributeError, struct.error, IndexError: it is malformed or cut short.
     """
-    wanted = {name.encode() for name in names}
-    found = {}
-    heaps: dict[int, dict[int, bytes]] = {}
-    try:
-        for body in _attribute_messages(image, header):
-            name, value = _decode(image, body, wanted, heaps)
-            if value is not None:
-                found[name] = value
-    except (struct.error, IndexError) as error:
-        raise DamagedAttributeError("an attribute is cut short") from error
-    joined: dict[str, list[bytes]] = {}
-    for name in sorted(found, key=lambda part: (len(part), part)):
-        joined.setdefault(_whole_name(name).decode(), []).extend(found[name])
-    return joined
-
-
-def _whole_name(part: bytes) -> bytes:
-    return part.rstrip(b"0123456789")
-
-
-def _read(image: Image, position: int, size: int) -> bytes:
-    if position < 0 or size < 0 or size > _MAX_VALUE or position + size > image.size:
-        raise DamagedAttributeError("an attribute points outside the file")
-    return image.read(position, size)
-
-
-def _attribute_messages(image: Image, header: int) -> Iterator[bytes]:
-    version, count, size = struct.unpack("<BxHxxxxI", _read(image, header, 12))
-    if version != 1:
-        return
-    blocks = [(header + 16, size)]
-    seen = 0
-    while blocks:
-        start, size = blocks.pop(0)
-        block = _read(image, start, size)
-        position = 0
-        while position + 8 <= size and seen < min(count, _MAX_MESSAGES):
-            kind, length, flags = struct.unpack_from("<HHB", block, position)
-            body = block[position + 8 : position + 8 + length]
-            if len(body) < length:
-                raise DamagedAttributeError("an object header is cut short")
-            if kind == _CONTINUATION:
-                blocks.append(struct.unpack_from("<QQ", body))
-            elif kind == _ATTRIBUTE and not flags & 2:  # a shared message holds an address instead
-                yield body
-            position += 8 + length
-            seen += 1
-
-
-def _decode(
-    image: Image, body: bytes, wanted: set[bytes], heaps: dict[int, dict[int, bytes]]
-) -> tuple[bytes, list[bytes] | None]:
     version, name_size, type_size, space_size = struct.unpack_from("<BxHHH", body)
     if version not in (1, 2, 3):
         raise DamagedAttributeError("an attribute has an unknown version")
@@ -99,57 +217,15 @@ def _decode(
         parts.append(body[position : position + size])
         position += -(-size // 8) * 8 if version == 1 else size
     name, datatype, space = parts
-    name = name.rstrip(b"\0")
-    if _whole_name(name) not in wanted:
-        return name, None
-    count = _count(space)
-    kind, size = datatype[0] & 15, struct.unpack_from("<I", datatype, 4)[0]
-    if count == 0:
-        return name, []
-    data = body[position : position + count * size]
-    if size == 0 or count > len(body) or len(data) < count * size:
+    if len(datatype) < 8:
         raise DamagedAttributeError("an attribute is cut short")
-    if kind == _FIXED_STRING:
-        return name, [data[i * size : (i + 1) * size].rstrip(b"\0") for i in range(count)]
-    if kind == _VARIABLE_LENGTH and size == 16 and datatype[1] & 15 == 1:
-        return name, [_heap_object(image, data[i * 16 : i * 16 + 16], heaps) for i in range(count)]
-    return name, None
+    return Attribute(name.rstrip(b"\0"), _shape(space), datatype, body[position:])
 
 
-def _count(space: bytes) -> int:
+def _shape(space: bytes) -> tuple[int, ...]:
     version, rank = space[0], space[1]
     if version == 1:
-        return math.prod(struct.unpack_from(f"<{rank}Q", space, 8))
+        return struct.unpack_from(f"<{rank}Q", space, 8)
     if version == 2:
-        return 0 if space[3] == 2 else math.prod(struct.unpack_from(f"<{rank}Q", space, 4))
+        return (0,) if space[3] == 2 else struct.unpack_from(f"<{rank}Q", space, 4)
     raise DamagedAttributeError("an attribute has an unknown dataspace")
-
-
-def _heap_object(image: Image, reference: bytes, heaps: dict[int, dict[int, bytes]]) -> bytes:
-    length, address, index = struct.unpack("<IQI", reference)
-    if length == 0:
-        return b""
-    if address not in heaps:
-        heaps[address] = _heap(image, address)
-    try:
-        return heaps[address][index][:length]
-    except KeyError:
-        raise DamagedAttributeError("an attribute's string is missing from its heap") from None
-
-
-def _heap(image: Image, address: int) -> dict[int, bytes]:
-    signature, version, size = struct.unpack("<4sBxxxQ", _read(image, address, 16))
-    if signature != b"GCOL" or version != 1:
-        raise DamagedAttributeError("an attribute's heap is not a heap")
-    collection = _read(image, address, size)
-    objects = {}
-    position = 16
-    while position + 16 <= size:
-        index, length = struct.unpack_from("<HxxxxxxQ", collection, position)
-        if index == 0:  # free space, to the end
-            break
-        if position + 16 + length > size:
-            raise DamagedAttributeError("an attribute's heap is cut short")
-        objects[index] = collection[position + 16 : position + 16 + length]
-        position += 16 + -(-length // 8) * 8
-    return objects

@@ -13,7 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
-from swa_avg.errors import SystemRefusalError, UnreadableError
+from isal.isal_zlib import crc32
+
+from swa_avg.errors import SwaAvgError, SystemRefusalError, UnreadableError
 
 __all__ = [
     "Buffer",
@@ -24,7 +26,9 @@ __all__ = [
     "Role",
     "Stage",
     "Tensor",
+    "check_written",
     "open_file",
+    "refusal",
 ]
 
 Role = Literal["weight", "optimizer", "metric"]
@@ -38,8 +42,8 @@ _WINDOW = 256 * 1024
 _SYSTEM_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR}
 
 
-def open_file(path: Path) -> IO[bytes]:
-    """Open a regular file for reading.
+def open_file(path: Path, *, follow: bool = True) -> IO[bytes]:
+    """Open a regular file for reading; `follow` a symbolic link, or refuse it.
 
     Opened without blocking and checked afterwards, so that a FIFO or a device named as a checkpoint
     neither hangs the run nor slips in between a check and the open.
@@ -48,20 +52,25 @@ def open_file(path: Path) -> IO[bytes]:
         UnreadableError: it is missing, may not be read, or is not a regular file.
         SystemRefusalError: the system is out of file descriptors or memory.
     """
-    flags = (
-        os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    )
+    flags = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
+    flags |= 0 if follow else getattr(os, "O_NOFOLLOW", 0)
+    not_regular = UnreadableError(path, "not a regular file; name a checkpoint file")
     try:
-        descriptor = os.open(path, flags)
+        if not follow and path.is_symlink():
+            raise UnreadableError(path, "a symbolic link; put the file itself in its place")
+        file = open(path, "rb", buffering=0, opener=lambda name, _: os.open(name, flags))  # noqa: SIM115
+    except IsADirectoryError:
+        raise not_regular from None
     except OSError as error:
-        raise _refused(path, error) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UnreadableError(path, "not a regular file; name a checkpoint file")
-    return os.fdopen(descriptor, "rb", buffering=0)
+        raise refusal(path, error) from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise not_regular
+    return file
 
 
-def _refused(path: Path, error: OSError) -> Exception:
+def refusal(path: Path, error: OSError) -> SwaAvgError:
+    """Return what an error of the system means for the input `path`."""
     if error.errno in _SYSTEM_ERRNOS:
         return SystemRefusalError(error.errno, f"{error.strerror} while reading", str(path))
     return UnreadableError(path, (error.strerror or str(error)).lower())
@@ -310,8 +319,25 @@ class Stage(Protocol):
 
     output: Path
 
-    def create(self, name: str) -> IO[bytes]:
+    def create(self, name: str, size: int = 0) -> IO[bytes]:
         """Return a new file, open for reading and writing, that is published as `name` beside the output.
 
-        Files are published in the order in which they were created.
+        Files are published in the order in which they were created. `size`, the least that the file will
+        hold, is reserved, so that a full disk is found before the work is done.
         """
+
+
+def check_written(file: IO[bytes], start: int, size: int, checksum: int) -> None:
+    """Raise OSError unless `size` bytes at `start` of a file read back with the CRC-32 `checksum`."""
+    file.flush()
+    file.seek(start)
+    found = 0
+    buffer = memoryview(bytearray(min(size, _WINDOW)))
+    while size:
+        count = file.readinto(buffer[:size])  # type: ignore[attr-defined]
+        if not count:
+            break
+        found = crc32(buffer[:count], found)
+        size -= count
+    if size or found != checksum:
+        raise OSError(errno.EIO, "what was written does not read back as it was")

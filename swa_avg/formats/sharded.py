@@ -10,13 +10,14 @@ from typing import IO, Any
 
 from swa_avg.errors import UnreadableError, escape
 from swa_avg.formats.base import Buffer, Checkpoint, Image, Provenance, Stage, Tensor, open_file
-from swa_avg.formats.hdf5 import Layout, layer_names, read_layout, strip
-from swa_avg.strict_json import parse_json
+from swa_avg.formats.hdf5 import layer_names
+from swa_avg.formats.layout import Layout, read_layout
+from swa_avg.formats.rebuild import strip, write_image
+from swa_avg.strict_json import MAX_JSON, parse_json
 
 __all__ = ["ShardedCheckpoint", "open_sharded"]
 
 _PROVENANCE = "swa_avg"
-_MAP_BYTES = 64 * 2**20
 _MAX_SHARDS = 10_000
 
 
@@ -35,9 +36,7 @@ class ShardedCheckpoint(Checkpoint):
         # Keras opens the shard of this very name first, whatever the map says.
         names = {shard: f"{base}_{index:05}.weights.h5" for index, shard in enumerate(self.shards)}
         for index, shard in enumerate(self.shards):
-            file = stage.create(names[shard])
-            for chunk in image(index):
-                file.write(chunk)
+            write_image(stage.create(names[shard], self.images[index].size), image(index))
         weight_map = {
             path: [names[shard] for shard in where] if isinstance(where, list) else names[where]
             for path, where in self.map["weight_map"].items()
@@ -46,7 +45,7 @@ class ShardedCheckpoint(Checkpoint):
         record = provenance()
         own = {} if record is None else {_PROVENANCE: record}
         text = json.dumps({**self.map, "weight_map": weight_map, **own}, indent=4)
-        stage.create(stage.output.name).write(text.encode())
+        write_image(stage.create(stage.output.name), [text.encode()])
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         assert self.map is not None
@@ -66,8 +65,8 @@ def open_sharded(path: Path, like: Checkpoint | None = None) -> ShardedCheckpoin
     """
     with open_file(path) as file:
         size = file.seek(0, 2)
-        if size > _MAP_BYTES:
-            raise UnreadableError(path, f"the shard map is larger than {_MAP_BYTES >> 20} MiB")
+        if size > MAX_JSON:
+            raise UnreadableError(path, f"the shard map is larger than {MAX_JSON >> 20} MiB")
         record = parse_json(Image(path, file, 0, size).read(0, size), path, "the shard map")
     weight_map = record.get("weight_map")
     if not isinstance(weight_map, dict):
@@ -76,7 +75,7 @@ def open_sharded(path: Path, like: Checkpoint | None = None) -> ShardedCheckpoin
     images: list[Image] = []
     try:
         for shard in shards:
-            file = open_file(path.with_name(shard))
+            file = open_file(path.with_name(shard), follow=False)
             images.append(Image(path.with_name(shard), file, 0, file.seek(0, 2)))
         own: dict[str, Any] = {
             "path": path,
@@ -106,7 +105,12 @@ def _shard_names(path: Path, weight_map: Mapping[str, Any]) -> tuple[str, ...]:
     names: dict[str, None] = {}
     for where in weight_map.values():
         for name in where if isinstance(where, list) else [where]:
-            if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
+            if (
+                not isinstance(name, str)
+                or name in ("", ".", "..")
+                or not name.isprintable()
+                or set(name) & set("/\\:")
+            ):
                 raise UnreadableError(path, f"names a shard outside its folder: {escape(name)[:80]}")
             names[name] = None
     if not names or len(names) > _MAX_SHARDS:

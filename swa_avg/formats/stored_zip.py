@@ -14,7 +14,7 @@ from typing import IO
 
 from isal.isal_zlib import crc32
 
-from swa_avg.formats.base import Buffer
+from swa_avg.formats.base import Buffer, check_written
 
 __all__ = ["StoredZip"]
 
@@ -31,6 +31,8 @@ class StoredZip:
         self._file = file
         self._position = 0
         self._directory: list[bytes] = []
+        self._written: list[tuple[int, int, int]] = []
+        """Start, size and CRC-32 of each run of bytes."""
 
     def add(self, like: zipfile.ZipInfo, size: int, chunks: Iterable[Buffer]) -> None:
         """Append a member of `size` bytes, named, dated and marked as `like`.
@@ -49,26 +51,36 @@ class StoredZip:
             written += len(chunk)
         if written != size:
             raise ValueError(f"{like.filename}: {written} bytes instead of {size}")
+        header = self._local_header(like, name, checksum, size, zip64)
         self._file.seek(start)
-        self._file.write(self._local_header(like, name, checksum, size, zip64))
+        self._file.write(header)
         self._file.seek(self._position)
+        self._written.append((start, len(header), crc32(header)))
+        self._written.append((start + len(header), size, checksum))
         self._directory.append(_directory_entry(like, name, checksum, size, start))
 
     def finish(self) -> None:
-        """Write the central directory."""
+        """Write the central directory, and see that everything reads back.
+
+        Raises:
+            OSError: it does not.
+        """
         start, count = self._position, len(self._directory)
-        for entry in self._directory:
-            self._write(entry)
-        size = self._position - start
+        directory = b"".join(self._directory)
+        size = len(directory)
         if start >= _LIMIT or count >= 0xFFFF:
             version = _ZIP64_VERSION
             record = struct.pack(
                 "<4sQ2H2I4Q", b"PK\x06\x06", 44, version, version, 0, 0, count, count, size, start
             )
-            self._write(record + struct.pack("<4sIQI", b"PK\x06\x07", 0, start + size, 1))
+            directory += record + struct.pack("<4sIQI", b"PK\x06\x07", 0, start + size, 1)
         shown = min(count, 0xFFFF)
-        end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, shown, shown, _short(size), _short(start), 0)
-        self._write(end)
+        directory += struct.pack(
+            "<4s4H2IH", b"PK\x05\x06", 0, 0, shown, shown, _short(size), _short(start), 0
+        )
+        self._write(directory)
+        for run in (*self._written, (start, len(directory), crc32(directory))):
+            check_written(self._file, *run)
 
     def _write(self, data: Buffer) -> None:
         self._file.write(data)

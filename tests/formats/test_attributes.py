@@ -11,7 +11,7 @@ from h5py import h5o
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swa_avg.formats.attributes import DamagedAttributeError, read_strings
+from swa_avg.formats.attributes import AttributeReader, DamagedAttributeError
 from swa_avg.formats.base import Image, open_file
 
 
@@ -51,7 +51,7 @@ def test_strings_are_those_that_h5py_wrote(value: object, tmp_path: Path) -> Non
     flat = np.asarray(value).reshape(-1).tolist()
     expected = [item.encode() if isinstance(item, str) else item for item in flat]
     image = _image(path)
-    assert read_strings(image, _root(path), ["it", "absent"]) == {"it": expected}
+    assert AttributeReader(image).strings(_root(path), ["it", "absent"]) == {"it": expected}
     image.close()
 
 
@@ -62,7 +62,7 @@ def test_parts_of_a_long_attribute_are_joined_in_order(tmp_path: Path) -> None:
         for part in range(12):
             file.attrs[f"layer_names{part}"] = names[2 * part : 2 * part + 2]
     image = _image(path)
-    assert read_strings(image, _root(path), ["layer_names"]) == {"layer_names": names}
+    assert AttributeReader(image).strings(_root(path), ["layer_names"]) == {"layer_names": names}
     image.close()
 
 
@@ -97,7 +97,7 @@ def test_damage_is_an_error_or_harmless(
     path.write_bytes(damaged)
     image = _image(path)
     try:
-        read_strings(image, root, ["model_config", "layer_names"])
+        AttributeReader(image).strings(root, ["model_config", "layer_names"])
     except DamagedAttributeError:
         pass
     finally:

@@ -1,0 +1,199 @@
+"""Write HDF5 images: as they are, without some groups, and with the record of how they were made."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+import h5py
+import numpy as np
+from h5py import h5d, h5o, h5p, h5s, h5t
+from isal.isal_zlib import crc32
+
+from swa_avg.errors import SwaAvgError, UnreadableError
+from swa_avg.formats.attributes import Attribute, AttributeReader, DamagedAttributeError, whole_name
+from swa_avg.formats.base import Buffer, Checkpoint, Image, ImageFile, Tensor, check_written
+from swa_avg.formats.layout import Layout, first_line, read_layout
+
+__all__ = ["PROVENANCE", "strip", "write_image", "write_provenance"]
+
+PROVENANCE = "swa_avg"
+_ATTRIBUTE_BYTES = 60_000  # HDF5 takes 64 kB an attribute
+_CHUNK = 2**20
+
+
+def strip(checkpoint: Checkpoint, groups: Sequence[str], scratch: Callable[[], IO[bytes]]) -> dict[str, Any]:
+    """Return images and tensors of a checkpoint without some top-level groups.
+
+    HDF5 does not give back the room of what is deleted, so each image is built anew, from what has been read
+    and checked: what libhdf5 writes here, it does not read from the input.
+
+    Raises:
+        UnreadableError: an attribute is damaged, or of a type that Keras does not write.
+    """
+    images = []
+    tensors: dict[str, Tensor] = {}
+    for index, image in enumerate(checkpoint.images):
+        file = scratch()
+        layout = read_layout(image, index)
+        kept = {name: t for name, t in layout.tensors.items() if name.split("/")[0] not in groups}
+        with h5py.File(file, "w") as target:
+            _rebuild(target, image, layout, groups, kept)
+        file.flush()
+        stripped = Image(image.path, file, 0, file.seek(0, 2))
+        images.append(stripped)
+        for name, tensor in read_layout(stripped, index).tensors.items():
+            own = checkpoint.tensors[name]
+            tensors[name] = replace(tensor, dtype=own.dtype, role=own.role)
+            for start in range(0, tensor.nbytes, _CHUNK):
+                file.seek(tensor.offset + start)
+                file.write(image.read(own.offset + start, min(_CHUNK, tensor.nbytes - start)))
+        file.flush()
+        images[-1] = Image(image.path, file, 0, stripped.size)  # it was written to since
+    return {"images": tuple(images), "tensors": tensors}
+
+
+def _rebuild(
+    target: Any, image: Image, layout: Layout, groups: Sequence[str], kept: Mapping[str, Tensor]
+) -> None:
+    """Make the groups and attributes of a layout, and room for its tensors."""
+    reader = AttributeReader(image)
+    for path, header in layout.groups.items():
+        if path.split("/")[0] not in groups:
+            _copy_attributes(image, reader, header, path, target.require_group(path) if path else target)
+    places: dict[tuple[int, int], str] = {}
+    for name, tensor in kept.items():
+        first = places.setdefault((tensor.offset, tensor.nbytes), name)
+        if tensor.nbytes and first != name:
+            target[name] = target[first]
+            continue
+        properties = h5p.create(h5p.DATASET_CREATE)
+        properties.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+        properties.set_fill_time(h5d.FILL_TIME_NEVER)
+        properties.set_obj_track_times(False)  # equal inputs give equal bytes
+        dtype = np.dtype("V2" if tensor.dtype in ("bfloat16", "opaque16") else tensor.dtype)
+        space = h5s.create_simple(tensor.shape) if tensor.shape else h5s.create(h5s.SCALAR)
+        identifier = h5d.create(
+            target.id, name.encode(), h5t.py_create(dtype, logical=True), space, properties
+        )
+        _copy_attributes(image, reader, layout.datasets[name], name, h5py.Dataset(identifier))
+
+
+def _copy_attributes(image: Image, reader: AttributeReader, header: int, path: str, target: Any) -> None:
+    try:
+        for attribute in reader.attributes(header):
+            values = _values(reader, attribute)
+            target.attrs.create(attribute.name.decode(), values, attribute.shape, values.dtype)
+    except (DamagedAttributeError, ValueError) as error:
+        problem = f"an attribute cannot be copied ({error})"
+        raise UnreadableError(image.path, problem, tensor=path, hint="use --optimizer keep") from error
+
+
+def _values(reader: AttributeReader, attribute: Attribute) -> np.ndarray[Any, Any]:
+    """Return an attribute's value, with the type that h5py is to store."""
+    if attribute.number is not None:
+        count = math.prod(attribute.shape)
+        return np.frombuffer(attribute.data, attribute.number, count).reshape(attribute.shape)
+    strings = reader.values(attribute)
+    if strings is None or not (attribute.is_fixed_string or attribute.is_variable_string):
+        raise DamagedAttributeError("it has a type that Keras does not write")
+    length = attribute.size if attribute.is_fixed_string else None
+    return np.array(strings, h5py.string_dtype(attribute.encoding, length)).reshape(attribute.shape)
+
+
+def write_image(file: IO[bytes], chunks: Iterable[Buffer]) -> None:
+    """Write the bytes of an image to the start of an empty file, and see that they read back."""
+    size = checksum = 0
+    for chunk in chunks:
+        file.write(chunk)
+        checksum = crc32(chunk, checksum)
+        size += len(chunk)
+    check_written(file, 0, size, checksum)
+
+
+class _GuardedFile(io.RawIOBase):
+    """A file object for h5py that lets it write anywhere but over the tensors.
+
+    What libhdf5 takes for free space is what the file says, and that may not be so.
+    """
+
+    def __init__(self, file: IO[bytes], tensors: Iterable[Tensor]) -> None:
+        self._file = file
+        extents = sorted((tensor.offset, tensor.stop) for tensor in tensors if tensor.nbytes)
+        self._starts = [start for start, _ in extents]
+        self._stops = [stop for _, stop in extents]
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        return self._file.readinto(buffer)  # type: ignore[attr-defined,no-any-return]
+
+    def write(self, data: Any) -> int:
+        self._check(self._file.tell(), len(data))
+        return self._file.write(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        size = self._file.tell() if size is None else size
+        self._check(size, max(self._stops, default=0) - size)
+        return self._file.truncate(size)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def _check(self, position: int, size: int) -> None:
+        """Raise ValueError if a write of `size` bytes at `position` touches a tensor."""
+        index = bisect_right(self._stops, position)
+        if size > 0 and index < len(self._starts) and self._starts[index] < position + size:
+            raise ValueError("its free space is not free")
+
+
+def write_provenance(
+    file: IO[bytes], provenance: Mapping[str, Any], path: Path, tensors: Iterable[Tensor]
+) -> None:
+    """Add the provenance to an HDF5 file as JSON in the root attribute `swa_avg` (in parts if it is long).
+
+    Through a Python file object, since h5py crashes the process where it cannot write through a path.
+
+    Raises:
+        UnreadableError: HDF5 cannot, or the attribute does not read back: what the file was copied from,
+            `path`, is damaged.
+    """
+    text = json.dumps(provenance, separators=(",", ":")).encode("ascii")
+    parts = [text[start : start + _ATTRIBUTE_BYTES] for start in range(0, len(text), _ATTRIBUTE_BYTES)]
+    names = [PROVENANCE] if len(parts) == 1 else [f"{PROVENANCE}{number}" for number in range(len(parts))]
+    try:
+        with h5py.File(_GuardedFile(file, tensors), "r+") as hdf5:
+            root = h5o.get_info(hdf5.id).addr
+            image = Image(path, file, 0, file.seek(0, 2))
+            for attribute in AttributeReader(image).attributes(root):  # of an average that was an input
+                if whole_name(attribute.name) == PROVENANCE:
+                    del hdf5.attrs[attribute.name.decode()]
+            for name, part in zip(names, parts, strict=True):
+                hdf5.attrs[name] = np.bytes_(part)
+        file.flush()
+        with h5py.File(ImageFile(Image(path, file, 0, file.seek(0, 2))), "r") as hdf5:
+            if b"".join(bytes(hdf5.attrs[name]) for name in names) != text:
+                raise ValueError("the record of how it was made does not read back")
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        if isinstance(error, SwaAvgError) or (isinstance(error, OSError) and error.errno):
+            raise
+        raise UnreadableError(path, f"damaged HDF5 file ({first_line(error)})") from error

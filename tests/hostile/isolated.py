@@ -1,0 +1,198 @@
+"""Run the command line in processes of their own, which may crash, hang or be killed.
+
+A server that has imported everything forks one process a run: hundreds of runs a second, each with its
+own limits, and no crash reaches the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+TIME_LIMIT = 10
+MEMORY_LIMIT = 500 * 2**20
+_ADDRESS_SPACE = 4 * 2**30  # a run that passes MEMORY_LIMIT is to be measured, not to take the machine down
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one run ended."""
+
+    code: int
+    """Exit code; of a signal, its negative number."""
+    err: str
+    out: str
+    seconds: float
+    peak: int
+    """Bytes of resident memory."""
+    timed_out: bool = False
+
+
+class Isolated:
+    """A server of isolated runs; a context manager."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        )
+
+    def run(
+        self,
+        arguments: Sequence[object],
+        folder: Path,
+        *,
+        limits: Mapping[str, int] | None = None,
+        closed: Sequence[int] = (),
+    ) -> Ended:
+        """Run `swa-avg` in `folder`, with some of the RLIMITs set and some file descriptors closed."""
+        self.submit(arguments, folder, limits=limits, closed=closed)
+        return self.result()
+
+    def submit(
+        self,
+        arguments: Sequence[object],
+        folder: Path,
+        *,
+        limits: Mapping[str, int] | None = None,
+        closed: Sequence[int] = (),
+    ) -> None:
+        """Begin a run; its result has to be taken before the next one."""
+        assert self._server.stdin is not None
+        request = {
+            "arguments": list(map(str, arguments)),
+            "folder": str(folder),
+            "limits": {"AS": _ADDRESS_SPACE, **(limits or {})},
+            "closed": list(closed),
+        }
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+
+    def fileno(self) -> int:
+        """Return what becomes readable once the run has ended, for select."""
+        assert self._server.stdout is not None
+        return self._server.stdout.fileno()
+
+    def result(self) -> Ended:
+        assert self._server.stdout is not None
+        return Ended(**json.loads(self._server.stdout.readline()))
+
+    def __enter__(self) -> Isolated:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.kill()
+        self._server.communicate()
+
+
+def _serve() -> None:
+    import difflib  # noqa: F401 (what a run would import otherwise)
+
+    import click.testing  # noqa: F401
+    import h5py  # noqa: F401
+
+    import swa_avg.run  # noqa: F401
+    from swa_avg import cli  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        out, err = os.pipe(), os.pipe()
+        start = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            _run(request, out[1], err[1])
+        for _, end in (out, err):
+            os.close(end)
+        texts = _texts(child, out[0], err[0])
+        if texts is None:
+            os.kill(child, signal.SIGKILL)
+        _, status, usage = os.wait4(child, 0)
+        ended = {
+            "code": os.waitstatus_to_exitcode(status),
+            "seconds": time.monotonic() - start,
+            "peak": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            "timed_out": texts is None,
+            "out": "" if texts is None else texts[0],
+            "err": "" if texts is None else texts[1],
+        }
+        for end, _ in (out, err):
+            os.close(end)
+        print(json.dumps(ended), flush=True)
+
+
+def _texts(child: int, out: int, err: int) -> tuple[str, str] | None:
+    """Return what a run prints until it has ended, None if it takes too long."""
+    texts = {out: b"", err: b""}
+    end = time.monotonic() + TIME_LIMIT
+    waiting = [out, err]
+    while waiting:
+        ready = select.select(waiting, [], [], max(0, end - time.monotonic()))[0]
+        if not ready:
+            return None
+        for descriptor in ready:
+            data = os.read(descriptor, 2**16)
+            texts[descriptor] += data
+            if not data:
+                waiting.remove(descriptor)
+    ended = os.pidfd_open(child)
+    try:
+        if not select.select([ended], [], [], max(0, end - time.monotonic()))[0]:
+            return None
+    finally:
+        os.close(ended)
+    return texts[out].decode("utf-8", "backslashreplace"), texts[err].decode("utf-8", "backslashreplace")
+
+
+def _run(request: dict[str, object], out: int, err: int) -> None:
+    """Be the run: never returns."""
+    code = 1
+    try:
+        os.chdir(str(request["folder"]))
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        os.closerange(3, 256)
+        for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+            setattr(sys, name, open(number, mode))  # noqa: SIM115
+        for descriptor in request["closed"]:  # type: ignore[attr-defined]
+            os.close(descriptor)
+            setattr(sys, ("stdin", "stdout", "stderr")[descriptor], None)
+        for name, value in request["limits"].items():  # type: ignore[attr-defined]
+            hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1]
+            resource.setrlimit(
+                getattr(resource, f"RLIMIT_{name}"), (value, value if name == "NOFILE" else hard)
+            )
+        from swa_avg import cli
+
+        sys.argv = ["swa-avg", *request["arguments"]]  # type: ignore[misc]
+        cli.main()
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    except BaseException:
+        with contextlib.suppress(BaseException):
+            traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BaseException):
+            stream.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()
