@@ -219,7 +219,7 @@ def _progress(
     quiet: bool, title: str, *, in_bytes: bool = False
 ) -> Iterator[Callable[[int | None, int], None] | None]:
     """Show a bar on a terminal, from the first time that there is progress."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
@@ -330,7 +330,8 @@ def main() -> NoReturn:
         signal.signal(number, _raise_signal)
     try:
         main_group.main(prog_name="swa-avg", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
         code = 0
     except SwaAvgError as error:
         lines = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,20 +15,27 @@ from swa_avg.index import INDEX_NAME, Entry, Index, read_index
 __all__ = ["epoch_number", "epochs_of", "expand", "natural_key", "parse_epochs", "read_indices", "select"]
 
 _DECIMALS = re.compile(r"(?<![\d.])\d+\.\d+")
-_EPOCHS = re.compile(r"(\d+)?:(\d+)?(?::(\d+))?$|(\d+)$")
+_EPOCHS = re.compile(r"([0-9]{1,18})?:([0-9]{1,18})?(?::([0-9]{1,18}))?$|([0-9]{1,18})$")
+_MOST_DIGITS = 18
 
 
-def natural_key(path: Path) -> list[tuple[int, int | str]]:
-    """Return a sort key that puts ckpt_2 before ckpt_10."""
-    parts = re.split(r"(\d+)", str(path))
-    return [(1, int(part)) if part.isdecimal() and part.isascii() else (0, part) for part in parts]
+def natural_key(path: Path) -> list[tuple[int, int, str]]:
+    """Return a sort key that puts ckpt_2 before ckpt_10.
+
+    Numbers go by their digits, not as integers, of which Python reads 4,300 digits at most.
+    """
+    parts = re.split(r"([0-9]+)", str(path))
+    return [
+        (1, len(part.lstrip("0")), part.lstrip("0")) if part.isdecimal() and part.isascii() else (0, 0, part)
+        for part in parts
+    ]
 
 
 def epoch_number(path: Path) -> int | None:
     """Return the last whole number in a file's name: 7 of `w.07-0.32.h5`; decimals are metrics."""
     stem = re.sub(r"(\.weights)?\.(keras|h5|hdf5|json)$", "", path.name)
     numbers = re.findall(r"[0-9]+", _DECIMALS.sub(" ", stem))
-    return int(numbers[-1]) if numbers else None
+    return int(numbers[-1]) if numbers and len(numbers[-1]) <= _MOST_DIGITS else None
 
 
 def parse_epochs(text: str) -> range:
@@ -59,9 +67,8 @@ def expand(patterns: Sequence[str | Path]) -> list[Path]:
     paths: list[Path] = []
     for pattern in patterns:
         path = Path(pattern)
-        if path.exists() or path.is_symlink() or not glob.has_magic(str(pattern)):
-            if not path.exists():
-                raise UnreadableError(path, "no such file")
+        if _is_there(path) or not glob.has_magic(str(pattern)):
+            _status(path)
             paths.append(path)
             continue
         matches = [Path(match) for match in glob.glob(str(pattern))]  # noqa: PTH207 (takes absolute patterns)
@@ -69,6 +76,23 @@ def expand(patterns: Sequence[str | Path]) -> list[Path]:
             raise UsageError(f"no file matches {str(pattern)!r}")
         paths.extend(matches)
     return sorted(paths, key=natural_key)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_symlink() or path.exists()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        return False
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        raise UnreadableError(path, "no such file") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UnreadableError(path, reason.lower()) from error
 
 
 def _indexed(folder: Path) -> list[Path]:
@@ -194,10 +218,7 @@ def _check_distinct(paths: Sequence[Path]) -> None:
     seen: dict[tuple[int, int], Path] = {}
     findings = []
     for path in paths:
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise UnreadableError(path, (error.strerror or str(error)).lower()) from error
+        status = _status(path)
         first = seen.setdefault((status.st_dev, status.st_ino), path)
         if first is not path:
             findings.append(Finding(path, "file", f"the same file as {first}; name it once"))

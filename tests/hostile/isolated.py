@@ -174,7 +174,11 @@ def _run(request: dict[str, object], out: int, err: int) -> None:
         for descriptor in request["closed"]:  # type: ignore[attr-defined]
             os.close(descriptor)
             setattr(sys, ("stdin", "stdout", "stderr")[descriptor], None)
-        for name, value in request["limits"].items():  # type: ignore[attr-defined]
+        limits = dict(request["limits"])  # type: ignore[call-overload]
+        if "AS_MORE" in limits:  # than start-up takes
+            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            limits["AS"] = limits.pop("AS_MORE") + taken
+        for name, value in limits.items():
             hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1]
             resource.setrlimit(
                 getattr(resource, f"RLIMIT_{name}"), (value, value if name == "NOFILE" else hard)
