@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -214,7 +214,7 @@ def _refresh(options: dict[str, Any]) -> Refresh | None:
     return Refresh(**taken) if taken["data"] is not None else None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _progress(
     quiet: bool, title: str, *, in_bytes: bool = False
 ) -> Iterator[Callable[[int | None, int], None] | None]:
@@ -349,9 +349,16 @@ def main() -> NoReturn:
         word = "interrupted" if received.number == signal.SIGINT else "terminated"
         click.echo(f"swa-avg: {word}; nothing was written", err=True)
         code = 128 + received.number
-    except BrokenPipeError:
-        # What reads our standard output has gone; the average itself is written by now.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except MemoryError:
+        click.echo("swa-avg: error: out of memory; use fewer --threads, or --max-memory", err=True)
+        code = 5
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # Standard output is full or closed; the average itself is written by now.
+        click.echo(f"swa-avg: error: {error.strerror or error}", err=True)
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 5
     sys.exit(code)
 

@@ -7,6 +7,7 @@ executor, and come back in order.
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -18,7 +19,7 @@ import numpy as np
 from isal.isal_zlib import crc32, crc32_combine
 from numpy.typing import NDArray
 
-from swa_avg.errors import Finding, MismatchError, UnreadableError
+from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
 from swa_avg.formats.base import Checkpoint, Image, Tensor
 from swa_avg.plan import Plan
 from swa_avg.policy import FLOATS
@@ -105,7 +106,7 @@ class Combiner:
                 if not free:
                     yield from self._take(under_way, free, running)
                 output = free.pop()
-                work = self.executor.submit(self._combine, block, output[: block.stop - block.start])
+                work = self._submit(block, output[: block.stop - block.start])
                 under_way.append((block, output, work))
             while under_way:
                 yield from self._take(under_way, free, running)
@@ -117,6 +118,12 @@ class Combiner:
                 self._verified(source, index, running[position])
             if index == 0:
                 self._verify_others(shared)
+
+    def _submit(self, block: _Block, output: NDArray[np.uint8]) -> Future[list[int]]:
+        try:
+            return self.executor.submit(self._combine, block, output)
+        except RuntimeError as error:  # the interpreter's word for a thread that the system refused
+            raise SystemRefusalError(errno.EAGAIN, f"{error}; use fewer --threads") from error
 
     def _take(
         self, under_way: deque[_Underway], free: list[NDArray[np.uint8]], running: list[int]

@@ -151,6 +151,7 @@ def average(
         )
         executor = stack.enter_context(ThreadPoolExecutor(threads))
         combiner = Combiner(plan, executor, block_bytes, threads, verify, partial(progress or _ignore, total))
+        _check_shared_files(plan)
         _check_contents(plan, combiner.checksums)
         if refresh is not None:
             check_request(refresh, template)
@@ -275,6 +276,20 @@ def _as_output(newest: Checkpoint, output: Path) -> Checkpoint:
             f"the output {output.name} must end with {expected}, since the inputs are {newest.kind}"
         )
     return newest
+
+
+def _check_shared_files(plan: Plan) -> None:
+    """Raise MismatchError if two inputs hold one file between them: a shard that both maps name."""
+    seen: dict[tuple[int, int], Checkpoint] = {}
+    findings = []
+    for checkpoint in plan.inputs:
+        for image in checkpoint.images:
+            first = seen.setdefault(image.identity(), checkpoint)
+            if first is not checkpoint:
+                problem = f"the same file as in {first.path.name}; name one of the two"
+                findings.append(Finding(checkpoint.path, image.path.name, problem))
+    if findings:
+        raise MismatchError(findings)
 
 
 def _check_contents(plan: Plan, checksums: Sequence[Sequence[int | None]]) -> None:

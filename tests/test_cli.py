@@ -466,7 +466,7 @@ def test_names_from_files_are_printed_escaped(tmp_path: Path, swa_avg: Cli) -> N
         ),
         (
             ("ckpt_*.keras", "--method", "weights", "--weights", "nan,0,1"),
-            "--weights are not all finite; expected finite numbers with sum 1",
+            "--weights sum to nan; expected finite numbers with sum 1",
         ),
     ],
 )
