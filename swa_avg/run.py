@@ -283,11 +283,14 @@ def _check_shared_files(plan: Plan) -> None:
     seen: dict[tuple[int, int], Checkpoint] = {}
     findings = []
     for checkpoint in plan.inputs:
+        shared = []
         for image in checkpoint.images:
             first = seen.setdefault(image.identity(), checkpoint)
             if first is not checkpoint:
                 problem = f"the same file as in {first.path.name}; name one of the two"
-                findings.append(Finding(checkpoint.path, image.path.name, problem))
+                shared.append(Finding(checkpoint.path, image.path.name, problem))
+        if len(shared) < len(checkpoint.images):  # else they hold the same bytes, which is said once
+            findings.extend(shared)
     if findings:
         raise MismatchError(findings)
 

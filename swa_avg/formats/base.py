@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -132,7 +133,8 @@ class Image:
         return self._identity[:2]
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # it was read only: nothing can be lost
+            self.file.close()
 
     def _stat(self) -> tuple[int, int, int, int, int]:
         now = os.fstat(self.file.fileno())
