@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Lint, types and tests, in .venv, made where it is missing.
 #
-#   bash scripts/test.sh          everything
-#   bash scripts/test.sh --core   what needs no Keras, with the core dependencies alone, in .venv-core
+#   bash scripts/test.sh          everything but fuzzing
+#   bash scripts/test.sh --core   what needs no Keras, with the core dependencies alone, in .venv-core;
+#                                 with the slices of fuzzing and fault injection, which take minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/_venv.sh
@@ -20,4 +21,4 @@ make_venv .venv -e ".[tensorflow,test]"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-"$PYTHON" -m pytest
+"$PYTHON" -m pytest -m "not fuzz"
