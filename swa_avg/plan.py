@@ -15,6 +15,7 @@ __all__ = ["Plan", "config_differences", "make_plan"]
 
 _MAX_FINDINGS = 100
 _AUTO_NUMBERED = re.compile(r"(.+?)(_\d+)?$", re.DOTALL)
+_NOT_COMPARED = ("build_config", "shared_object_id")
 _WRAPPERS = ("module", "registered_name")
 _NOT_NAMES = ("class_name", "registered_name", "module", "dtype")
 
@@ -143,10 +144,10 @@ def config_differences(expected: Any, found: Any) -> Iterator[tuple[str, str, st
     """Yield (path, expected, found) for each difference between two model configurations.
 
     Left out are compile settings, which the caller has removed; `build_config`, since shapes are compared
-    tensor by tensor; where a class comes from, if only one of the two says it (Keras 2 stops saying so of
-    nested layers once it has saved an .h5 in the same process); and the numbers that Keras appends to names
-    by itself, where they are exchanged consistently: the same code run twice in one process gives `conv2d`
-    and then `conv2d_1`.
+    tensor by tensor; `shared_object_id`, an address in the memory of the process that saved; where a class
+    comes from, if only one of the two says it (Keras 2 stops saying so of nested layers once it has saved an
+    .h5 in the same process); and the numbers that Keras appends to names by itself, where they are exchanged
+    consistently: the same code run twice in one process gives `conv2d` and then `conv2d_1`.
     """
     if expected is found:
         return
@@ -157,7 +158,7 @@ def config_differences(expected: Any, found: Any) -> Iterator[tuple[str, str, st
         path, one, other = pending.pop()
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             for key in sorted(one.keys() | other.keys(), reverse=True):
-                if key != "build_config" and (key not in _WRAPPERS or (key in one and key in other)):
+                if key not in _NOT_COMPARED and (key not in _WRAPPERS or (key in one and key in other)):
                     pending.append((f"{path}.{key}", one.get(key, _ABSENT), other.get(key, _ABSENT)))
         elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
             pending.extend(

@@ -56,7 +56,7 @@ class Report:
 
 
 def average(
-    inputs: Sequence[str | Path] = (),
+    inputs: str | Path | Sequence[str | Path] = (),
     output: str | Path | None = None,
     *,
     epochs: str | None = None,
@@ -155,6 +155,9 @@ def average(
         _check_contents(plan, combiner.checksums)
         if refresh is not None:
             check_request(refresh, template)
+            if refresh.model is None and template.kind != checkpoints[-1].kind:
+                # The output holds weights alone; the newest input has the configuration.
+                refresh = replace(refresh, model=str(checkpoints[-1].path))
         if dry_run:
             return report
         if refresh is None:

@@ -53,7 +53,7 @@ def parse_epochs(text: str) -> range:
     return range(int(first or 0), int(last) + 1 if last else 2**62, int(step or 1))
 
 
-def expand(patterns: Sequence[str | Path]) -> list[Path]:
+def expand(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
     """Return the files that names and shell patterns stand for, in natural order.
 
     With no pattern, those that the index of the current folder names, in training order.
@@ -62,6 +62,8 @@ def expand(patterns: Sequence[str | Path]) -> list[Path]:
         UnreadableError: a name that is no pattern does not exist, or the index names a file that is missing.
         UsageError: a pattern matches nothing, or nothing was named and there is no index.
     """
+    if isinstance(patterns, str | Path):
+        patterns = [patterns]
     if not patterns:
         return _indexed(Path())
     paths: list[Path] = []

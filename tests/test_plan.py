@@ -134,6 +134,15 @@ class TestConfigDifferences:
         assert list(config_differences(one, other)) == []
         assert [path for path, _, _ in config_differences(one, crossed)] == ["config.layers[1].inputs[0]"]
 
+    def test_addresses_of_the_process_that_saved_may_differ(self) -> None:
+        one = {
+            "layers": [
+                {"config": {"dtype": {"config": {"name": "float32"}, "shared_object_id": 140529357122832}}}
+            ]
+        }
+        other = {"layers": [{"config": {"dtype": {"config": {"name": "float32"}}}}]}
+        assert list(config_differences(one, other)) == []
+
     def test_a_numbered_class_is_another_class(self) -> None:
         assert len(list(config_differences({"class_name": "Block_1"}, {"class_name": "Block_2"}))) == 1
 

@@ -106,6 +106,14 @@ def test_every_other_byte_of_the_archive_stays(run: Path, swa_avg: Cli, tmp_path
     assert model.optimizer.iterations > 0
 
 
+def test_archives_become_weights_with_fresh_statistics(run: Path, swa_avg: Cli, tmp_path: Path) -> None:
+    inputs = sorted(run.glob("ckpt_?.keras"))
+    for name, options in (("plain", ()), ("fresh", ("--bn-refresh", run / "train.npz"))):
+        assert swa_avg(*inputs, "-o", tmp_path / f"{name}.weights.h5", *options).code == 0
+    before, after = (oracle.read_arrays(tmp_path / f"{name}.weights.h5") for name in ("plain", "fresh"))
+    assert {name for name in before if before[name].tobytes() != after[name].tobytes()} == STATISTICS
+
+
 def test_a_full_legacy_model_is_refreshed(run: Path, swa_avg: Cli, tmp_path: Path) -> None:
     inputs = sorted(run.glob("ckpt_?.h5"))
     for name, options in (("plain", ()), ("fresh", ("--bn-refresh", run / "train.npz"))):
