@@ -33,6 +33,9 @@ def open_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
     """
     try:
         checkpoint = _open(path, like)
+        if not checkpoint.tensors:  # of a set, Keras may leave one shard empty
+            checkpoint.close()
+            raise UnreadableError(path, "holds no tensors")
         if like is not None and checkpoint.tensors is not like.tensors:
             _check_places(checkpoint, like)
     except OSError as error:

@@ -198,8 +198,6 @@ def _check_extents(image: Image, layout: Layout) -> None:
     The exact same extent twice is one dataset with two names.
     """
     end = min(image.size, _end_of_file(image))
-    if not layout.tensors:
-        raise UnreadableError(image.path, "holds no tensors")
     tensors = [tensor for tensor in layout.tensors.values() if tensor.nbytes]
     for tensor in tensors:
         if tensor.offset < _SUPERBLOCK_SIZE or tensor.stop > end:
