@@ -2,8 +2,9 @@
 # Lint, types and tests, in .venv, made where it is missing.
 #
 #   bash scripts/test.sh          everything but fuzzing
-#   bash scripts/test.sh --core   what needs no Keras, with the core dependencies alone, in .venv-core;
-#                                 with the slices of fuzzing and fault injection, which take minutes
+#   bash scripts/test.sh --core   what needs no Keras, with the core dependencies alone, in .venv-core
+#
+# The slices of fuzzing and fault injection take minutes: pytest -m fuzz
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/_venv.sh
@@ -13,7 +14,7 @@ if [ "${1-}" = --core ]; then
   make_venv .venv-core -e . "pytest>=8.0" "hypothesis>=6.100"
   "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(any(map(u.find_spec, ["keras", "tensorflow", "jax", "ml_dtypes"])))' ||
     { echo "the core environment has more than the core" >&2; exit 1; }
-  "$PYTHON" -m pytest -m "not keras"
+  "$PYTHON" -m pytest -m "not keras and not fuzz"
   exit
 fi
 

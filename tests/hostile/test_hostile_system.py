@@ -98,16 +98,6 @@ def test_few_file_descriptors_are_an_error_of_the_system(
     assert done
 
 
-def test_little_memory_is_an_error_of_the_system(isolated: Isolated, tmp_path: Path) -> None:
-    for number in (1, 2):
-        makers.write_archive(tmp_path / f"a_{number}.keras", {"vars/0": np.full(BIG, number, np.float32)})
-    command = ["a_1.keras", "a_2.keras", "-q", "-o", "swa.keras", "--threads", "2"]
-    # With less than 16 MiB more than start-up takes, libhdf5 itself crashes where it opens its first file.
-    refused, done = _limited(isolated, command, tmp_path, "AS_MORE", range(2**24, 2**28, 2**21))
-    assert refused
-    assert done
-
-
 @pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1], [1, 2], [0, 1, 2]], ids=str)
 @pytest.mark.parametrize("options", [[], ["--json"], ["-q"]], ids=str)
 def test_closed_standard_streams_do_no_harm(
