@@ -14,7 +14,8 @@ from tempfile import TemporaryDirectory
 from swa_avg import methods
 from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_values, with_values
 from swa_avg.batchnorm.report import RefreshReport
-from swa_avg.combine import Combiner, block_memory, bytes_to_read
+from swa_avg.blocks import bytes_to_read
+from swa_avg.combine import Combiner, block_memory
 from swa_avg.digests import check_digests, read_digests
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.formats import Checkpoint, open_checkpoint
@@ -138,19 +139,14 @@ def average(
         template = _as_output(checkpoints[-1], target)
         if optimizer == "drop" and not dry_run:
             template = template.without_optimizer(publication.scratch)
-        plan = make_plan(
-            checkpoints,
-            template,
-            coefficients,
-            uniform=method == "uniform",
-            drop_optimizer=optimizer == "drop",
-        )
+        plan = make_plan(checkpoints, template, coefficients, drop_optimizer=optimizer == "drop")
         total = bytes_to_read(plan, verify)
         report = Report(
             target, plan, method, verify, total, _PROCESS_MEMORY + block_memory(block_bytes, threads)
         )
         executor = stack.enter_context(ThreadPoolExecutor(threads))
-        combiner = Combiner(plan, executor, block_bytes, threads, verify, partial(progress or _ignore, total))
+        advance = partial(progress or _ignore, total)
+        combiner = Combiner(plan, [coefficients], executor, block_bytes, threads, verify, advance)
         _check_shared_files(plan)
         _check_contents(plan, combiner.checksums)
         if refresh is not None:
