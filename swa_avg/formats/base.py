@@ -19,6 +19,7 @@ from isal.isal_zlib import crc32
 from swa_avg.errors import SwaAvgError, SystemRefusalError, UnreadableError
 
 __all__ = [
+    "PROVENANCE",
     "Buffer",
     "Checkpoint",
     "Image",
@@ -30,8 +31,11 @@ __all__ = [
     "check_written",
     "open_file",
     "refusal",
+    "write_image",
 ]
 
+PROVENANCE = "swa_avg"
+"""Where an output says how it was made: a key or an attribute of this name."""
 Role = Literal["weight", "optimizer", "metric"]
 Buffer = bytes | bytearray | memoryview
 Provenance = Mapping[str, Any] | None
@@ -327,6 +331,16 @@ class Stage(Protocol):
         Files are published in the order in which they were created. `size`, the least that the file will
         hold, is reserved, so that a full disk is found before the work is done.
         """
+
+
+def write_image(file: IO[bytes], chunks: Iterable[Buffer]) -> None:
+    """Write the bytes of an image to the start of an empty file, and see that they read back."""
+    size = checksum = 0
+    for chunk in chunks:
+        file.write(chunk)
+        checksum = crc32(chunk, checksum)
+        size += len(chunk)
+    check_written(file, 0, size, checksum)
 
 
 def check_written(file: IO[bytes], start: int, size: int, checksum: int) -> None:

@@ -283,15 +283,17 @@ def test_two_runs_on_one_output_leave_one_of_the_two(overwrite: bool, tmp_path: 
 def test_a_file_that_does_not_read_back_is_not_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from swa_avg.formats import rebuild, stored_zip
+    from swa_avg.formats import stored_zip
+
+    check_written = base.check_written
 
     def damaged(file, start, size, checksum):  # type: ignore[no-untyped-def]
         file.flush()
         file.seek(start + size // 2)
         file.write(b"\xa5\x5a\xa5")
-        base.check_written(file, start, size, checksum)
+        check_written(file, start, size, checksum)
 
-    monkeypatch.setattr(rebuild, "check_written", damaged)
+    monkeypatch.setattr(base, "check_written", damaged)
     monkeypatch.setattr(stored_zip, "check_written", damaged)
     for suffix, write in WRITERS.items():
         path = tmp_path / f"a_1{suffix}"
