@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +103,8 @@ def average(
     if not quiet:
         _describe(report, dry_run=options["dry_run"], verbose=verbose)
     if as_json:
+        import json
+
         click.echo(json.dumps(_as_json(report, options["dry_run"])))
 
 
