@@ -58,6 +58,8 @@ def main() -> NoReturn:
     """Run the command line and exit: 0 done, 2 usage, 3 to 5 by the error's class, 130 or 143 interrupted."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _raise_signal)
+    # NumPy starts threads for linear algebra, of which there is none; with them it takes a third longer.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         main_group.main(prog_name="swa-avg", standalone_mode=False)
         if sys.stdout is not None:  # closed by whoever started us

@@ -14,17 +14,19 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from itertools import accumulate
 from threading import local
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from isal.isal_zlib import crc32, crc32_combine
-from numpy.typing import NDArray
 
 from swa_avg.blocks import Block, blocks_of, read_pieces
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
 from swa_avg.formats.base import Checkpoint, Image
 from swa_avg.plan import Plan
 from swa_avg.policy import FLOATS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["BlockWorker", "Combiner", "block_memory", "round_to_bfloat16"]
 
@@ -173,6 +175,10 @@ class BlockWorker:
 
         Return the CRC-32 of the block's bytes in each of the `checked` inputs.
         """
+        with np.errstate(all="ignore"):  # what is not finite is found at the end
+            return self._combine(block, averages)
+
+    def _combine(self, block: Block, averages: NDArray[np.uint8]) -> list[int]:
         template = self.plan.template
         checksums = []
         last = len(self.plan.inputs) - 1
@@ -277,11 +283,9 @@ class _Sums:
             _widen(view) if piece.tensor.dtype == "bfloat16" else view
             for piece, view in zip(self.averaged, pieces.values, strict=True)
         ]
-        with np.errstate(all="ignore"):  # what is not finite is found at the end
-            for row, (factors, _) in enumerate(self.rows):
-                factor = factors[number]
-                if factor:
-                    self._add(row, factor, values)
+        for row, (factors, _) in enumerate(self.rows):
+            if factors[number]:
+                self._add(row, factors[number], values)
 
     def _add(self, row: int, factor: float, values: Sequence[NDArray[Any]]) -> None:
         for sums, value in zip(self.parts[row], values, strict=True):
@@ -306,8 +310,7 @@ class _Sums:
                 if dtype == "bfloat16":
                     target.view(np.uint16)[:] = round_to_bfloat16(sums)
                 else:
-                    with np.errstate(over="ignore"):
-                        target.view(dtype)[:] = sums
+                    target.view(dtype)[:] = sums
                 if min(factors) < 0 and not _all_finite(target, dtype):  # else it lies between the inputs
                     problem = f"the average does not fit into {dtype}"
                     raise MismatchError([Finding(template.path, piece.tensor.name, problem)])

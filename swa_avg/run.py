@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from swa_avg import methods
 from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_values, with_values
-from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.blocks import bytes_to_read
 from swa_avg.combine import Combiner, block_memory
 from swa_avg.digests import check_digests, read_digests
@@ -26,12 +26,15 @@ from swa_avg.provenance import describe
 from swa_avg.publish import Publication, check_output
 from swa_avg.selection import epochs_of, expand, select
 
+if TYPE_CHECKING:
+    from swa_avg.batchnorm.report import RefreshReport
+
 __all__ = ["Progress", "Report", "average"]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes to read in all, bytes read since the last call)."""
 
-_BLOCK_BYTES = 2**19  # with its sums, it stays in a core's cache
+_BLOCK_BYTES = 2**18  # with its sums, it stays in a core's cache
 _SMALLEST_BLOCK = 2**16
 _PROCESS_MEMORY = 64 * 2**20  # the interpreter with numpy and h5py, before anything is averaged
 
