@@ -3,9 +3,9 @@
 strace makes a system call fail, or sends a signal at it: at the Nth write, fsync, link and so on, for
 every N that a run has, or as many as asked for, chosen by the seed. Signals also come at random moments,
 once or twice; files may not grow beyond a limit (RLIMIT_FSIZE), and a disk (a small tmpfs) has room for
-nothing, or more, or all that a run needs. After each run, the inputs are what they were; the output is complete,
-or absent, or the old one; what the exit code says is so; and no temporary is left, except where unlink
-itself fails, and by SIGKILL, and then the next run does its work and leaves it alone.
+nothing, or more, or all that a run needs. After each run, the inputs are what they were; the output is
+complete, or absent, or the old one; what the exit code says is so; and no temporary is left, except where
+unlink itself fails, and by SIGKILL, and then the next run does its work and leaves it alone.
 
 Exits with 1 if any of this is not so, and with 77 where strace is missing or may not trace.
 """
@@ -395,7 +395,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument(
-        "--faults", type=int, default=1000, help="errors, and SIGTERM and SIGINT, in equal parts"
+        "--faults", type=int, default=1000, help="errors, and SIGTERM and SIGINT, by kind in equal parts"
     )
     parser.add_argument("--limits", type=int, default=20, help="sizes of files and of disks a format")
     parser.add_argument("--seed", type=int, default=0)
@@ -418,11 +418,13 @@ def main() -> None:
         Bench(Path(root), arguments.workers) as bench,
         small_disk(Path(root)) as disk,
     ):
-        for kind, faults in kinds(bench).items():
-            count = arguments.kills if kind == "SIGKILL" else arguments.faults // 5
+        possible = kinds(bench)
+        share = arguments.faults // len(possible)  # SIGKILL apart, random moments in its place
+        for kind, faults in possible.items():
+            count = arguments.kills if kind == "SIGKILL" else share
             selected = chosen(faults, count, arguments.seed)
             told(f"{kind}, of {len(faults)}", injections(bench, selected))
-        told("signals at random moments", moments(bench, arguments.faults // 5, arguments.seed))
+        told("signals at random moments", moments(bench, share, arguments.seed))
         told("RLIMIT_FSIZE", limits(bench, arguments.limits))
         if disk is None:
             print("full disk: skipped, a tmpfs cannot be mounted here")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 SEED = 2026
-CASES = 30
+CASES = 40
 WORKERS = min(2, os.cpu_count() or 1)
 
 
@@ -45,10 +45,12 @@ def _check(faults: Any, tries: Mapping[str, Callable[[], str]], workers: int = W
 
 
 @pytest.mark.fuzz
-@pytest.mark.parametrize("kind", ["SIGKILL", "SIGTERM", "SIGINT", "errors of reading", "errors of writing"])
+@pytest.mark.parametrize(
+    "kind", ["SIGKILL", "SIGTERM", "SIGINT", "errors of reading", "files that end early", "errors of writing"]
+)
 def test_a_system_that_fails_leaves_all_or_nothing(kind: str, faults: Any, bench: Any) -> None:
     possible = faults.kinds(bench)[kind]
-    assert len(possible) > 100
+    assert len(possible) > CASES
     _check(faults, faults.injections(bench, faults.chosen(possible, CASES, SEED)))
 
 
