@@ -8,7 +8,7 @@ import io
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -67,8 +67,8 @@ class Publication:
         self._files: list[tuple[IO[bytes], Path]] = []
         """Open file, final path."""
         self._temporaries: list[Path] = []
-        self._moved: list[Path] = []
-        """Names that were free, and are taken by files of ours."""
+        self._moved: list[tuple[Path, os.stat_result]] = []
+        """Names that were free and are taken by files of ours, and which files these are."""
         self._scratch: list[IO[bytes]] = []
 
     def create(self, name: str, size: int = 0) -> IO[bytes]:
@@ -103,22 +103,12 @@ class Publication:
                 if self._overwrite and final == self.output:
                     temporary.replace(final)
                 else:
-                    self._move_to_free_name(temporary, final)
+                    ours = temporary.stat()
+                    _move_to_free_name(temporary, final)
+                    self._moved.append((final, ours))
             sync_folder(self.output.parent)
             if published is not None:
                 published()
-
-    def _move_to_free_name(self, temporary: Path, final: Path) -> None:
-        exists = f"the output {final} exists; name another one, or add --overwrite"
-        try:
-            os.link(temporary, final)
-        except FileExistsError:
-            raise UsageError(exists) from None
-        except OSError:  # a file system without hard links
-            if final.exists():
-                raise UsageError(exists) from None
-            temporary.replace(final)
-        self._moved.append(final)
 
     def __enter__(self) -> Publication:
         return self
@@ -131,19 +121,35 @@ class Publication:
                 for file in (*self._scratch, *(file for file, _ in self._files)):
                     with contextlib.suppress(OSError):
                         file.close()
-                self._remove(self._temporaries if error is None else [*self._temporaries, *self._moved])
+                self._remove(names=error is not None)
         except BaseException:  # an interrupt: before it was held back, or meanwhile
-            self._remove([*self._temporaries, *self._moved])
+            self._remove(names=True)
             raise
         if isinstance(error, OSError) and not isinstance(error, SystemRefusalError):
             reason = error.strerror or str(error)
             raise SystemRefusalError(error.errno, f"cannot write: {reason}", str(self.output)) from error
 
-    @staticmethod
-    def _remove(paths: Iterable[Path]) -> None:
-        for path in paths:
+    def _remove(self, *, names: bool) -> None:
+        """Remove the temporaries; and `names` that were given, unless another run has taken one since."""
+        for temporary in self._temporaries:
             with contextlib.suppress(OSError):
-                path.unlink()
+                temporary.unlink()
+        for final, ours in self._moved if names else ():
+            with contextlib.suppress(OSError):
+                if os.path.samestat(final.lstat(), ours):
+                    final.unlink()
+
+
+def _move_to_free_name(temporary: Path, final: Path) -> None:
+    exists = f"the output {final} exists; name another one, or add --overwrite"
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        raise UsageError(exists) from None
+    except OSError:  # a file system without hard links
+        if final.exists():
+            raise UsageError(exists) from None
+        temporary.replace(final)
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
