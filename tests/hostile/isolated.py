@@ -134,17 +134,20 @@ def _serve() -> None:
         signal.signal(number, signal.SIG_IGN)
     for line in sys.stdin:
         request = json.loads(line)
-        out, err, go = os.pipe(), os.pipe(), os.pipe()
+        out, err, ready, go = os.pipe(), os.pipe(), os.pipe(), os.pipe()
         start = time.monotonic()
         child = os.fork()
         if child == 0:
-            os.close(go[1])
-            os.read(go[0], 1)
+            os.write(ready[1], b".")
+            select.select(
+                [go[0]], [], []
+            )  # not a read: whether strace sees that one is chance, and it counts
             _run(request, out[1], err[1])
-        for end in (out[1], err[1], go[0]):
-            os.close(end)
+        os.read(ready[0], 1)
         tracer, said = _attach(child, request["strace"]) if request["strace"] else (None, "")
-        os.close(go[1])
+        os.write(go[1], b".")
+        for end in (out[1], err[1], *ready, *go):
+            os.close(end)
         texts = _texts(child, out[0], err[0], request["signals"])
         if texts is None:
             os.kill(child, signal.SIGKILL)
