@@ -339,7 +339,7 @@ def try_all(tries: Mapping[str, Callable[[], str]], workers: int) -> tuple[Count
             outcomes[tries[name]()] += 1
         except AssertionError as error:
             outcomes["WRONG"] += 1
-            wrong.append(f"{name}: {str(error)[:600]}")
+            wrong.append(f"{name}: {str(error)[-600:]}")
 
     with ThreadPoolExecutor(workers) as executor:
         list(executor.map(one, tries))

@@ -58,9 +58,9 @@ for _command in (average,):
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 2 usage, 3 to 5 by the error's class, 130 or 143 interrupted."""
     interrupts.over = False
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupts)
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupts)
         code = _run()
     except Interrupted as interrupted:
         word = "interrupted" if interrupted.number == signal.SIGINT else "terminated"

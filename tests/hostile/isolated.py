@@ -123,6 +123,7 @@ class Isolated:
 
 def _serve() -> None:
     import difflib  # noqa: F401 (what a run would import otherwise)
+    import encodings.cp437  # noqa: F401
 
     import click.testing  # noqa: F401
     import h5py  # noqa: F401

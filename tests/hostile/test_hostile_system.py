@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -217,6 +219,20 @@ def test_an_unwritable_folder_is_an_error_of_the_system(tmp_path: Path) -> None:
     line = "swa-avg: error: swa.weights.h5: cannot write: Permission denied\n"
     assert (ended.returncode, ended.stderr) == (5, line)
     assert snapshot(tmp_path) == before
+
+
+def test_averaging_needs_no_temporary_folder(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it puts aside lies beside the output, where there has to be room anyway."""
+
+    def unusable() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", unusable)
+    before = snapshot(tmp_path)
+    average([tmp_path / name for name in _inputs(suffix)], tmp_path / f"swa{suffix}", optimizer="drop")
+    assert f"swa{suffix}" in snapshot(tmp_path).keys() - before.keys()
 
 
 def _changed(path: Path, how: str) -> None:
