@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 from click.shell_completion import CompletionItem
@@ -14,7 +15,8 @@ from click_default_group import DefaultGroup
 
 from swa_avg import __version__
 from swa_avg.commands.average import average
-from swa_avg.errors import MismatchError, SwaAvgError, escape
+from swa_avg.commands.terminal import say
+from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError
 from swa_avg.interrupts import Interrupted, interrupts
 
 __all__ = ["main"]
@@ -36,6 +38,12 @@ class _Group(DefaultGroup):  # type: ignore[misc]
         if ctx.resilient_parsing and not args:  # completing the first word: it may be a command
             return click.Group.parse_args(self, ctx, args)
         return list(super().parse_args(ctx, args))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:  # of which click makes exit code 1, without a word
+            raise SystemRefusalError(errno.EIO, "standard output was closed") from error
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         command = self.commands[self.default_cmd_name]
@@ -64,7 +72,7 @@ def main() -> NoReturn:
         code = _run()
     except Interrupted as interrupted:
         word = "interrupted" if interrupted.number == signal.SIGINT else "terminated"
-        click.echo(f"swa-avg: {word}; nothing was written", err=True)
+        say([f"swa-avg: {word}; nothing was written"])
         code = 128 + interrupted.number
     sys.exit(code)
 
@@ -77,28 +85,29 @@ def _run() -> int:
         main_group.main(prog_name="swa-avg", standalone_mode=False)
         if sys.stdout is not None:  # closed by whoever started us
             sys.stdout.flush()
+    except MismatchError as error:
+        _complain(*map(str, error.findings))
+        return error.exit_code
     except SwaAvgError as error:
-        lines = (
-            [str(finding) for finding in error.findings]
-            if isinstance(error, MismatchError)
-            else [_message(error)]
-        )
-        for line in lines:
-            click.echo(f"swa-avg: error: {escape(line)}", err=True)
+        _complain(_message(error))
         return error.exit_code
     except click.UsageError as error:
-        click.echo(f"swa-avg: error: {escape(error.format_message())} (see swa-avg --help)", err=True)
+        _complain(f"{error.format_message()} (see swa-avg --help)")
         return 2
     except MemoryError:
-        click.echo("swa-avg: error: out of memory; use fewer --threads, or --max-memory", err=True)
+        _complain("out of memory; use fewer --threads, or --max-memory")
         return 5
     except OSError as error:
-        click.echo(f"swa-avg: error: {escape(_message(error))}", err=True)
-        # What standard output has not taken (it may be full, or closed) it will not take at exit either.
+        _complain(_message(error))
+        # What standard output has not taken, since it is full, it will not take at exit either.
         with contextlib.suppress(OSError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 5
     return 0
+
+
+def _complain(*problems: str) -> None:
+    say(f"swa-avg: error: {problem}" for problem in problems)
 
 
 def _message(error: OSError | SwaAvgError) -> str:

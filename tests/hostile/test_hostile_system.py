@@ -149,17 +149,43 @@ def test_closed_standard_streams_do_no_harm(
     assert failed.code == 2
 
 
+RUN = "import sys; from swa_avg import cli; sys.argv[0] = 'swa-avg'; cli.main()"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_standard_output_is_an_error_of_the_system(tmp_path: Path) -> None:
     makers.write_weights(tmp_path / "a_1.weights.h5", makers.weights(1))
-    code = "import sys; from swa_avg import cli; sys.argv[0] = 'swa-avg'; cli.main()"
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-c", code, "a_1.weights.h5", "-q", "--json", "-o", "swa.weights.h5"]
+        command = [sys.executable, "-c", RUN, "a_1.weights.h5", "-q", "--json", "-o", "swa.weights.h5"]
         ended = subprocess.run(
             command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
         )
     assert (ended.returncode, ended.stderr) == (5, "swa-avg: error: No space left on device\n")
     assert "layers/dense/vars/0" in oracle.read_arrays(tmp_path / "swa.weights.h5")
+
+
+def test_a_standard_output_that_nobody_reads_is_an_error_of_the_system(tmp_path: Path) -> None:
+    makers.write_weights(tmp_path / "a_1.weights.h5", makers.weights(1))
+    command = [sys.executable, "-c", RUN, "a_1.weights.h5", "-q", "--json", "-o", "swa.weights.h5"]
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(
+        command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (5, "swa-avg: error: standard output was closed\n")
+    assert "layers/dense/vars/0" in oracle.read_arrays(tmp_path / "swa.weights.h5")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(("name", "code"), [("a_1.weights.h5", 0), ("gone.weights.h5", 3)])
+def test_a_full_standard_error_changes_no_exit_code(name: str, code: int, tmp_path: Path) -> None:
+    makers.write_weights(tmp_path / "a_1.weights.h5", makers.weights(1))
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", RUN, name, "-o", "swa.weights.h5"]
+        ended = subprocess.run(command, cwd=tmp_path, stderr=full, timeout=60, check=False)
+    assert ended.returncode == code
+    assert (tmp_path / "swa.weights.h5").exists() == (code == 0)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
