@@ -124,7 +124,7 @@ class Bench:
         self.expected: dict[Setting, dict[str, bytes]] = {}
         """The complete output: name -> bytes."""
         self.seconds = 0.0
-        """How long the longest of the runs without a fault took."""
+        """How long the longest of the runs without a fault takes."""
         self._original: dict[Setting, dict[str, bytes]] = {}
         self._servers: Queue[Isolated] = Queue()
         self._stack = ExitStack()
