@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ class _Interrupts:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if not self.over:
             self.over = True
+            # What was being made is left half made, and some of it (an archive) complains when it goes.
+            sys.unraisablehook = lambda complaint: None
             raise Interrupted(number)
 
     def ignore(self) -> None:

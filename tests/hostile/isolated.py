@@ -7,6 +7,7 @@ own limits, and no crash reaches the tests.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -27,6 +28,17 @@ _WAIT_LIMIT = 60  # seconds in which a run has to end even if it does nothing at
 MEMORY_LIMIT = 500 * 2**20
 MARKER = "/swa-avg-begins-here"
 """A name that a traced run looks for, in vain, right before it begins."""
+_IMPORTED = (  # what a run would import otherwise, and Python cannot where reading fails
+    "click.testing",
+    "difflib",
+    "encodings.cp437",
+    "h5py",
+    "resource",
+    "swa_avg.cli",
+    "swa_avg.formats.libhdf5",
+    "swa_avg.formats.rebuild",
+    "swa_avg.run",
+)
 _ADDRESS_SPACE = 4 * 2**30  # a run that passes MEMORY_LIMIT is to be measured, not to take the machine down
 
 
@@ -125,15 +137,8 @@ class Isolated:
 
 
 def _serve() -> None:
-    import difflib  # noqa: F401 (what a run would import otherwise)
-    import encodings.cp437  # noqa: F401
-
-    import click.testing  # noqa: F401
-    import h5py  # noqa: F401
-
-    import swa_avg.run  # noqa: F401
-    from swa_avg import cli  # noqa: F401
-
+    for module in _IMPORTED:
+        importlib.import_module(module)
     for number in (signal.SIGINT, signal.SIGTERM):  # of a run, until it has handlers of its own
         signal.signal(number, signal.SIG_IGN)
     for line in sys.stdin:
