@@ -84,6 +84,7 @@ def average(
     dry_run: bool = False,
     progress: Progress | None = None,
     refresh_progress: Callable[[int | None, int], None] | None = None,
+    published: Callable[[], None] | None = None,
 ) -> Report:
     """Average Keras checkpoints into one, without Keras.
 
@@ -120,6 +121,7 @@ def average(
         dry_run: Plan, and write nothing.
         progress: Told how many bytes have been read.
         refresh_progress: Told how many rows of data have been used, as by `refresh_batchnorm`.
+        published: Told that the output has its name, before SIGINT and SIGTERM that came meanwhile are.
 
     Raises:
         UsageError: the request cannot be met as it was made.
@@ -177,7 +179,7 @@ def average(
         _check_contents(plan, combiner.checksums)
         for checkpoint in checkpoints:
             checkpoint.check_unchanged()
-        publication.publish()
+        publication.publish(published)
     return report
 
 

@@ -9,6 +9,7 @@ import click
 
 from swa_avg.commands.options import Size, method_options, selection_options
 from swa_avg.commands.terminal import progress_bar, say, size_text
+from swa_avg.interrupts import interrupts
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm.checkpoint import Refresh
@@ -98,6 +99,7 @@ def average(
             refresh=refresh,
             progress=progress,
             refresh_progress=rows,
+            published=interrupts.ignore,
             **options,
         )
     if not quiet:

@@ -145,10 +145,22 @@ def _check_legacy_groups(reader: AttributeReader, layout: Layout, parent: str) -
         weights = _names(reader, layout.groups[prefix + layer], "weight_names", layer)
         if len(set(weights)) < len(weights):
             raise UnreadableError(path, "the same weight listed twice", tensor=layer, hint=hint)
-        for weight in weights:
-            if f"{prefix}{layer}/{weight}" not in layout.tensors:
-                name = f"{layer}/{weight}"
-                raise UnreadableError(path, "weight listed, but not stored", tensor=name, hint=hint)
+        _check_stored(path, layout, prefix + layer, weights, hint)
+    if parent and "optimizer_weights" in layout.groups:
+        weights = [
+            name.decode("utf-8", "backslashreplace")
+            for name in _strings(reader, layout.groups["optimizer_weights"], "weight_names").get(
+                "weight_names", []
+            )
+        ]
+        _check_stored(path, layout, "optimizer_weights", weights, hint)
+
+
+def _check_stored(path: Path, layout: Layout, group: str, weights: Iterable[str], hint: str) -> None:
+    for weight in weights:
+        if f"{group}/{weight}" not in layout.tensors:
+            name = f"{group.removeprefix('model_weights/')}/{weight}"
+            raise UnreadableError(path, "weight listed, but not stored", tensor=name, hint=hint)
 
 
 def _names(
