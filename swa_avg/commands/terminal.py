@@ -1,0 +1,66 @@
+"""What the commands have in common in what they print."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+
+import click
+
+from swa_avg.errors import escape
+
+__all__ = ["progress_bar", "say", "size_text"]
+
+
+def say(lines: Iterable[str]) -> None:
+    """Print lines on standard error; what comes from files is escaped."""
+    for line in lines:
+        click.echo(escape(line), err=True)
+
+
+def size_text(count: float) -> str:
+    """Return a number of bytes as text, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+@contextlib.contextmanager
+def progress_bar(
+    quiet: bool, title: str, *, in_bytes: bool = False
+) -> Iterator[Callable[[int | None, int], None] | None]:
+    """Show a bar on a terminal, from the first time that there is progress."""
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    amounts = (
+        (DownloadColumn(binary_units=True), TransferSpeedColumn())
+        if in_bytes
+        else (MofNCompleteColumn(), TextColumn("{task.speed:.0f} rows/s"))
+    )
+    columns = (TextColumn(title), BarColumn(), *amounts, TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(title, total=None)
+
+    def advance(total: int | None, count: int) -> None:
+        bar.start()
+        bar.update(task, total=total, advance=count)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
