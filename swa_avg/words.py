@@ -49,7 +49,8 @@ def contents_table(inspection: Inspection) -> Table:
         "weights",
         "optimizer",
         "BatchNorm layers",
-        "format, writer",
+        "format",
+        "writer",
         "checkpoints",
     )
     rows = []
@@ -68,7 +69,8 @@ def contents_table(inspection: Inspection) -> Table:
                 size_text(one.weight_bytes),
                 f"{size_text(one.optimizer_bytes)} ({100 * one.optimizer_share:.0f} %)",
                 str(len(one.batchnorm_layers)),
-                f"{one.kind}, {one.writer or 'writer not stated'}{average}",
+                one.kind,
+                (one.writer or "not stated") + average,
                 names,
             )
         )
@@ -83,7 +85,7 @@ def _sameness(contents: Contents) -> tuple[object, ...]:
         tuple(contents.dtypes.items()),
         contents.weight_bytes,
         contents.optimizer_bytes,
-        contents.batchnorm_layers,
+        len(contents.batchnorm_layers),
         contents.is_average,
     )
 
@@ -154,8 +156,8 @@ def observations(inspection: Inspection) -> list[str]:
     )
     sentences.append(
         f"the {inspection.method} average has norm {number_text(geometry.mean_norm)}, lies "
-        f"{number_text(geometry.to_mean[-1])} from {names[-1]}, and weighs like "
-        f"{number_text(geometry.effective_count, 3)} equal checkpoints"
+        f"{number_text(geometry.to_mean[-1])} from {names[-1]}, and is worth "
+        f"{number_text(geometry.effective_count, 3)} equally weighted checkpoints"
     )
     if len(geometry.groups) == 1:
         nearest = min(_nearest(inspection, number) for number in range(len(names)))

@@ -36,7 +36,7 @@ def page(inspection: Inspection) -> bytes:
     count = len(inspection.checkpoints)
     sections = [
         html.Section("At a glance", _glance(inspection)),
-        html.Section("Inside", _table(*words.contents_table(inspection)) + _names(inspection)),
+        html.Section("Inside", _inside(inspection)),
         html.Section("Checkpoints", _checkpoints(inspection)),
     ]
     drawn = [pictures.picture(caption, draw) for caption, draw in _draws(inspection)]
@@ -57,11 +57,11 @@ def _glance(inspection: Inspection) -> str:
         ("checkpoints", str(len(inspection.checkpoints))),
         ("parameters", f"{newest.parameters:,}"),
         ("size of the newest", words.size_text(newest.size)),
-        ("of it optimizer", f"{100 * newest.optimizer_share:.0f} %"),
+        ("optimizer's share", f"{100 * newest.optimizer_share:.0f} %"),
         ("BatchNorm layers", str(len(newest.batchnorm_layers))),
     ]
     if inspection.geometry is not None:
-        facts.append(("counts like", f"{inspection.geometry.effective_count:.3g} equal checkpoints"))
+        facts.append(("effective number of checkpoints", f"{inspection.geometry.effective_count:.3g}"))
     alerts = [html.paragraph(sentence, alert=True) for sentence in words.warnings(inspection)]
     return "\n".join([html.facts(facts), *alerts, html.items(words.observations(inspection))])
 
@@ -70,26 +70,27 @@ def _checkpoints(inspection: Inspection) -> str:
     headers, rows = words.checkpoint_table(inspection)
     marked = [row for row, c in enumerate(inspection.checkpoints) if c in inspection.outliers]
     explained = html.paragraph(
-        "Step: distance from the checkpoint before. Turn: angle between the step to a checkpoint and the next "
-        "one, 90° in a random walk, 180° back and forth. Similarity: of the kernels to those of the most "
-        "similar other checkpoint, 1 for equal ones, about 0 for unrelated ones. Distances, norms and angles "
-        "are over all averaged values, BatchNorm's moving statistics among them."
+        "Step: distance from the checkpoint before. Turn: angle between the step to a checkpoint and the "
+        "next one, 90° in a random walk, 180° back and forth. Similarity: of the kernels to those of the "
+        "most similar other checkpoint, 1 for equal ones, about 0 for unrelated ones. Distances, norms and "
+        "angles are over all averaged values, BatchNorm's moving statistics among them."
     )
     return _table(headers, rows, marked=marked) + (explained if inspection.geometry is not None else "")
 
 
-def _names(inspection: Inspection) -> str:
+def _inside(inspection: Inspection) -> str:
     newest = inspection.checkpoints[-1]
     lists = [(f"Tensors that are {title}", names) for title, names in inspection.treatments.items()]
     lists.append(("BatchNorm layers", newest.batchnorm_layers))
-    return "\n".join(
-        html.folded(f"{title}: {len(names)}", html.items(names)) for title, names in lists if names
-    )
+    folded = [html.folded(f"{title}: {len(names)}", html.items(names)) for title, names in lists if names]
+    return "\n".join([_table(*words.contents_table(inspection)), *folded])
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[int] = ()) -> str:
-    starts = ("types", "format", "checkpoint")
-    text = [column for column, name in enumerate(headers) if name.startswith(starts)]
+    """Return a table with its last column, the names, first: a phone shows what the numbers are of."""
+    headers, rows = [headers[-1], *headers[:-1]], [[row[-1], *row[:-1]] for row in rows]
+    names = ("types", "format", "writer", "checkpoint", "checkpoints")
+    text = [column for column, name in enumerate(headers) if name in names]
     return html.table(headers, rows, text_columns=text, marked=marked)
 
 
@@ -100,8 +101,8 @@ def _draws(inspection: Inspection) -> list[tuple[str, pictures.Draw]]:
     if geometry is not None:
         labels, axis = words.epoch_labels(inspection)
         caption = (
-            f"The checkpoints, by {axis}, in the plane of their two main directions; colours deepen as "
-            f"training goes on, and the star is the {inspection.method} average."
+            f"The checkpoints, by {axis}, in the plane of their two main directions, to scale; colours grow "
+            f"stronger as training goes on, and the star is the {inspection.method} average."
         )
         draws.append((caption, pictures.trajectory(geometry, labels, f"{inspection.method} average")))
         draws.append(
@@ -116,6 +117,8 @@ def _training(inspection: Inspection) -> list[tuple[str, pictures.Draw]]:
     epochs = [float(contents.epoch or 0) for contents in known]
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for contents in known for name in contents.metrics):
+        if name in ("learning_rate", "lr"):  # Keras logs it too; it has a picture of its own
+            continue
         groups.setdefault(name.removeprefix("val_"), []).append(name)
     draws = []
     for title, names in list(groups.items())[:_MOST_GROUPS]:

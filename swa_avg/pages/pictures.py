@@ -106,7 +106,7 @@ class Picture:
     height: int
 
 
-def picture(caption: str, draw: Draw, size: tuple[float, float] = (5.4, 4.2)) -> Picture:
+def picture(caption: str, draw: Draw, size: tuple[float, float] = (4.7, 3.8)) -> Picture:
     """Draw on light and on dark paper; `size` in inches."""
     light, dark = (_rendered([draw], theme, size, ".svg") for theme in (LIGHT, DARK))
     return Picture(caption, light, dark, round(96 * size[0]), round(96 * size[1]))
@@ -189,7 +189,7 @@ def trajectory(geometry: Geometry, labels: Sequence[str], average: str) -> Draw:
         if plane.explained[1] > 0.0:
             axes.set_aspect("equal", adjustable="datalim")
         axes.grid(True)
-        _legend(axes)
+        _legend(axes, "Trajectory")
 
     return draw
 
@@ -262,14 +262,23 @@ def lines(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True)
         if len(values) > 1:
-            _legend(axes)
+            _legend(axes, title)
 
     return draw
 
 
-def _legend(axes: Axes) -> None:
-    """Put the legend above the axes, on the right of the title, where it covers no data."""
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.2, handletextpad=0.5)
+def _legend(axes: Axes, title: str) -> None:
+    """Put the legend between the title and the axes, where it covers no data."""
+    legend = axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=2,
+        borderaxespad=0.0,
+        borderpad=0.2,
+        handletextpad=0.5,
+    )
+    rows = -(-len(legend.get_texts()) // 2)
+    axes.set_title(_plain(title), pad=6 + 16 * rows, parse_math=False)
 
 
 def _plain(name: str) -> str:
