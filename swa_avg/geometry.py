@@ -49,13 +49,12 @@ class Measurement:
     def _add(self, rows: Array, kernel_columns: int) -> None:
         mean = rows.mean(axis=0)
         centred = rows - mean
-        gram = np.zeros_like(self.squared)
-        for part in (slice(0, kernel_columns), slice(kernel_columns, None)):
-            inner = centred[:, part] @ centred[:, part].T
-            gram += inner
-            if part.start == 0:
-                towards_mean = centred[:, part] @ mean[part]
-                self.kernels += inner + towards_mean[:, None] + towards_mean + mean[part] @ mean[part]
+        kernels, rest = centred[:, :kernel_columns], centred[:, kernel_columns:]
+        inner = kernels @ kernels.T
+        gram = inner + rest @ rest.T
+        of_mean = mean[:kernel_columns]
+        towards_mean = kernels @ of_mean
+        self.kernels += inner + towards_mean[:, None] + towards_mean + of_mean @ of_mean
         radii = np.diagonal(gram)[:, None] + np.diagonal(gram)
         squared = radii - 2.0 * gram
         near = np.triu(squared <= _CANCELLATION * radii, 1)
