@@ -117,7 +117,7 @@ def checkpoint_table(inspection: Inspection) -> Table:
                 number_text(geometry.steps[number - 1]) if number else "",
                 "" if math.isnan(turn) else f"{turn:.0f}°",
                 number_text(geometry.to_mean[number]),
-                f"{_nearest(inspection, number):.2f}",
+                f"{_nearest(inspection, number):.3f}",
             ]
         cells[3:3] = values
     return headers, rows
@@ -141,7 +141,7 @@ def observations(inspection: Inspection) -> list[str]:
         sentences.append(f"cannot be averaged: {some} finding{'s' if some > 1 else ''}")
     elif count > 1:
         averaged, copied = len(inspection.treatments["averaged"]), len(inspection.treatments["copied"])
-        sentences.append(f"they fit together: {averaged} tensors are averaged, {copied} copied")
+        sentences.append(f"they fit together; tensors averaged: {averaged}, copied: {copied}")
     geometry = inspection.geometry
     if geometry is None:
         return sentences
@@ -162,7 +162,7 @@ def observations(inspection: Inspection) -> list[str]:
     if len(geometry.groups) == 1:
         nearest = min(_nearest(inspection, number) for number in range(len(names)))
         sentences.append(
-            f"one basin: each is related to the others (similarity to the nearest {nearest:.2f} or more)"
+            f"one basin: each is related to the others (similarity to the nearest {nearest:.3f} or more)"
         )
     return sentences
 
@@ -185,7 +185,7 @@ def warnings(inspection: Inspection) -> list[str]:
     for row, outlier in zip(geometry.outliers, inspection.outliers, strict=True):
         sentences.append(
             f"outlier: {outlier.path.name} lies in another basin than the other checkpoints (similarity "
-            f"{_nearest(inspection, row):.2f}, unrelated below {geometry.threshold:.2f}); leave it out"
+            f"{_nearest(inspection, row):.3f}, unrelated below {geometry.threshold:.2f}); leave it out"
         )
     if len(groups) > 1:
         each = "; ".join(_listed(group) for group in groups)

@@ -69,8 +69,9 @@ def _lines(inspection: Inspection, *, verbose: bool) -> list[str]:
             lines += ["", f"{title}: {len(names)} tensors", *(f"  {name}" for name in names)]
         layers = inspection.checkpoints[-1].batchnorm_layers
         lines += ["", f"BatchNorm layers: {', '.join(layers) or 'none'}"]
-    lines += ["", *words.observations(inspection)]
-    return lines + [f"warning: {sentence}" for sentence in words.warnings(inspection)]
+    sentences = words.observations(inspection)
+    sentences += [f"warning: {sentence}" for sentence in words.warnings(inspection)]
+    return [*lines, "", *sentences] if sentences else lines
 
 
 def _aligned(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
