@@ -253,11 +253,12 @@ def lines(
                 marker=("s" if held_out else "o") if len(positions) <= 60 else "",
                 markersize=4,
                 linewidth=1.6,
-                label=_plain(name).replace("$", r"\$"),
+                label=_legend_text(name),
             )
         if finite and min(finite) > 0.0 and max(finite) > _LOGARITHMIC * min(finite):
             axes.set_yscale("log")
-        axes.set(xlabel=axis, ylabel=unit)
+        axes.set_xlabel(_plain(axis), parse_math=False)
+        axes.set_ylabel(_plain(unit), parse_math=False)
         axes.set_title(_plain(title), parse_math=False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True)
@@ -279,6 +280,12 @@ def _legend(axes: Axes, title: str) -> None:
     )
     rows = -(-len(legend.get_texts()) // 2)
     axes.set_title(_plain(title), pad=6 + 16 * rows, parse_math=False)
+
+
+def _legend_text(name: str) -> str:
+    """Return a name as matplotlib's legend takes it: `$` would start a formula, a leading `_` hide it."""
+    text = _plain(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _plain(name: str) -> str:
