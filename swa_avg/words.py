@@ -37,7 +37,9 @@ def size_text(count: float) -> str:
 
 def number_text(value: float | None, digits: int = 4) -> str:
     """Return a number with so many significant digits; nothing for one that is missing or NaN."""
-    return "" if value is None or math.isnan(value) else f"{value:.{digits}g}"
+    if value is None or math.isnan(value):
+        return ""
+    return f"{value:.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:.{digits}g}"
 
 
 def contents_table(inspection: Inspection) -> Table:
@@ -157,7 +159,7 @@ def observations(inspection: Inspection) -> list[str]:
     sentences.append(
         f"the {inspection.method} average has norm {number_text(geometry.mean_norm)}, lies "
         f"{number_text(geometry.to_mean[-1])} from {names[-1]}, and is worth "
-        f"{number_text(geometry.effective_count, 3)} equally weighted checkpoints"
+        f"{number_text(geometry.effective_count)} equally weighted checkpoints"
     )
     if len(geometry.groups) == 1:
         nearest = min(_nearest(inspection, number) for number in range(len(names)))
@@ -185,7 +187,8 @@ def warnings(inspection: Inspection) -> list[str]:
     for row, outlier in zip(geometry.outliers, inspection.outliers, strict=True):
         sentences.append(
             f"outlier: {outlier.path.name} lies in another basin than the other checkpoints (similarity "
-            f"{_nearest(inspection, row):.3f}, unrelated below {geometry.threshold:.2f}); leave it out"
+            f"{_nearest(inspection, row):.3f}, unrelated below {geometry.threshold:.2f}); an average with it is "
+            "meaningless"
         )
     if len(groups) > 1:
         each = "; ".join(_listed(group) for group in groups)

@@ -102,6 +102,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "loss": 1.0 / number,
             "val_loss": 0.5 + 1.0 / number,
             HOSTILE_METRIC: "nan" if number == 3 else 1.0,
+            f"val_{HOSTILE_METRIC}": 2.0,
         }
         entries.append(
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +35,17 @@ __all__ = ["inspect"]
 def inspect(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Tell what is inside checkpoints, whether they fit, and how far apart they lie.
 
-    CHECKPOINTS are named as for averaging. What `--method` would average is told with it: coefficients, and
-    how far each checkpoint lies from that average. An outlier lies in another basin than the others.
+    CHECKPOINTS are named, and chosen, as for averaging. The average that --method would make is told of too:
+    its coefficients, and how far each checkpoint lies from it. An outlier is a checkpoint that lies in
+    another basin than the others; whether to leave it out is up to you.
 
     \b
     swa-avg inspect ckpt_*.keras
     swa-avg inspect ckpt_*.keras --last 10 --report run.html
     """
+    # Before NumPy is loaded: the threads of its BLAS wait spinning, and on a machine that has other work, ten
+    # times slower. One of them keeps up with the disk.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from swa_avg.inspection import inspect_checkpoints
 
     with progress_bar(quiet, "inspecting", in_bytes=True) as progress:

@@ -61,7 +61,9 @@ def _glance(inspection: Inspection) -> str:
         ("BatchNorm layers", str(len(newest.batchnorm_layers))),
     ]
     if inspection.geometry is not None:
-        facts.append(("effective number of checkpoints", f"{inspection.geometry.effective_count:.3g}"))
+        facts.append(
+            ("effective number of checkpoints", words.number_text(inspection.geometry.effective_count))
+        )
     alerts = [html.paragraph(sentence, alert=True) for sentence in words.warnings(inspection)]
     return "\n".join([html.facts(facts), *alerts, html.items(words.observations(inspection))])
 

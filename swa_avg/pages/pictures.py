@@ -144,9 +144,10 @@ def trajectory(geometry: Geometry, labels: Sequence[str], average: str) -> Draw:
         ramp = LinearSegmentedColormap.from_list("order", list(theme.ramp))
         axes.plot(points[:, 0], points[:, 1], color=theme.muted, linewidth=0.9, zorder=2)
         size = 36 if count <= 30 else 16 if count <= 200 else 8
+        edge = 0.5 if count <= 30 else 0.0
         colors = ramp(np.linspace(0.0, 1.0, count))
         axes.scatter(
-            points[:, 0], points[:, 1], c=colors, s=size, edgecolors=theme.muted, linewidths=0.5, zorder=3
+            points[:, 0], points[:, 1], c=colors, s=size, edgecolors=theme.muted, linewidths=edge, zorder=3
         )
         axes.scatter(
             plane.average[0],
@@ -197,10 +198,12 @@ def trajectory(geometry: Geometry, labels: Sequence[str], average: str) -> Draw:
 def _spread_out(points: Array, always: Sequence[int]) -> list[int]:
     """Choose checkpoints whose labels do not fall on each other: the last, the first, then evenly."""
     count = len(points)
-    rest = np.linspace(0, count - 1, min(count, 4 * _LABELS)).round().astype(int).tolist()
+    few, many = (
+        np.linspace(0, count - 1, number).round().astype(int).tolist() for number in (_LABELS, 4 * _LABELS)
+    )
     least = 0.09 * float(np.ptp(points, axis=0).max(initial=0.0))
     chosen: list[int] = []
-    for row in (*always, count - 1, 0, *rest):
+    for row in (*always, count - 1, 0, *few, *many):
         away = all(float(np.linalg.norm(points[row] - points[other])) > least for other in chosen)
         if row in always or (away and row not in chosen and len(chosen) < _LABELS + len(always)):
             chosen.append(row)
@@ -216,7 +219,7 @@ def distance_matrix(geometry: Geometry, labels: Sequence[str], axis: str) -> Dra
         bar = axes.get_figure().colorbar(image, ax=axes, shrink=0.9)  # type: ignore[union-attr]
         bar.set_label("Euclidean distance of the weights")
         bar.outline.set_visible(False)
-        shown = np.unique(np.linspace(0, count - 1, min(count, _WRITTEN_OUT)).round().astype(int))
+        shown = list(range(0, count, -(-count // _WRITTEN_OUT)))
         names = [_plain(labels[row]) for row in shown]
         rotation = 90 if max(map(len, names)) > 4 else 0
         axes.set_xticks(shown, names, rotation=rotation, parse_math=False)
