@@ -78,7 +78,7 @@ def test_it_says_what_is_inside_and_how_far_apart(
         "they fit together; tensors averaged: 1, copied: 1\n"
         "distances: 2 (ckpt_1.keras, ckpt_2.keras) to 10 (ckpt_1.keras, ckpt_4.keras)\n"
         "the uniform average has norm 6, lies 6 from ckpt_4.keras, and is worth 3 equally weighted checkpoints\n"
-        "one basin: each is related to the others (similarity to the nearest 0.600 or more)\n"
+        "all are related, as those of one run are (similarity to the nearest 0.600 or more)\n"
     )
     assert ended.code == 0
     assert ended.out == ""
@@ -286,6 +286,16 @@ def test_the_same_bytes_twice_do_not_fit(folder: Path, swa_avg: Cli) -> None:
     assert ended.code == 4
     assert ended.err.endswith(
         "swa-avg: error: ckpt_9.keras: weights: the same bytes as ckpt_1.keras; name one of the two\n"
+    )
+
+
+def test_the_same_weights_under_two_names_are_warned_of(tmp_path: Path, swa_avg: Cli) -> None:
+    for number, seed in ((1, 1), (2, 2), (3, 2)):
+        makers.write_weights(tmp_path / f"{number}.weights.h5", _near(seed))
+    ended = swa_avg("inspect", tmp_path / "*.weights.h5")
+    assert ended.code == 0
+    assert ended.err.splitlines()[-1] == (
+        "warning: the same weights under two names: 2.weights.h5 and 3.weights.h5"
     )
 
 
