@@ -30,8 +30,6 @@ class Plan:
     """Whose bytes the output takes wherever nothing is averaged: the newest input."""
     coefficients: tuple[float, ...]
     """One an input."""
-    uniform: bool
-    """Whether it is the plain sum, divided once by the number of inputs, whatever 1/N rounds to."""
     averaged: tuple[Tensor, ...]
     """Tensors of the template, by image and offset; of one that has several names, the first."""
     compared: tuple[Tensor, ...]
@@ -51,7 +49,6 @@ def make_plan(
     template: Checkpoint,
     coefficients: Sequence[float],
     *,
-    uniform: bool = True,
     drop_optimizer: bool = False,
 ) -> Plan:
     """Check that the inputs fit together and say what becomes of each tensor.
@@ -82,7 +79,6 @@ def make_plan(
         inputs=tuple(inputs),
         template=template,
         coefficients=tuple(coefficients),
-        uniform=uniform,
         averaged=tuple(by_treatment["average"]),
         compared=tuple(by_treatment["compare"]),
         copied=tuple(by_treatment["copy"]),

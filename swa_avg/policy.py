@@ -70,14 +70,17 @@ def resolve_dtypes(checkpoints: Sequence[Checkpoint], untagged: str | None) -> l
     """
     resolved: dict[int, Mapping[str, Tensor]] = {}
     for checkpoint in checkpoints:
-        dtype = untagged or ("bfloat16" if _mentions_bfloat16(checkpoint.config) else "opaque16")
         tensors = checkpoint.tensors
-        if id(tensors) not in resolved and any(tensor.dtype == "opaque16" for tensor in tensors.values()):
+        if id(tensors) in resolved:
+            continue
+        resolved[id(tensors)] = tensors
+        if any(tensor.dtype == "opaque16" for tensor in tensors.values()):
+            dtype = untagged or ("bfloat16" if _mentions_bfloat16(checkpoint.config) else "opaque16")
             resolved[id(tensors)] = {
                 name: replace(tensor, dtype=dtype) if tensor.dtype == "opaque16" else tensor
                 for name, tensor in tensors.items()
             }
-    return [replace(c, tensors=resolved.get(id(c.tensors), c.tensors)) for c in checkpoints]
+    return [replace(c, tensors=resolved[id(c.tensors)]) for c in checkpoints]
 
 
 def refusals(checkpoint: Checkpoint) -> Iterator[Finding]:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from swa_avg import methods
 from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_values, with_values
-from swa_avg.batchnorm.report import RefreshReport
-from swa_avg.combine import Combiner, block_memory, bytes_to_read
+from swa_avg.blocks import bytes_to_read
+from swa_avg.combine import Combiner, block_memory
 from swa_avg.digests import check_digests, read_digests
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.formats import Checkpoint, open_checkpoint
@@ -24,6 +25,9 @@ from swa_avg.policy import batchnorm_layers, resolve_dtypes
 from swa_avg.provenance import describe
 from swa_avg.publish import Publication, check_output
 from swa_avg.selection import epochs_of, expand, select
+
+if TYPE_CHECKING:
+    from swa_avg.batchnorm.report import RefreshReport
 
 __all__ = [
     "Progress",
@@ -38,7 +42,7 @@ __all__ = [
 Progress = Callable[[int, int], None]
 """Called with (bytes to read in all, bytes read since the last call)."""
 
-_BLOCK_BYTES = 2**19  # with its sums, it stays in a core's cache
+_BLOCK_BYTES = 2**18  # with its sums, it stays in a core's cache
 _SMALLEST_BLOCK = 2**16
 _PROCESS_MEMORY = 64 * 2**20  # the interpreter with numpy and h5py, before anything is averaged
 
@@ -88,6 +92,7 @@ def average(
     dry_run: bool = False,
     progress: Progress | None = None,
     refresh_progress: Callable[[int | None, int], None] | None = None,
+    published: Callable[[], None] | None = None,
 ) -> Report:
     """Average Keras checkpoints into one, without Keras.
 
@@ -124,6 +129,7 @@ def average(
         dry_run: Plan, and write nothing.
         progress: Told how many bytes have been read.
         refresh_progress: Told how many rows of data have been used, as by `refresh_batchnorm`.
+        published: Told that the output has its name, before SIGINT and SIGTERM that came meanwhile are.
 
     Raises:
         UsageError: the request cannot be met as it was made.
@@ -146,19 +152,14 @@ def average(
         template = _as_output(checkpoints[-1], target)
         if optimizer == "drop" and not dry_run:
             template = template.without_optimizer(publication.scratch)
-        plan = make_plan(
-            checkpoints,
-            template,
-            coefficients,
-            uniform=method == "uniform",
-            drop_optimizer=optimizer == "drop",
-        )
+        plan = make_plan(checkpoints, template, coefficients, drop_optimizer=optimizer == "drop")
         total = bytes_to_read(plan, verify)
         report = Report(
             target, plan, method, verify, total, _PROCESS_MEMORY + block_memory(block_bytes, threads)
         )
         executor = stack.enter_context(ThreadPoolExecutor(threads))
-        combiner = Combiner(plan, executor, block_bytes, threads, verify, partial(progress or _ignore, total))
+        advance = partial(progress or _ignore, total)
+        combiner = Combiner(plan, [coefficients], executor, block_bytes, threads, verify, advance)
         check_shared_files(plan)
         check_contents(plan, combiner.checksums)
         if refresh is not None:
@@ -186,7 +187,7 @@ def average(
         check_contents(plan, combiner.checksums)
         for checkpoint in checkpoints:
             checkpoint.check_unchanged()
-        publication.publish()
+        publication.publish(published)
     return report
 
 

@@ -7,9 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from swa_avg import cli
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # machines are shared and slow at times
+hypothesis.settings.load_profile("untimed")
 
 CORPUS = Path(__file__).parent / "corpus"
 

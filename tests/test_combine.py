@@ -83,12 +83,38 @@ def _combined(paths: list[Path], block_bytes: int, threads: int, *, verify: bool
     checkpoints = [open_checkpoint(path) for path in paths]
     plan = make_plan(checkpoints, checkpoints[-1], [1 / len(paths)] * len(paths))
     with ThreadPoolExecutor(threads) as executor:
-        combiner = Combiner(plan, executor, block_bytes, threads, verify)
+        combiner = Combiner(plan, [plan.coefficients], executor, block_bytes, threads, verify)
         data = b"".join(map(bytes, combiner.image(0)))
     tensors = checkpoints[-1].tensors
     for checkpoint in checkpoints:
         checkpoint.close()
     return {name: data[tensor.offset : tensor.stop] for name, tensor in tensors.items()}
+
+
+def test_several_rows_of_coefficients_give_what_each_gives_alone(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    values = [rng.standard_normal((41, 13)).astype(np.float32) for _ in range(4)]
+    checkpoints = [open_checkpoint(path) for path in _run(tmp_path, values)]
+    plan = make_plan(checkpoints, checkpoints[-1], [0.25] * 4)
+    rows = [[0.25] * 4, [0, 0, 0.5, 0.5], [0, 0, 0, 1], [0.1, 0.2, 0.3, 0.4], [0, 1, 0, 0]]
+    exact = [np.asarray(v, np.float64) for v in values]
+    expected = [
+        ((exact[0] + exact[1] + exact[2] + exact[3]) / 4),
+        ((exact[2] + exact[3]) / 2),
+        exact[3],
+        (((exact[0] * 0.1 + exact[1] * 0.2) + exact[2] * 0.3) + exact[3] * 0.4),
+        exact[1],
+    ]
+    tensor = plan.template.tensors["layers/dense/vars/0"]
+    for block_bytes in (64, 1000, 2**20):
+        found = np.zeros((len(rows), plan.template.size), np.uint8)
+        with ThreadPoolExecutor(2) as executor:
+            for block, averages in Combiner(plan, rows, executor, block_bytes, 2).blocks(0):
+                found[:, block.start : block.stop] = averages
+        for row, array in zip(found, expected, strict=True):
+            assert row[tensor.offset : tensor.stop].tobytes() == array.astype(np.float32).tobytes()
+    for checkpoint in checkpoints:
+        checkpoint.close()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

@@ -1,0 +1,118 @@
+"""What of each input belongs together: the template's images, cut into blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from swa_avg.formats.base import Checkpoint, Tensor
+from swa_avg.plan import Plan
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Block", "Piece", "blocks_of", "bytes_to_read", "read_pieces"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of one tensor that lies in one block."""
+
+    tensor: Tensor
+    start: int
+    """Bytes from the start of the image, as the template lays it out."""
+    stop: int
+    average: bool
+    """Or compare: integers, which must be equal in all inputs."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of bytes of one of the template's images, and what of its tensors is combined."""
+
+    image: int
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def cost(self, plan: Plan, verify: bool) -> int:
+        """Return the bytes that are read to combine it."""
+        if verify:
+            return self.size * len(plan.inputs)
+        return self.size + (len(plan.inputs) - 1) * sum(piece.stop - piece.start for piece in self.pieces)
+
+
+def read_pieces(source: Checkpoint, template: Checkpoint, block: Block, raw: NDArray[np.uint8]) -> None:
+    """Read the block's tensors from `source` into the places that the template's layout gives them.
+
+    Neighbours that lie equally far from the template's places are read together, gaps included.
+    """
+    first = block.pieces[0]
+    run = _moved(source, template, first)
+    start, stop = first.start, first.stop
+    for piece in block.pieces[1:]:
+        moved = _moved(source, template, piece)
+        if moved == run:
+            stop = piece.stop
+            continue
+        _read_run(source, run, start, stop, block, raw)
+        run, start, stop = moved, piece.start, piece.stop
+    _read_run(source, run, start, stop, block, raw)
+
+
+def _moved(source: Checkpoint, template: Checkpoint, piece: Piece) -> tuple[int, int]:
+    """Return the image of `source` that holds the piece, and how much further on it lies there."""
+    if source.tensors is template.tensors:
+        return piece.tensor.image, 0
+    tensor = source.tensors[piece.tensor.name]
+    return tensor.image, tensor.offset - piece.tensor.offset
+
+
+def _read_run(
+    source: Checkpoint, run: tuple[int, int], start: int, stop: int, block: Block, raw: NDArray[np.uint8]
+) -> None:
+    image, distance = run
+    target = raw[start - block.start : stop - block.start].data
+    source.images[image].read_into(target, start + distance)
+
+
+def blocks_of(plan: Plan, image: int, block_bytes: int) -> Iterator[Block]:
+    """Cut an image of the template into blocks, inside large tensors at multiples of eight bytes of data."""
+    tensors = sorted(
+        [(t, True) for t in plan.averaged if t.image == image]
+        + [(t, False) for t in plan.compared if t.image == image],
+        key=lambda entry: entry[0].offset,
+    )
+    size = plan.template.images[image].size
+    start = 0
+    pieces: list[Piece] = []
+    for tensor, average in tensors:
+        position = tensor.offset
+        while position < tensor.stop:
+            room = start + block_bytes - position
+            if room < 8:
+                stop = min(start + block_bytes, position)
+                yield Block(image, start, stop, tuple(pieces))
+                start, pieces = stop, []
+                continue
+            stop = min(tensor.stop, position + room // 8 * 8)
+            pieces.append(Piece(tensor, position, stop, average))
+            position = stop
+    while start < size:
+        stop = min(start + block_bytes, size)
+        yield Block(image, start, stop, tuple(pieces))
+        start, pieces = stop, []
+
+
+def bytes_to_read(plan: Plan, verify: bool) -> int:
+    """Return how many bytes a Combiner reads for a plan, gaps between tensors and metadata apart."""
+    size = plan.template.size
+    if verify:
+        return size * len(plan.inputs)
+    return size + (len(plan.inputs) - 1) * sum(t.nbytes for t in (*plan.averaged, *plan.compared))
