@@ -29,7 +29,15 @@ from swa_avg.selection import epochs_of, expand, select
 if TYPE_CHECKING:
     from swa_avg.batchnorm.report import RefreshReport
 
-__all__ = ["Progress", "Report", "average"]
+__all__ = [
+    "Progress",
+    "Report",
+    "average",
+    "check_contents",
+    "check_shared_files",
+    "coefficients_of",
+    "open_all",
+]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes to read in all, bytes read since the last call)."""
@@ -134,10 +142,10 @@ def average(
     _check_not_an_input(target, named)
     paths = select(named, epochs=epochs, best=best, monitor=monitor, mode=mode, last=last, every=every)
     check_output(target, overwrite=overwrite)
-    coefficients = _coefficients(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
+    coefficients = coefficients_of(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
     block_bytes, threads = _fit(max_memory, threads or min(4, os.cpu_count() or 1))
     with ExitStack() as stack:
-        checkpoints = resolve_dtypes(_open_all(paths, stack), dtype)
+        checkpoints = resolve_dtypes(open_all(paths, stack), dtype)
         if expect_sha256 is not None:
             check_digests(checkpoints, read_digests(Path(expect_sha256)), Path(expect_sha256))
         publication = stack.enter_context(Publication(target, overwrite=overwrite))
@@ -152,8 +160,8 @@ def average(
         executor = stack.enter_context(ThreadPoolExecutor(threads))
         advance = partial(progress or _ignore, total)
         combiner = Combiner(plan, [coefficients], executor, block_bytes, threads, verify, advance)
-        _check_shared_files(plan)
-        _check_contents(plan, combiner.checksums)
+        check_shared_files(plan)
+        check_contents(plan, combiner.checksums)
         if refresh is not None:
             check_request(refresh, template)
             if refresh.model is None and template.kind != checkpoints[-1].kind:
@@ -176,7 +184,7 @@ def average(
                 lambda: describe(plan, method, combiner.checksums) | {"batchnorm": statistics.record()},
                 publication,
             )
-        _check_contents(plan, combiner.checksums)
+        check_contents(plan, combiner.checksums)
         for checkpoint in checkpoints:
             checkpoint.check_unchanged()
         publication.publish(published)
@@ -209,7 +217,7 @@ def _check_not_an_input(output: Path, named: Sequence[Path]) -> None:
             )
 
 
-def _coefficients(
+def coefficients_of(
     method: str,
     paths: Sequence[Path],
     *,
@@ -250,7 +258,7 @@ def _fit(max_memory: int | None, threads: int) -> tuple[int, int]:
     return block_bytes, threads
 
 
-def _open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:
+def open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:
     """Open every checkpoint, the newest first: the others are compared with its layout."""
     _allow_open_files(len(paths))
     newest = stack.enter_context(closing(open_checkpoint(paths[-1])))
@@ -282,7 +290,7 @@ def _as_output(newest: Checkpoint, output: Path) -> Checkpoint:
     return newest
 
 
-def _check_shared_files(plan: Plan) -> None:
+def check_shared_files(plan: Plan) -> None:
     """Raise MismatchError if two inputs hold one file between them: a shard that both maps name."""
     seen: dict[tuple[int, int], Checkpoint] = {}
     findings = []
@@ -299,7 +307,7 @@ def _check_shared_files(plan: Plan) -> None:
         raise MismatchError(findings)
 
 
-def _check_contents(plan: Plan, checksums: Sequence[Sequence[int | None]]) -> None:
+def check_contents(plan: Plan, checksums: Sequence[Sequence[int | None]]) -> None:
     """Raise MismatchError if two inputs hold the same bytes: one checkpoint, counted twice."""
     seen: dict[tuple[tuple[int, int], ...], Path] = {}
     findings = []
