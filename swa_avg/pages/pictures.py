@@ -196,7 +196,7 @@ def trajectory(geometry: Geometry, labels: Sequence[str], average: str) -> Draw:
 
 
 def _spread_out(points: Array, average: Array, always: Sequence[int]) -> list[int]:
-    """Choose checkpoints whose labels fall neither on each other nor on the average: ends first, then evenly."""
+    """Choose whose labels to show, clear of each other and of the average: the ends, then evenly."""
     last = len(points) - 1
     few, many = (
         np.linspace(0, last, number).round().astype(int).tolist() for number in (_LABELS, 4 * _LABELS)
