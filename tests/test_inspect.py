@@ -114,6 +114,44 @@ def test_distances_of_real_files_equal_numpy(dataset: str, suffix: str, dtype: s
     assert inspection.outliers == ()
 
 
+@pytest.mark.parametrize(
+    ("file", "writer"),
+    [
+        ("tf-2.12.1/cnn_bn/ck1.h5", "Keras 2.12.0 with tensorflow"),
+        ("tf-2.12.1/cnn_bn/ck1_weights.h5", "Keras 2.12.0 with tensorflow"),
+        ("keras-3.3.3-tf/cnn_bn/ck1.h5", "Keras 3.3.3 with tensorflow"),
+        ("keras-3.3.3-tf/cnn_bn/ck1.keras", "Keras 3.3.3"),
+        ("keras-3.3.3-tf/cnn_bn/ck1.weights.h5", None),
+    ],
+)
+def test_the_writer_is_what_the_file_says(file: str, writer: str | None) -> None:
+    assert inspect_checkpoints(CORPUS / file).checkpoints[0].writer == writer
+
+
+def test_verbose_lists_tensors_and_distances(tmp_path: Path, swa_avg: Cli) -> None:
+    for number in (1, 2, 5):
+        arrays = {"layers/dense/vars/0": np.full((2, 2), number, "f4"), "optimizer/vars/0": np.float32(0)}
+        makers.write_weights(tmp_path / f"ckpt_{number}.weights.h5", arrays)
+    lines = swa_avg("inspect", tmp_path / "*.weights.h5", "-v").err.splitlines()
+    start = lines.index("distances, by epoch")
+    assert lines[start + 1 : -5] == [
+        "1  2  5",
+        "0  2  8  1",
+        "2  0  6  2",
+        "8  6  0  5",
+        "",
+        "averaged: 1 tensors",
+        "  layers/dense/vars/0",
+        "",
+        "compared: 0 tensors",
+        "",
+        "copied: 1 tensors",
+        "  optimizer/vars/0",
+        "",
+        "BatchNorm layers: none",
+    ]
+
+
 @pytest.mark.parametrize("write", [makers.write_weights, makers.write_sharded])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_distances_do_not_depend_on_format_type_or_layout(
