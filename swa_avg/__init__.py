@@ -5,7 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["RefreshReport", "Report", "SwaAvgError", "__version__", "average", "refresh_batchnorm"]
+__all__ = [
+    "RefreshReport",
+    "Report",
+    "SwaAvgError",
+    "Verification",
+    "__version__",
+    "average",
+    "refresh_batchnorm",
+    "verify",
+]
 
 __version__ = "0.1.0"
 
@@ -14,14 +23,17 @@ if TYPE_CHECKING:
     from swa_avg.batchnorm.report import RefreshReport
     from swa_avg.errors import SwaAvgError
     from swa_avg.run import Report, average
+    from swa_avg.verification import Verification, verify
 
 # `swa-avg --help` imports this package and must not wait for numpy and h5py, nor averaging for Keras.
 _HOMES = {
     "RefreshReport": "swa_avg.batchnorm.report",
     "Report": "swa_avg.run",
     "SwaAvgError": "swa_avg.errors",
+    "Verification": "swa_avg.verification",
     "average": "swa_avg.run",
     "refresh_batchnorm": "swa_avg.batchnorm.refresh",
+    "verify": "swa_avg.verification",
 }
 
 

@@ -26,10 +26,11 @@ from swa_avg.formats.base import Checkpoint, Image
 from swa_avg.plan import Plan
 from swa_avg.policy import FLOATS
 
-__all__ = ["BlockWorker", "Combiner", "block_memory", "round_to_bfloat16"]
+__all__ = ["BlockWorker", "Combiner", "block_memory", "checksum_of", "round_to_bfloat16"]
 
 _PENDING = 2  # blocks a thread: one worked on, one waiting to be written
 _SLACK = 64
+_CHUNK = 2**18
 
 
 _Row = tuple[tuple[float, ...], float]
@@ -140,13 +141,7 @@ class Combiner:
         for number, source in enumerate(self.plan.inputs):
             if number not in shared:
                 for index, image in enumerate(source.images):
-                    self._verified(number, index, self._checksum(image))
-
-    def _checksum(self, image: Image) -> int:
-        checksum = 0
-        for start in range(0, image.size, self.block_bytes):
-            checksum = crc32(image.read(start, min(self.block_bytes, image.size - start)), checksum)
-        return checksum
+                    self._verified(number, index, checksum_of(image))
 
 
 @dataclass(frozen=True)
@@ -361,6 +356,14 @@ def _unfit(plan: Plan, block_bytes: int) -> Iterator[Finding]:
                     break
     if not found:
         yield Finding(plan.template.path, "sum", "does not fit into float64")
+
+
+def checksum_of(image: Image) -> int:
+    """Return the CRC-32 of an image."""
+    checksum = 0
+    for start in range(0, image.size, _CHUNK):
+        checksum = crc32(image.read(start, min(_CHUNK, image.size - start)), checksum)
+    return checksum
 
 
 def block_memory(block_bytes: int, threads: int, rows: int = 1) -> int:
