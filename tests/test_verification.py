@@ -6,6 +6,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -169,7 +170,7 @@ def test_bytes_between_the_tensors_of_an_archive_are_compared(tmp_path: Path, sw
     target = tmp_path / "swa.keras"
     assert swa_avg(tmp_path / "ckpt_*.keras", "-o", target).code == 0
     spans = sorted((start, start + size) for _, start, size in _places(target).values())
-    gap = next(stop for (_, stop), (start, _) in zip(spans, spans[1:], strict=False) if start - stop > 8)
+    gap = next(stop for (_, stop), (start, _) in pairwise(spans) if start - stop > 8)
     _flip(target, gap + 1, 0)
     ended = swa_avg("verify", target)
     assert ended.code in (3, 4)  # HDF5 itself may notice

@@ -12,8 +12,7 @@ from typing import IO, Any
 
 from swa_avg.errors import SwaAvgError, UnreadableError
 from swa_avg.formats.base import Buffer, Checkpoint, Image, ImageFile, Provenance, Stage, open_file
-from swa_avg.formats.hdf5 import WEIGHTS as BARE_WEIGHTS
-from swa_avg.formats.hdf5 import Hdf5Checkpoint, is_keras_store, layer_names
+from swa_avg.formats.hdf5 import WEIGHTS, Hdf5Checkpoint, is_keras_store, layer_names
 from swa_avg.formats.layout import read_layout
 from swa_avg.formats.rebuild import strip
 from swa_avg.formats.stored_zip import StoredZip
@@ -63,7 +62,7 @@ class ArchiveCheckpoint(Checkpoint):
         """Return the model's weights alone, as the `.weights.h5` that the archive holds."""
         return Hdf5Checkpoint(
             self.path,
-            BARE_WEIGHTS,
+            WEIGHTS,
             (".weights.h5",),
             self.images,
             self.tensors,
