@@ -9,10 +9,13 @@ __all__ = [
     "RefreshReport",
     "Report",
     "SwaAvgError",
+    "SweepReport",
+    "Validation",
     "Verification",
     "__version__",
     "average",
     "refresh_batchnorm",
+    "sweep",
     "verify",
 ]
 
@@ -22,7 +25,9 @@ if TYPE_CHECKING:
     from swa_avg.batchnorm.refresh import refresh_batchnorm
     from swa_avg.batchnorm.report import RefreshReport
     from swa_avg.errors import SwaAvgError
+    from swa_avg.evaluation import Validation
     from swa_avg.run import Report, average
+    from swa_avg.sweep import SweepReport, sweep
     from swa_avg.verification import Verification, verify
 
 # `swa-avg --help` imports this package and must not wait for numpy and h5py, nor averaging for Keras.
@@ -30,9 +35,12 @@ _HOMES = {
     "RefreshReport": "swa_avg.batchnorm.report",
     "Report": "swa_avg.run",
     "SwaAvgError": "swa_avg.errors",
+    "SweepReport": "swa_avg.sweep",
+    "Validation": "swa_avg.evaluation",
     "Verification": "swa_avg.verification",
     "average": "swa_avg.run",
     "refresh_batchnorm": "swa_avg.batchnorm.refresh",
+    "sweep": "swa_avg.sweep",
     "verify": "swa_avg.verification",
 }
 

@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from swa_avg.sweep import SweepReport
 
 __all__ = [
     "Finding",
     "MismatchError",
+    "NoImprovementError",
     "SwaAvgError",
     "SystemRefusalError",
     "UnreadableError",
@@ -75,6 +80,17 @@ class MismatchError(SwaAvgError, ValueError):
     def __init__(self, findings: Sequence[Finding]) -> None:
         self.findings = tuple(findings)
         super().__init__("\n".join(str(finding) for finding in self.findings))
+
+
+class NoImprovementError(SwaAvgError):
+    """No average is better than the best single checkpoint, and one that is was asked for."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, report: SweepReport) -> None:
+        self.report = report
+        """With every score."""
+        super().__init__(message)
 
 
 class SystemRefusalError(SwaAvgError, OSError):

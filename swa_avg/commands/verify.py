@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from swa_avg.commands.options import Size
-from swa_avg.commands.terminal import say
+from swa_avg.commands.options import resource_options
+from swa_avg.commands.terminal import first_few, say
 from swa_avg.errors import MismatchError
 
 if TYPE_CHECKING:
@@ -22,10 +22,7 @@ __all__ = ["verify"]
 @click.option(
     "--inputs", type=click.Path(), metavar="FOLDER", help="Where the inputs are.  [default: beside OUTPUT]"
 )
-@click.option("--max-memory", type=Size(), help="Stay under this much memory, such as 150M.")
-@click.option(
-    "--threads", type=click.IntRange(1, 64), metavar="N", help="Worker threads.  [default: cores, up to 4]"
-)
+@resource_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def verify(
@@ -51,9 +48,8 @@ def verify(
 def _describe(result: Verification) -> None:
     lines = []
     if result.digests:
-        shown = ", ".join(result.digests[:5])
-        more = f" and {len(result.digests) - 5} more" if len(result.digests) > 5 else ""
-        lines.append(f"held against their digest only, since a refresh replaced them: {shown}{more}")
+        shown = first_few(result.digests)
+        lines.append(f"held against their digest only, since a refresh replaced them: {shown}")
     elif result.record.refreshed:
         lines.append("the refresh of BatchNorm changed nothing")
     lines.append(
