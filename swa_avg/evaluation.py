@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -131,12 +131,11 @@ class Evaluator:
         from swa_avg.batchnorm.refresh import arranger
 
         inputs = arranger(getattr(self._model, "_inputs_struct", None))
-        targets = arranger(getattr(self._model, "_outputs_struct", None))
         meter = _Compiled(self._model) if self._metric is None else _Whole(self._model, self._metric)
         with open_data(self._validation.data, self._spec) as data:
             for x, y, _ in data.labelled():
                 try:
-                    meter.add(inputs(x), targets(y) if isinstance(y, Mapping) else y)
+                    meter.add(inputs(x), _arranged(self._model, y))
                 except SwaAvgError:
                     raise
                 except Exception as error:  # of whichever class the backend has for shapes and types
@@ -184,6 +183,13 @@ def _outputs_of(model: Any) -> list[str]:
     return names if len(names) > 1 else []
 
 
+def _arranged(model: Any, targets: Any) -> Any:
+    """Put targets by name into the structure of the model's outputs."""
+    if isinstance(targets, Mapping) and isinstance(getattr(model, "_outputs_struct", None), list | tuple):
+        return [targets[name] for name in _outputs_of(model)]
+    return targets
+
+
 class _Compiled:
     """The metrics that a model was compiled with, its loss among them, as `model.evaluate` adds them up."""
 
@@ -193,7 +199,7 @@ class _Compiled:
         model.reset_metrics()
 
     def add(self, x: Any, y: Any) -> None:
-        with _metrics_kept(self._model):
+        with _metrics_kept(self._model) if self._logs else nullcontext():
             self._logs = self._model.test_on_batch(x, y, return_dict=True)
 
     def result(self) -> dict[str, float]:

@@ -220,7 +220,7 @@ def _surroundings(found: Checkpoint, template: Checkpoint, *, rebuilt: bool) -> 
     if template.kind != WEIGHTS:  # these have no configuration, but for one that an archive lent its weights
         for where, expected, value in config_differences(template.config, found.config):
             yield Finding(found.path, where, f"expected {expected}, found {value}")
-    if found.layer_names != template.layer_names:
+    if _layer_names(found) != _layer_names(template):
         yield Finding(found.path, "layer names", "differ from the newest input's")
     for image in found.images:
         if image.crc32 is not None and (now := checksum_of(image)) != image.crc32:
@@ -236,6 +236,13 @@ def _surroundings(found: Checkpoint, template: Checkpoint, *, rebuilt: bool) -> 
         and _without(found.map, KEY, "weight_map") != _without(template.map, KEY, "weight_map")
     ):
         yield Finding(found.path, "map", "differs from the newest input's, the names of shards apart")
+
+
+def _layer_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the names of layers, without what a dropped optimizer was called."""
+    return {
+        group: name for group, name in checkpoint.layer_names.items() if not group.startswith("optimizer")
+    }
 
 
 def _without(value: Mapping[str, Any] | None, *keys: str) -> dict[str, Any]:

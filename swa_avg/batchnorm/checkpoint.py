@@ -222,7 +222,7 @@ def _saved(model: Any, checkpoint: Checkpoint, path: Path) -> Checkpoint:
         path = path.with_suffix(".h5")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Keras calls its own format legacy
-            model.save(path)
+            model.save(path, include_optimizer=False)
     else:
         path = path.with_suffix(".weights.h5")
         model.save_weights(path)
