@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
+    "Inspection",
     "RefreshReport",
     "Report",
     "SwaAvgError",
@@ -14,6 +15,7 @@ __all__ = [
     "Verification",
     "__version__",
     "average",
+    "inspect_checkpoints",
     "refresh_batchnorm",
     "sweep",
     "verify",
@@ -26,12 +28,14 @@ if TYPE_CHECKING:
     from swa_avg.batchnorm.report import RefreshReport
     from swa_avg.errors import SwaAvgError
     from swa_avg.evaluation import Validation
+    from swa_avg.inspection import Inspection, inspect_checkpoints
     from swa_avg.run import Report, average
     from swa_avg.sweep import SweepReport, sweep
     from swa_avg.verification import Verification, verify
 
 # `swa-avg --help` imports this package and must not wait for numpy and h5py, nor averaging for Keras.
 _HOMES = {
+    "Inspection": "swa_avg.inspection",
     "RefreshReport": "swa_avg.batchnorm.report",
     "Report": "swa_avg.run",
     "SwaAvgError": "swa_avg.errors",
@@ -39,6 +43,7 @@ _HOMES = {
     "Validation": "swa_avg.evaluation",
     "Verification": "swa_avg.verification",
     "average": "swa_avg.run",
+    "inspect_checkpoints": "swa_avg.inspection",
     "refresh_batchnorm": "swa_avg.batchnorm.refresh",
     "sweep": "swa_avg.sweep",
     "verify": "swa_avg.verification",

@@ -28,7 +28,22 @@ from swa_avg.provenance import batchnorm_record, describe
 from swa_avg.publish import Publication, check_output
 from swa_avg.selection import epochs_of, expand, select
 
-__all__ = ["Progress", "Report", "average"]
+__all__ = [
+    "Progress",
+    "Refreshed",
+    "Report",
+    "as_output",
+    "average",
+    "check_contents",
+    "check_shared_files",
+    "coefficients_of",
+    "fit_memory",
+    "open_all",
+    "output_path",
+    "plan_output",
+    "write_average",
+    "write_draft",
+]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes to read in all, bytes read since the last call)."""
@@ -134,7 +149,7 @@ def average(
     target = output_path(output, named)
     paths = select(named, epochs=epochs, best=best, monitor=monitor, mode=mode, last=last, every=every)
     check_output(target, overwrite=overwrite)
-    coefficients = _coefficients(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
+    coefficients = coefficients_of(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
     block_bytes, threads = fit_memory(max_memory, threads)
     with ExitStack() as stack:
         checkpoints = resolve_dtypes(open_all(paths, stack), dtype)
@@ -253,7 +268,7 @@ def _suffix(path: Path) -> str:
     return path.suffix
 
 
-def _coefficients(
+def coefficients_of(
     method: str,
     paths: Sequence[Path],
     *,

@@ -34,6 +34,8 @@ from swa_avg.trials import POINTS, Scored, Trials, greedy_soup, line, rank
 
 __all__ = ["SweepReport", "sweep"]
 
+_PICTURES = (".png", ".svg", ".pdf")
+
 
 @dataclass(frozen=True)
 class SweepReport:
@@ -96,7 +98,7 @@ def sweep(
     max_memory: int | None = None,
     threads: int | None = None,
     require_improvement: bool = False,
-    path: bool = False,
+    path: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     score_progress: Callable[[int, int], None] | None = None,
 ) -> SweepReport:
@@ -116,8 +118,8 @@ def sweep(
         loading: How to load the model, without a refresh, which says it itself.
         tried: Averages, as `candidates.parse` reads them; by default, `candidates.default_candidates`.
         require_improvement: Write nothing if no average is better than the best single checkpoint.
-        path: Also score 11 points on the line from the last checkpoint to the best average, as Izmailov et
-            al. 2018 (arXiv:1803.05407), figure 3, do.
+        path: Also score 11 points on the line from the last checkpoint to the best average, each refreshed
+            likewise, and draw them into this `.png`, `.svg` or `.pdf`; needs matplotlib.
         score_progress: Called with (candidates to score, candidates scored since the last call).
 
     Raises:
@@ -130,8 +132,9 @@ def sweep(
     if len(paths) < 2:
         raise UsageError("a sweep compares averages of at least 2 checkpoints; found 1")
     check_output(target, overwrite=overwrite)
+    draw = _drawing(Path(path), overwrite=overwrite) if path is not None else None
     rows, with_greedy = _rows(paths, tried)
-    block_bytes, threads = fit_memory(max_memory, threads, max(len(rows), POINTS if path else 1))
+    block_bytes, threads = fit_memory(max_memory, threads, max(len(rows), POINTS if draw else 1))
     with ExitStack() as stack:
         checkpoints = resolve_dtypes(open_all(paths, stack), dtype)
         publication = stack.enter_context(Publication(target, overwrite=overwrite))
@@ -139,7 +142,7 @@ def sweep(
         folder = Path(stack.enter_context(TemporaryDirectory(dir=target.parent, prefix=".swa-avg-")))
         loading = refresh or loading or Loading()
         check_request(loading, checkpoints[-1], "a sweep")
-        steps = len(rows) + (len(paths) - 1 if with_greedy else 0) + (POINTS if path else 0)
+        steps = len(rows) + (len(paths) - 1 if with_greedy else 0) + (POINTS if draw else 0)
         trials = Trials(
             checkpoints,
             publication,
@@ -148,7 +151,7 @@ def sweep(
             threads,
             folder,
             partial(Evaluator.load, validation=validation, loading=loading, refresh=refresh),
-            partial(score_progress or _ignore, steps),
+            partial(score_progress or _nothing, steps),
         )
         scored = trials.scored(rows, verify=verify, progress=progress)
         singles, averages = scored[: len(paths)], scored[len(paths) :]
@@ -158,14 +161,32 @@ def sweep(
         if require_improvement and not report.improved:
             raise NoImprovementError(_no_improvement(report), report)
         values = trials.best_values  # of the winner: the points of the line are scored after it
-        if path and report.best_average is not None:
+        if draw and report.best_average is not None:
             report = replace(report, path=line(trials, report.best_average.candidate))
         _write(report, values, trials, optimizer=optimizer, dtype=dtype, verify=verify)
         publication.publish()
+    if path is not None and draw and report.path:
+        with Publication(Path(path), overwrite=overwrite) as picture:
+            picture.create(Path(path).name).write(draw(report))
+            picture.publish()
     return report
 
 
-def _ignore(total: int, count: int) -> None:
+def _drawing(output: Path, *, overwrite: bool) -> Callable[[SweepReport], bytes]:
+    """Return what draws a report's line, once it is sure that the picture can be written."""
+    if output.suffix not in _PICTURES:
+        raise UsageError(f"--path {output}; expected a name that ends with {' or '.join(_PICTURES)}")
+    check_output(output, overwrite=overwrite)
+    try:
+        from swa_avg.pages.sweep import plot
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise UsageError("--path needs matplotlib; pip install 'swa-avg[plot]'") from None
+    return partial(plot, suffix=output.suffix)
+
+
+def _nothing(total: int, count: int) -> None:
     pass
 
 

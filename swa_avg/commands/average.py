@@ -15,7 +15,8 @@ from swa_avg.commands.options import (
     selection_options,
     take_refresh,
 )
-from swa_avg.commands.terminal import batchnorm_warning, progress_bar, say, size_text
+from swa_avg.commands.terminal import batchnorm_warning, progress_bar, say
+from swa_avg.words import size_text
 
 if TYPE_CHECKING:
     from swa_avg.run import Report

@@ -57,6 +57,12 @@ __all__ = ["sweep"]
 @click.option(
     "--require-improvement", is_flag=True, help="Write only an average that beats every single checkpoint."
 )
+@click.option(
+    "--path",
+    type=click.Path(),
+    metavar="OUT.png",
+    help="Draw the metrics on the line from the last checkpoint to the best average.",
+)
 @place_options
 @click.option(
     "--optimizer",
@@ -152,6 +158,12 @@ def _table(report: SweepReport, *, written: bool, verbose: bool) -> list[str]:
         lines.extend(f"warning: {warning}" for warning in report.winner.refresh.warnings)
     elif report.batchnorm_layers:
         lines.append(batchnorm_warning(report.batchnorm_layers))
+    if report.path:
+        lines.append("on the line from the last checkpoint to the best average:")
+        lines.extend(
+            f"{100 * point['at']:9.0f} %  " + "  ".join(f"{name} {point[name]:.6g}" for name in metrics)
+            for point in report.path
+        )
     if written:
         lines.append(_outcome(report))
     return lines
