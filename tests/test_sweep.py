@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -538,3 +539,58 @@ def test_a_checkpoint_that_changes_meanwhile_ends_the_sweep(
     assert ended.code == 3
     assert "ckpt_4.keras: the file changed while it was being read" in ended.err
     assert not Path("swa.keras").exists()
+
+
+# --- the line from the last checkpoint to the average -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refresh", [(), ("--bn-refresh", "train.npz")], ids=["plain", "refresh"])
+def test_the_line_joins_the_last_checkpoint_and_the_best_average(
+    refresh: tuple[str, ...], here: Path, swa_avg: Cli
+) -> None:
+    pytest.importorskip("matplotlib")
+    command = (
+        "sweep",
+        "ckpt_*.keras",
+        "--val",
+        "val.npz",
+        "--candidates",
+        "last:3",
+        "--candidates",
+        "last:2",
+    )
+    ended = swa_avg(*command, "--path", "line.png", "--json", *refresh)
+    assert ended.code == 0, ended.err
+    report = json.loads(ended.out)
+    points = report["path"]
+    assert [point["at"] for point in points] == [step / 10 for step in range(11)]
+    best = max(
+        report["averages"], key=lambda a: (a["metrics"]["accuracy"], sum(c > 0 for c in a["coefficients"]))
+    )
+    for number in (0, 3, 10):
+        coefficients = [points[number]["at"] * c for c in best["coefficients"]]
+        coefficients[-1] += 1 - points[number]["at"]
+        expected = _by_hand(coefficients, refreshed=bool(refresh))
+        assert {"at": points[number]["at"], **expected} == pytest.approx(points[number], rel=1e-4)
+    assert Path("line.png").read_bytes().startswith(b"\x89PNG")
+    assert swa_avg(*command, "-o", "plain.keras", *refresh).code == 0  # scoring the line changes no byte
+    assert Path("plain.keras").read_bytes() == Path("swa.keras").read_bytes()
+
+
+def test_a_picture_that_cannot_be_drawn_is_known_beforehand(
+    here: Path, swa_avg: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("sweep", "ckpt_*.keras", "--val", "val.npz", "--path")
+    _line(
+        swa_avg(*command, "line.txt"),
+        2,
+        "--path line.txt; expected a name that ends with .png or .svg or .pdf",
+    )
+    for name in [
+        name
+        for name in sys.modules
+        if name.partition(".")[0] == "matplotlib" or name.startswith("swa_avg.pages")
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    _line(swa_avg(*command, "line.png"), 2, "--path needs matplotlib; pip install 'swa-avg[plot]'")
