@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from swa_avg.evaluation import Validation
     from swa_avg.inspection import Inspection, inspect_checkpoints
     from swa_avg.run import Report, average
-    from swa_avg.sweep import SweepReport, sweep
+    from swa_avg.sweeping import SweepReport, sweep
     from swa_avg.verification import Verification, verify
 
 # `swa-avg --help` imports this package and must not wait for numpy and h5py, nor averaging for Keras.
@@ -39,13 +39,13 @@ _HOMES = {
     "RefreshReport": "swa_avg.batchnorm.report",
     "Report": "swa_avg.run",
     "SwaAvgError": "swa_avg.errors",
-    "SweepReport": "swa_avg.sweep",
+    "SweepReport": "swa_avg.sweeping",
     "Validation": "swa_avg.evaluation",
     "Verification": "swa_avg.verification",
     "average": "swa_avg.run",
     "inspect_checkpoints": "swa_avg.inspection",
     "refresh_batchnorm": "swa_avg.batchnorm.refresh",
-    "sweep": "swa_avg.sweep",
+    "sweep": "swa_avg.sweeping",
     "verify": "swa_avg.verification",
 }
 

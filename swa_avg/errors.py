@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from swa_avg.sweep import SweepReport
+    from swa_avg.sweeping import SweepReport
 
 __all__ = [
     "Finding",

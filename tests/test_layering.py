@@ -86,3 +86,15 @@ def test_formats_stay_below_the_plan() -> None:
     for path in (package / "formats").glob("*.py"):
         for above in ("plan", "combine", "run", "cli", "policy", "publish"):
             assert f"swa_avg.{above}" not in path.read_text(), path
+
+
+def test_a_public_name_stays_what_it_is_once_the_modules_are_loaded(run_python: Run) -> None:
+    """A module of the same name in the package would take its place."""
+    code = (
+        "import importlib, swa_avg\n"
+        "homes = {name: getattr(swa_avg, name) for name in swa_avg.__all__}\n"
+        "assert {name: getattr(swa_avg, name) for name in homes} == homes\n"
+        "print(sorted(name for name, value in homes.items() if isinstance(value, type(swa_avg))))"
+    )
+    ended = run_python(code)
+    assert (ended.returncode, ended.stdout) == (0, "[]\n"), ended.stderr

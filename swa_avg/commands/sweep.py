@@ -14,7 +14,7 @@ from swa_avg.commands.terminal import batchnorm_warning, progress_bar, say
 from swa_avg.errors import NoImprovementError
 
 if TYPE_CHECKING:
-    from swa_avg.sweep import SweepReport
+    from swa_avg.sweeping import SweepReport
     from swa_avg.trials import Scored
 
 __all__ = ["sweep"]
@@ -93,7 +93,7 @@ def sweep(
     swa-avg sweep ckpt_*.keras --val val.npz --bn-refresh train.npz -o swa.keras
     """
     from swa_avg.evaluation import Validation
-    from swa_avg.sweep import sweep as run
+    from swa_avg.sweeping import sweep as run
 
     refresh, loading = take_refresh(options)
     validation = Validation(
