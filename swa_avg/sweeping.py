@@ -32,7 +32,7 @@ from swa_avg.run import (
 from swa_avg.selection import epochs_of, expand, select
 from swa_avg.trials import POINTS, Scored, Trials, greedy_soup, line, rank
 
-__all__ = ["SweepReport", "sweep"]
+__all__ = ["SweepReport", "candidate_rows", "sweep"]
 
 _PICTURES = (".png", ".svg", ".pdf")
 
@@ -133,7 +133,7 @@ def sweep(
         raise UsageError("a sweep compares averages of at least 2 checkpoints; found 1")
     check_output(target, overwrite=overwrite)
     draw = _drawing(Path(path), overwrite=overwrite) if path is not None else None
-    rows, with_greedy = _rows(paths, tried)
+    rows, with_greedy = candidate_rows(paths, tried)
     block_bytes, threads = fit_memory(max_memory, threads, max(len(rows), POINTS if draw else 1))
     with ExitStack() as stack:
         checkpoints = resolve_dtypes(open_all(paths, stack), dtype)
@@ -190,7 +190,7 @@ def _nothing(total: int, count: int) -> None:
     pass
 
 
-def _rows(paths: Sequence[Path], tried: Sequence[str]) -> tuple[list[Candidate], bool]:
+def candidate_rows(paths: Sequence[Path], tried: Sequence[str]) -> tuple[list[Candidate], bool]:
     """Return the candidates that are known beforehand, single checkpoints first, and whether a soup is asked
     for."""
     count = len(paths)
