@@ -34,9 +34,10 @@ def test_averaging_loads_neither_keras_nor_tensorflow(run_python: Run, tmp_path:
     )
     assert _loaded(run_python, code, HEAVY, tmp_path / "ckpt_*.keras", "-o", tmp_path / "swa.keras") == "[]"
     assert (tmp_path / "swa.keras").exists()
+    assert _loaded(run_python, code, HEAVY, "verify", tmp_path / "swa.keras") == "[]"
 
 
-@pytest.mark.parametrize("command", [[], ["inspect"]])
+@pytest.mark.parametrize("command", [[], ["inspect"], ["sweep"], ["verify"]])
 def test_help_loads_no_numpy_h5py_or_rich(command: list[str], run_python: Run) -> None:
     code = "from swa_avg import cli\ntry:\n    cli.main()\nexcept SystemExit:\n    pass"
     modules = "{'numpy', 'h5py', 'rich', 'matplotlib'}"
@@ -59,6 +60,8 @@ def test_only_the_pictures_need_matplotlib() -> None:
         "batchnorm.moments",
         "index",
         "geometry",
+        "candidates",
+        "metrics",
         "words",
         "pages.html",
     ],
