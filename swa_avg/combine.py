@@ -366,11 +366,12 @@ def unfit(plan: Plan, block_bytes: int) -> Iterator[Finding]:
         yield Finding(plan.template.path, "sum", "does not fit into float64")
 
 
-def checksum_of(image: Image) -> int:
-    """Return the CRC-32 of an image."""
+def checksum_of(image: Image, start: int = 0, stop: int | None = None) -> int:
+    """Return the CRC-32 of an image, or of a part of it."""
+    stop = image.size if stop is None else stop
     checksum = 0
-    for start in range(0, image.size, _CHUNK):
-        checksum = crc32(image.read(start, min(_CHUNK, image.size - start)), checksum)
+    for position in range(start, stop, _CHUNK):
+        checksum = crc32(image.read(position, min(_CHUNK, stop - position)), checksum)
     return checksum
 
 

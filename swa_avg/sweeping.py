@@ -141,7 +141,7 @@ def sweep(
         executor = stack.enter_context(ThreadPoolExecutor(threads))
         folder = Path(stack.enter_context(TemporaryDirectory(dir=target.parent, prefix=".swa-avg-")))
         loading = refresh or loading or Loading()
-        check_request(loading, checkpoints[-1], "a sweep")
+        check_request(loading, checkpoints[-1], "a sweep", compiled=validation.metric is None)
         steps = len(rows) + (len(paths) - 1 if with_greedy else 0) + (POINTS if draw else 0)
         trials = Trials(
             checkpoints,

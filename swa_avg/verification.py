@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from swa_avg.blocks import Block
@@ -163,7 +162,7 @@ def _digest_findings(found: Checkpoint, record: Record) -> Iterator[Finding]:
     for name, expected in record.values.items():
         tensor = found.tensors.get(name)
         if tensor is not None:
-            now = f"{crc32(found.images[tensor.image].read(tensor.offset, tensor.nbytes)):08x}"
+            now = f"{checksum_of(found.images[tensor.image], tensor.offset, tensor.stop):08x}"
             if now != expected:
                 problem = f"its CRC-32 is {now}; the refresh of BatchNorm left {expected}"
                 yield Finding(found.path, name, problem)

@@ -36,6 +36,8 @@ class Hdf5Checkpoint(Checkpoint):
 
     record: bytes = b""
     """The provenance as it is stored, JSON; empty where there is none."""
+    training_config: bytes = b""
+    """How a legacy model was compiled, JSON; likewise."""
 
     def write(
         self, image: Callable[[int], Iterator[Buffer]], provenance: Callable[[], Provenance], stage: Stage
@@ -76,7 +78,9 @@ def open_hdf5(path: Path, like: Checkpoint | None = None) -> Hdf5Checkpoint:
 def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoint:
     reader = AttributeReader(image)
     root = _strings(
-        reader, layout.groups[""], "layer_names", "model_config", "keras_version", "backend", PROVENANCE
+        reader,
+        layout.groups[""],
+        *("layer_names", "model_config", "training_config", "keras_version", "backend", PROVENANCE),
     )
     kind, suffixes = WEIGHTS, [".weights.h5"]
     tensors, names, config = layout.tensors, dict[str, str](), None
@@ -108,6 +112,7 @@ def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoin
         PROVENANCE in root,
         _writer(root.get("keras_version"), root.get("backend")),
         record,
+        b"".join(root.get("training_config", [])),
     )
 
 
