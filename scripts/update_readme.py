@@ -17,7 +17,7 @@ def replace(text: str, marker: str, block: str) -> str:
 def main() -> None:
     text = README.read_text()
     environment = {**os.environ, "COLUMNS": "80"}
-    for command in ([], ["inspect"]):
+    for command in ([], ["inspect"], ["sweep"], ["verify"]):
         arguments = [str(Path(sys.executable).with_name("swa-avg")), *command, "--help"]
         ended = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
         text = replace(text, " ".join(["help", *command]), ended.stdout)

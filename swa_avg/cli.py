@@ -16,7 +16,9 @@ from click_default_group import DefaultGroup
 from swa_avg import __version__
 from swa_avg.commands.average import average
 from swa_avg.commands.inspect import inspect
+from swa_avg.commands.sweep import sweep
 from swa_avg.commands.terminal import say
+from swa_avg.commands.verify import verify
 from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError
 from swa_avg.interrupts import Interrupted, interrupts
 
@@ -60,7 +62,7 @@ def main_group() -> None:
     """Average Keras checkpoints."""
 
 
-for _command in (average, inspect):
+for _command in (average, inspect, sweep, verify):
     main_group.add_command(_command)
 
 

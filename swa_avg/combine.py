@@ -32,6 +32,7 @@ __all__ = [
     "BlockWorker",
     "Combiner",
     "block_memory",
+    "checksum_of",
     "round_to_bfloat16",
     "stream_values",
     "unfit",
@@ -39,6 +40,7 @@ __all__ = [
 
 _PENDING = 2  # blocks a thread: one worked on, one waiting to be written
 _SLACK = 64
+_CHUNK = 2**18
 
 
 _Row = tuple[tuple[float, ...], float]
@@ -149,13 +151,7 @@ class Combiner:
         for number, source in enumerate(self.plan.inputs):
             if number not in checked:
                 for index, image in enumerate(source.images):
-                    self._verified(number, index, self._checksum(image))
-
-    def _checksum(self, image: Image) -> int:
-        checksum = 0
-        for start in range(0, image.size, self.block_bytes):
-            checksum = crc32(image.read(start, min(self.block_bytes, image.size - start)), checksum)
-        return checksum
+                    self._verified(number, index, checksum_of(image))
 
 
 @dataclass(frozen=True)
@@ -374,6 +370,15 @@ def unfit(plan: Plan, block_bytes: int) -> Iterator[Finding]:
                     break
     if not found:
         yield Finding(plan.template.path, "sum", "does not fit into float64")
+
+
+def checksum_of(image: Image, start: int = 0, stop: int | None = None) -> int:
+    """Return the CRC-32 of an image, or of a part of it."""
+    stop = image.size if stop is None else stop
+    checksum = 0
+    for position in range(start, stop, _CHUNK):
+        checksum = crc32(image.read(position, min(_CHUNK, stop - position)), checksum)
+    return checksum
 
 
 def block_memory(block_bytes: int, threads: int, rows: int = 1) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from swa_avg import methods
 from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_values, with_values
@@ -20,9 +20,10 @@ from swa_avg.digests import check_digests, read_digests
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.formats import Checkpoint, open_checkpoint
 from swa_avg.formats.archive import ArchiveCheckpoint
+from swa_avg.formats.base import Buffer
 from swa_avg.plan import Plan, make_plan
 from swa_avg.policy import batchnorm_layers, resolve_dtypes
-from swa_avg.provenance import describe
+from swa_avg.provenance import batchnorm_record, describe
 from swa_avg.publish import Publication, check_output
 from swa_avg.selection import epochs_of, expand, select
 
@@ -31,19 +32,30 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Progress",
+    "Refreshed",
     "Report",
+    "as_output",
     "average",
     "check_contents",
     "check_shared_files",
     "coefficients_of",
+    "fit_memory",
     "open_all",
+    "output_path",
+    "plan_output",
+    "write_average",
+    "write_draft",
 ]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes to read in all, bytes read since the last call)."""
+Refreshed = Callable[[Path], "tuple[Mapping[str, bytes], RefreshReport]"]
+"""For the draft of an average, tensor name -> new bytes of its BatchNorm statistics, and the report."""
 
 _BLOCK_BYTES = 2**18  # with its sums, it stays in a core's cache
 _SMALLEST_BLOCK = 2**16
+_SMALLEST_BLOCK_OF_ROWS = 2**12
+_MOST_FOR_ROWS = 2**26
 _PROCESS_MEMORY = 64 * 2**20  # the interpreter with numpy and h5py, before anything is averaged
 
 
@@ -138,68 +150,119 @@ def average(
         SystemRefusalError: disk full, permission denied, input/output error.
     """
     named = expand(inputs)
-    target = Path(output) if output is not None else Path("swa" + _suffix(named[-1]))
-    _check_not_an_input(target, named)
+    target = output_path(output, named)
     paths = select(named, epochs=epochs, best=best, monitor=monitor, mode=mode, last=last, every=every)
     check_output(target, overwrite=overwrite)
     coefficients = coefficients_of(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
-    block_bytes, threads = _fit(max_memory, threads or min(4, os.cpu_count() or 1))
+    block_bytes, threads = fit_memory(max_memory, threads)
     with ExitStack() as stack:
         checkpoints = resolve_dtypes(open_all(paths, stack), dtype)
         if expect_sha256 is not None:
             check_digests(checkpoints, read_digests(Path(expect_sha256)), Path(expect_sha256))
         publication = stack.enter_context(Publication(target, overwrite=overwrite))
-        template = _as_output(checkpoints[-1], target)
-        if optimizer == "drop" and not dry_run:
-            template = template.without_optimizer(publication.scratch)
-        plan = make_plan(checkpoints, template, coefficients, drop_optimizer=optimizer == "drop")
+        plan = plan_output(checkpoints, coefficients, publication, optimizer=optimizer, dry_run=dry_run)
         total = bytes_to_read(plan, verify)
-        report = Report(
-            target, plan, method, verify, total, _PROCESS_MEMORY + block_memory(block_bytes, threads)
-        )
+        memory = _PROCESS_MEMORY + block_memory(block_bytes, threads)
+        report = Report(target, plan, method, verify, total, memory)
         executor = stack.enter_context(ThreadPoolExecutor(threads))
         advance = partial(progress or _ignore, total)
         combiner = Combiner(plan, [coefficients], executor, block_bytes, threads, verify, advance)
         check_shared_files(plan)
         check_contents(plan, combiner.checksums)
+        refreshed = None
         if refresh is not None:
-            check_request(refresh, template)
-            if refresh.model is None and template.kind != checkpoints[-1].kind:
-                # The output holds weights alone; the newest input has the configuration.
-                refresh = replace(refresh, model=str(checkpoints[-1].path))
+            refresh = _with_model(refresh, plan)
+            check_request(refresh, plan.template)
+            refreshed = partial(refreshed_values, refresh=refresh, progress=refresh_progress)
         if dry_run:
             return report
-        if refresh is None:
-            template.write(combiner.image, lambda: describe(plan, method, combiner.checksums), publication)
-        else:
-            draft = stack.enter_context(_draft(target))
-            with Publication(draft, overwrite=False) as unrefreshed:
-                template.write(combiner.image, lambda: None, unrefreshed)
-                unrefreshed.publish()
-            values, statistics = refreshed_values(draft, refresh, draft.parent, refresh_progress)
-            report = replace(report, refresh=statistics)
-            averaged = stack.enter_context(closing(open_checkpoint(draft)))
-            averaged.write(
-                partial(with_values, averaged, values),
-                lambda: describe(plan, method, combiner.checksums) | {"batchnorm": statistics.record()},
-                publication,
-            )
-        check_contents(plan, combiner.checksums)
-        for checkpoint in checkpoints:
-            checkpoint.check_unchanged()
+        statistics = write_average(
+            combiner, lambda: describe(plan, method, combiner.checksums, dtype), publication, refreshed
+        )
         publication.publish(published)
-    return report
+    return replace(report, refresh=statistics)
+
+
+def write_average(
+    combiner: Combiner,
+    record: Callable[[], dict[str, Any]],
+    publication: Publication,
+    refreshed: Refreshed | None = None,
+) -> RefreshReport | None:
+    """Write the average that a combiner of one row makes, ready to be published.
+
+    With `refreshed`, a draft of it is written first, and its BatchNorm statistics are replaced by the values
+    that this returns.
+    """
+    plan = combiner.plan
+    statistics = None
+    if refreshed is None:
+        plan.template.write(combiner.image, record, publication)
+    else:
+        with draft_beside(publication.output) as draft:
+            write_draft(draft, plan.template, combiner.image)
+            values, statistics = refreshed(draft)
+            batchnorm = {"batchnorm": batchnorm_record(statistics, values)}
+            with closing(open_checkpoint(draft)) as averaged:
+                averaged.write(
+                    partial(with_values, averaged, values), lambda: record() | batchnorm, publication
+                )
+    check_contents(plan, combiner.checksums)
+    for checkpoint in plan.inputs:
+        checkpoint.check_unchanged()
+    return statistics
 
 
 @contextmanager
-def _draft(output: Path) -> Iterator[Path]:
-    """Make a path for the average before its refresh, in a temporary folder beside the output."""
+def draft_beside(output: Path) -> Iterator[Path]:
+    """Make a path for a draft of the output, in a temporary folder beside it."""
     with TemporaryDirectory(dir=output.parent, prefix=".swa-avg-") as folder:
         yield Path(folder) / output.name
 
 
+def write_draft(draft: Path, template: Checkpoint, image: Callable[[int], Iterator[Buffer]]) -> None:
+    """Write a copy of `template` with other images, and no word of how it was made."""
+    with Publication(draft, overwrite=False) as publication:
+        template.write(image, lambda: None, publication)
+        publication.publish()
+
+
 def _ignore(total: int, count: int) -> None:
     pass
+
+
+def output_path(output: str | Path | None, named: Sequence[Path]) -> Path:
+    """Return where the output goes, by default beside nothing, and never over an input."""
+    target = Path(output) if output is not None else Path("swa" + _suffix(named[-1]))
+    for path in named:
+        if target.exists() and path.exists() and target.samefile(path):
+            raise UsageError(
+                f"the output {target} is also an input ({path}); name another output, or narrower inputs"
+            )
+    return target
+
+
+def plan_output(
+    checkpoints: Sequence[Checkpoint],
+    coefficients: Sequence[float],
+    publication: Publication,
+    *,
+    optimizer: str,
+    dry_run: bool = False,
+) -> Plan:
+    """Plan an average in the form that the output's suffix and `optimizer` ask for."""
+    template = as_output(checkpoints[-1], publication.output)
+    if optimizer == "drop" and not dry_run:
+        template = template.without_optimizer(publication.scratch)
+    return make_plan(checkpoints, template, coefficients, drop_optimizer=optimizer == "drop")
+
+
+def _with_model(refresh: Refresh, plan: Plan) -> Refresh:
+    """Name the newest input as the source of the model where the output holds its weights alone."""
+    newest = plan.inputs[-1]
+    if refresh.model is None and plan.template.kind != newest.kind:
+        return replace(refresh, model=str(newest.path))
+    return refresh
 
 
 def _suffix(path: Path) -> str:
@@ -207,14 +270,6 @@ def _suffix(path: Path) -> str:
         if path.name.endswith(suffix):
             return suffix
     return path.suffix
-
-
-def _check_not_an_input(output: Path, named: Sequence[Path]) -> None:
-    for path in named:
-        if output.exists() and path.exists() and output.samefile(path):
-            raise UsageError(
-                f"the output {output} is also an input ({path}); name another output, or narrower inputs"
-            )
 
 
 def coefficients_of(
@@ -244,17 +299,24 @@ def coefficients_of(
     return methods.uniform(len(paths))
 
 
-def _fit(max_memory: int | None, threads: int) -> tuple[int, int]:
-    """Return the block size and the number of threads that stay under a limit of resident memory."""
-    block_bytes = _BLOCK_BYTES
-    while max_memory is not None and _PROCESS_MEMORY + block_memory(block_bytes, threads) > max_memory:
-        if block_bytes > _SMALLEST_BLOCK:
+def fit_memory(max_memory: int | None, threads: int | None, rows: int = 1) -> tuple[int, int]:
+    """Return the block size and the number of threads that stay under a limit of resident memory.
+
+    Several rows of coefficients take smaller blocks, so that memory does not grow with their number.
+    """
+    block_bytes, threads = _BLOCK_BYTES, threads or min(4, os.cpu_count() or 1)
+    limit = _PROCESS_MEMORY + _MOST_FOR_ROWS if max_memory is None else max_memory
+    if max_memory is None and rows == 1:
+        return block_bytes, threads
+    least = _SMALLEST_BLOCK if rows == 1 else _SMALLEST_BLOCK_OF_ROWS
+    while (needed := _PROCESS_MEMORY + block_memory(block_bytes, threads, rows)) > limit:
+        if block_bytes > least:
             block_bytes //= 2
         elif threads > 1:
             threads -= 1
         else:
-            least = _PROCESS_MEMORY + block_memory(block_bytes, threads)
-            raise UsageError(f"--max-memory {max_memory} is too little; at least {least} bytes are needed")
+            what = "too many candidates" if max_memory is None else f"--max-memory {max_memory} is too little"
+            raise UsageError(f"{what}; at least {needed} bytes are needed")
     return block_bytes, threads
 
 
@@ -278,7 +340,7 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _as_output(newest: Checkpoint, output: Path) -> Checkpoint:
+def as_output(newest: Checkpoint, output: Path) -> Checkpoint:
     """Return the newest checkpoint as what the output's suffix asks for."""
     if isinstance(newest, ArchiveCheckpoint) and output.name.endswith(".weights.h5"):
         return newest.as_weights()

@@ -13,7 +13,7 @@ from conftest import Ended
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-@pytest.mark.parametrize("command", ["", " inspect"])
+@pytest.mark.parametrize("command", ["", " inspect", " sweep", " verify"])
 def test_the_help_text_is_current(
     command: str, swa_avg: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -13,21 +14,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swa_avg.batchnorm.functions import import_function, import_module, names_function
-from swa_avg.errors import Finding, MismatchError, UsageError
+from swa_avg.errors import Finding, MismatchError, SwaAvgError, UsageError
 from swa_avg.formats import Checkpoint, open_checkpoint
-from swa_avg.formats.hdf5 import LEGACY_MODEL, LEGACY_WEIGHTS
+from swa_avg.formats.hdf5 import LEGACY_MODEL, LEGACY_WEIGHTS, Hdf5Checkpoint
 from swa_avg.policy import has_lambda
+from swa_avg.strict_json import parse_json
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm.report import RefreshReport
 
-__all__ = ["Refresh", "check_request", "refreshed_values", "with_values"]
+__all__ = [
+    "Loading",
+    "Refresh",
+    "check_request",
+    "load_model",
+    "load_weights",
+    "refresh_loaded",
+    "refreshed_values",
+    "with_values",
+]
 
 _CHUNK = 2**20
+_TRUST = "{} holds a Lambda layer, which is code: add --unsafe if you trust who wrote it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a checkpoint becomes a live model."""
+
+    model: Any = None
+    """For weights alone: a `.keras` file, a JSON configuration, or `MODULE:FUNCTION` that returns the model;
+    or a live Keras model, which gets the averaged weights and their statistics."""
+    imports: Sequence[str] = ()
+    """Modules that register the model's own classes with Keras."""
+    unsafe: bool = False
+    """Load Lambda layers: run code that the checkpoint holds."""
 
 
 @dataclass(frozen=True)
-class Refresh:
+class Refresh(Loading):
     """What a refresh of a checkpoint is asked to do; see `refresh_batchnorm` for the first six."""
 
     data: Any
@@ -39,67 +64,68 @@ class Refresh:
     seed: int = 0
     preprocess: str | None = None
     """`MODULE:FUNCTION`, applied to each batch."""
-    model: Any = None
-    """For weights alone: a `.keras` file, a JSON configuration, or `MODULE:FUNCTION` that returns the model;
-    or a live Keras model, which gets the averaged weights and their statistics."""
-    imports: Sequence[str] = ()
-    """Modules that register the model's own classes with Keras."""
-    unsafe: bool = False
-    """Load Lambda layers: run code that the checkpoint holds."""
 
 
-def check_request(refresh: Refresh, newest: Checkpoint) -> None:
-    """Find out, before anything is read, what would keep the model from being loaded.
+def check_request(
+    loading: Loading, newest: Checkpoint, purpose: str = "--bn-refresh", *, compiled: bool = False
+) -> None:
+    """Find out, before anything is read, what would keep the model from being loaded for a purpose.
+
+    `compiled` as for `load_model`.
 
     Raises:
         UsageError: Keras is not installed, weights alone come without a model, or the model holds code.
     """
     if importlib.util.find_spec("keras") is None:
-        raise UsageError("--bn-refresh needs Keras: pip install 'swa-avg[tensorflow]'")
-    if newest.config is None and refresh.model is None:
+        raise UsageError(f"{purpose} needs Keras: pip install 'swa-avg[tensorflow]'")
+    if newest.config is None and loading.model is None:
         raise UsageError(
-            f"{newest.path.name} holds weights alone: --bn-refresh needs --model, a .keras file, a JSON "
+            f"{newest.path.name} holds weights alone: {purpose} needs --model, a .keras file, a JSON "
             "configuration or MODULE:FUNCTION"
         )
-    if refresh.model is None and not refresh.unsafe and has_lambda(newest.config):
-        raise UsageError(
-            f"{newest.path.name} holds a Lambda layer, which is code: add --unsafe if you trust who wrote it"
-        )
+    if loading.model is None and not loading.unsafe and _holds_code(newest, compiled=compiled):
+        raise UsageError(_TRUST.format(newest.path.name))
 
 
 def refreshed_values(
-    draft: Path, refresh: Refresh, scratch: Path, progress: Callable[[int | None, int], None] | None
+    draft: Path, refresh: Refresh, progress: Callable[[int | None, int], None] | None
 ) -> tuple[dict[str, bytes], RefreshReport]:
     """Return tensor name -> new bytes for each BatchNorm statistic of the checkpoint `draft`, and the report.
-
-    Keras loads the file and saves its weights before and after the refresh, into the folder `scratch`; what
-    differs between the two are the statistics, and where the first does not say what the draft says, nothing
-    is trusted.
 
     Raises:
         UsageError: the model cannot be loaded as it was asked for.
         UnreadableError: the data cannot be used.
         MismatchError: Keras does not give back the weights that it loaded.
     """
-    with _without_greeting():
-        from swa_avg.batchnorm.refresh import refresh_batchnorm
-
     with closing(open_checkpoint(draft)) as checkpoint:
-        model = _load(draft, checkpoint, refresh)
-        with closing(_saved(model, checkpoint, scratch / "before")) as before:
-            report = refresh_batchnorm(
-                model,
-                refresh.data,
-                estimator=refresh.estimator,
-                batch_size=refresh.batch_size,
-                samples=refresh.samples,
-                seed=refresh.seed,
-                inputs=refresh.inputs,
-                preprocess=import_function(refresh.preprocess) if refresh.preprocess else None,
-                progress=progress,
-            )
-            with closing(_saved(model, checkpoint, scratch / "after")) as after:
-                return _changed(checkpoint, before, after), report
+        return refresh_loaded(load_model(checkpoint, refresh), checkpoint, refresh, progress)
+
+
+def refresh_loaded(
+    model: Any, checkpoint: Checkpoint, refresh: Refresh, progress: Callable[[int | None, int], None] | None
+) -> tuple[dict[str, bytes], RefreshReport]:
+    """Refresh a model that has the weights of `checkpoint`; returns and errors as for `refreshed_values`.
+
+    Keras saves the model's weights before and after the refresh, beside the checkpoint; what differs between
+    the two are the statistics, and where the first does not say what the checkpoint says, nothing is trusted.
+    """
+    from swa_avg.batchnorm.refresh import refresh_batchnorm
+
+    scratch = checkpoint.path.parent
+    with closing(_saved(model, checkpoint, scratch / "before")) as before:
+        report = refresh_batchnorm(
+            model,
+            refresh.data,
+            estimator=refresh.estimator,
+            batch_size=refresh.batch_size,
+            samples=refresh.samples,
+            seed=refresh.seed,
+            inputs=refresh.inputs,
+            preprocess=import_function(refresh.preprocess) if refresh.preprocess else None,
+            progress=progress,
+        )
+        with closing(_saved(model, checkpoint, scratch / "after")) as after:
+            return _changed(checkpoint, before, after), report
 
 
 def with_values(checkpoint: Checkpoint, values: Mapping[str, bytes], index: int) -> Iterator[bytes]:
@@ -135,39 +161,79 @@ def _without_greeting() -> Iterator[None]:
         os.close(kept)
 
 
-def _load(draft: Path, checkpoint: Checkpoint, refresh: Refresh) -> Any:
-    """Return the draft as a live model, by Keras with its safe mode on."""
-    import keras
+def load_model(checkpoint: Checkpoint, loading: Loading, *, compiled: bool = False) -> Any:
+    """Return a checkpoint of ours as a live model, by Keras with its safe mode on.
 
-    for module in refresh.imports:
+    With `compiled`, as it was compiled when it was saved, if it was.
+
+    Raises:
+        UsageError: it cannot be loaded as it was asked for.
+    """
+    with _without_greeting():
+        import keras
+    for module in loading.imports:
         import_module(module)
+    with _complaints_named():
+        if checkpoint.config is not None and loading.model is None:
+            return keras.models.load_model(checkpoint.path, compile=compiled, safe_mode=not loading.unsafe)
+        model = loading.model
+        if isinstance(model, str):
+            model = _build(model, loading, keras, compiled=compiled)
+        model.load_weights(checkpoint.path)
+    return model
+
+
+def load_weights(model: Any, checkpoint: Checkpoint) -> None:
+    """Give a live model the weights of a checkpoint of ours.
+
+    Raises:
+        UsageError: they are not this model's.
+    """
+    with _complaints_named():
+        model.load_weights(checkpoint.path)
+
+
+@contextmanager
+def _complaints_named() -> Iterator[None]:
+    """Turn Keras's complaints about what it loads into ours."""
     try:
-        if checkpoint.config is not None and refresh.model is None:
-            return keras.models.load_model(draft, compile=False, safe_mode=not refresh.unsafe)
-        model = _build(refresh.model, refresh, keras) if isinstance(refresh.model, str) else refresh.model
-        model.load_weights(draft)
+        yield
     except (ValueError, TypeError, AttributeError, ImportError, KeyError, OSError) as error:
-        if isinstance(error, UsageError):
+        if isinstance(error, SwaAvgError):
             raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UsageError(
             f"Keras cannot load the model ({reason}); its own classes come with --import MODULE"
         ) from error
-    return model
 
 
-def _build(source: str, refresh: Refresh, keras: Any) -> Any:
+def _build(source: str, loading: Loading, keras: Any, *, compiled: bool) -> Any:
     path = Path(source)
     if not path.exists() and names_function(source):
         return import_function(source)()
     if path.suffix == ".json":
         text = path.read_text("utf-8")
-        if "Lambda" in text and not refresh.unsafe:
+        if "Lambda" in text and not loading.unsafe:
             raise UsageError(
                 f"{path} may hold a Lambda layer, which is code: add --unsafe if you trust who wrote it"
             )
         return keras.models.model_from_json(text)
-    return keras.models.load_model(path, compile=False, safe_mode=not refresh.unsafe)
+    if not zipfile.is_zipfile(path):
+        with closing(open_checkpoint(path)) as checkpoint:
+            if not loading.unsafe and _holds_code(checkpoint, compiled=compiled):
+                raise UsageError(_TRUST.format(path))
+    return keras.models.load_model(path, compile=compiled, safe_mode=not loading.unsafe)
+
+
+def _holds_code(checkpoint: Checkpoint, *, compiled: bool) -> bool:
+    """Tell whether loading a model would run code of the file's, its compile settings included if asked.
+
+    In a legacy file those, like its layers, are no concern of Keras's safe mode (CVE-2025-9905); in an
+    archive they are.
+    """
+    settings = checkpoint.training_config if compiled and isinstance(checkpoint, Hdf5Checkpoint) else b""
+    parsed = parse_json(settings, checkpoint.path, "training_config") if settings else None
+    return has_lambda([checkpoint.config, parsed])
 
 
 def _saved(model: Any, checkpoint: Checkpoint, path: Path) -> Checkpoint:
@@ -176,7 +242,7 @@ def _saved(model: Any, checkpoint: Checkpoint, path: Path) -> Checkpoint:
         path = path.with_suffix(".h5")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Keras calls its own format legacy
-            model.save(path)
+            model.save(path, include_optimizer=False)
     else:
         path = path.with_suffix(".weights.h5")
         model.save_weights(path)

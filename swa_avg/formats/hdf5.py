@@ -26,12 +26,14 @@ __all__ = [
     "LEGACY_MODEL",
     "LEGACY_WEIGHTS",
     "SIGNATURE",
+    "WEIGHTS",
     "Hdf5Checkpoint",
     "is_keras_store",
     "layer_names",
     "open_hdf5",
 ]
 
+WEIGHTS = "Keras weights"
 LEGACY_MODEL = "legacy HDF5 model"
 LEGACY_WEIGHTS = "legacy HDF5 weights"
 
@@ -39,6 +41,11 @@ LEGACY_WEIGHTS = "legacy HDF5 weights"
 @dataclass(frozen=True)
 class Hdf5Checkpoint(Checkpoint):
     """A checkpoint that is one HDF5 file; the provenance is a root attribute."""
+
+    record: bytes = b""
+    """The provenance as it is stored, JSON; empty where there is none."""
+    training_config: bytes = b""
+    """How a legacy model was compiled, JSON; likewise."""
 
     def write(
         self, image: Callable[[int], Iterator[Buffer]], provenance: Callable[[], Provenance], stage: Stage
@@ -86,9 +93,11 @@ def open_hdf5(path: Path, like: Checkpoint | None = None) -> Hdf5Checkpoint:
 def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoint:
     reader = AttributeReader(image)
     root = _strings(
-        reader, layout.groups[""], "layer_names", "model_config", "keras_version", "backend", PROVENANCE
+        reader,
+        layout.groups[""],
+        *("layer_names", "model_config", "training_config", "keras_version", "backend", PROVENANCE),
     )
-    kind, suffixes = "Keras weights", [".weights.h5"]
+    kind, suffixes = WEIGHTS, [".weights.h5"]
     tensors, names, config = layout.tensors, dict[str, str](), None
     if "model_weights" in layout.groups:
         kind, suffixes = LEGACY_MODEL, [".h5", ".hdf5"]
@@ -106,6 +115,7 @@ def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoin
         raise UnreadableError(
             path, "an HDF5 file, but not one that Keras wrote: no `vars` groups, no `layer_names`"
         )
+    record = b"".join(root.get(PROVENANCE, []))
     return Hdf5Checkpoint(
         path,
         kind,
@@ -116,6 +126,8 @@ def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoin
         names,
         PROVENANCE in root,
         _writer(root.get("keras_version"), root.get("backend")),
+        record,
+        b"".join(root.get("training_config", [])),
     )
 
 
