@@ -47,7 +47,7 @@ class UnreadableError(SwaAvgError, ValueError):
     exit_code = 3
 
     def __init__(self, path: Path | str, problem: str, *, tensor: str | None = None, hint: str = "") -> None:
-        self.path = Path(path)
+        self.path = Path(path) if isinstance(path, str) else path
         self.tensor = tensor
         parts = [path, problem] if tensor is None else [path, tensor, problem]
         super().__init__(escape(": ".join(map(str, parts)) + (f"; {hint}" if hint else "")))

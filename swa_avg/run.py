@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +23,8 @@ from swa_avg.formats.archive import ArchiveCheckpoint
 from swa_avg.plan import Plan, make_plan
 from swa_avg.policy import batchnorm_layers, resolve_dtypes
 from swa_avg.provenance import describe
-from swa_avg.publish import Publication, check_output
+from swa_avg.publish import Publication, check_output, publication_at
+from swa_avg.remote import as_path, kept_at_hand, on_this_machine, remote
 from swa_avg.selection import epochs_of, expand, select
 
 __all__ = ["Progress", "Report", "average"]
@@ -32,6 +33,9 @@ Progress = Callable[[int, int], None]
 """Called with (bytes to read in all, bytes read since the last call)."""
 
 _BLOCK_BYTES = 2**19  # with its sums, it stays in a core's cache
+_REMOTE_BLOCK_BYTES = 2**20  # an object store takes as long to start an answer as to send this much
+_REMOTE_THREADS = 10  # they wait; botocore keeps as many connections
+_REMOTE_MEMORY = 64 * 2**20  # fsspec with its clients, and answers on their way
 _SMALLEST_BLOCK = 2**16
 _PROCESS_MEMORY = 64 * 2**20  # the interpreter with numpy and h5py, before anything is averaged
 
@@ -73,7 +77,7 @@ def average(
     optimizer: str = "keep",
     dtype: str | None = None,
     overwrite: bool = False,
-    verify: bool = True,
+    verify: bool | None = None,
     expect_sha256: str | Path | None = None,
     max_memory: int | None = None,
     threads: int | None = None,
@@ -90,11 +94,12 @@ def average(
     Wider Optima and Better Generalization" (arXiv:1803.05407).
 
     Args:
-        inputs: Names and shell patterns of checkpoints of one format. Their training order is the natural
-            order of the names (`ckpt_2` before `ckpt_10`), in whichever order they are given. Without any:
-            those that `checkpoints.json` in the current folder names, in its order.
-        output: Where the average is written; `swa` + the inputs' suffix by default. From `.keras` inputs it
-            may end with `.weights.h5`.
+        inputs: Names, URLs (`s3://bucket/ckpt.keras`) and shell patterns of checkpoints of one format. Their
+            training order is the natural order of the names (`ckpt_2` before `ckpt_10`), in whichever order
+            they are given. Without any: those that `checkpoints.json` in the current folder names, in its
+            order.
+        output: The path or URL to which the average is written; `swa` + the inputs' suffix by default. From
+            `.keras` inputs it may end with `.weights.h5`.
         epochs: Use only these epochs: `A:B[:STEP]`, both ends included; by the index beside the checkpoints,
             else by the last whole number in each name.
         best: Of these, the best so many by a metric in the index.
@@ -109,10 +114,11 @@ def average(
         optimizer: `keep` copies the newest checkpoint's optimizer state, `drop` leaves it out.
         dtype: `bfloat16`, where untagged 2-byte tensors of weights-only files hold that.
         overwrite: Replace an existing output.
-        verify: Read every byte and check it against the CRC-32 that archives store.
+        verify: Read every byte and check it against the CRC-32 that archives store; by default, unless an
+            input is a URL.
         expect_sha256: A list as `sha256sum` writes it, which names every input and must agree.
         max_memory: Bytes of resident memory to stay under.
-        threads: Worker threads; the machine's cores up to 4 by default.
+        threads: Worker threads; the machine's cores up to 4 by default, 10 where an input is a URL.
         refresh: Re-estimate the BatchNorm statistics on these data before the average is written.
         dry_run: Plan, and write nothing.
         progress: Told how many bytes have been read.
@@ -122,28 +128,30 @@ def average(
         UsageError: the request cannot be met as it was made.
         UnreadableError: an input is missing, damaged, or changed while it was read.
         MismatchError: the inputs do not fit together or hold values that cannot be averaged.
-        SystemRefusalError: disk full, permission denied, input/output error.
+        SystemRefusalError: disk full, permission denied, input/output error; a service refused.
     """
     named = expand(inputs)
-    target = Path(output) if output is not None else Path("swa" + _suffix(named[-1]))
+    target = as_path(output) if output is not None else Path("swa" + _suffix(named[-1]))
     _check_not_an_input(target, named)
     paths = select(named, epochs=epochs, best=best, monitor=monitor, mode=mode, last=last, every=every)
     check_output(target, overwrite=overwrite)
     coefficients = _coefficients(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
-    block_bytes, threads = _fit(max_memory, threads or min(4, os.cpu_count() or 1))
+    far = any(remote(path) is not None for path in paths)
+    verify = not far if verify is None else verify
+    block_bytes, threads = _fit(max_memory, threads, far)
     with ExitStack() as stack:
-        checkpoints = resolve_dtypes(_open_all(paths, stack), dtype)
+        if not dry_run:
+            paths[-1] = stack.enter_context(kept_at_hand(paths[-1]))  # the template is read whole
+        checkpoints = resolve_dtypes(_open_all(paths, stack, threads), dtype)
         if expect_sha256 is not None:
-            check_digests(checkpoints, read_digests(Path(expect_sha256)), Path(expect_sha256))
-        publication = stack.enter_context(Publication(target, overwrite=overwrite))
+            check_digests(checkpoints, read_digests(as_path(expect_sha256)), as_path(expect_sha256))
+        publication = stack.enter_context(publication_at(target, overwrite=overwrite))
         template = _as_output(checkpoints[-1], target)
         if optimizer == "drop" and not dry_run:
             template = template.without_optimizer(publication.scratch)
         plan = make_plan(checkpoints, template, coefficients, drop_optimizer=optimizer == "drop")
         total = bytes_to_read(plan, verify)
-        report = Report(
-            target, plan, method, verify, total, _PROCESS_MEMORY + block_memory(block_bytes, threads)
-        )
+        report = Report(target, plan, method, verify, total, _peak_memory(block_bytes, threads, far))
         executor = stack.enter_context(ThreadPoolExecutor(threads))
         advance = partial(progress or _ignore, total)
         combiner = Combiner(plan, [coefficients], executor, block_bytes, threads, verify, advance)
@@ -153,13 +161,13 @@ def average(
             check_request(refresh, template)
             if refresh.model is None and template.kind != checkpoints[-1].kind:
                 # The output holds weights alone; the newest input has the configuration.
-                refresh = replace(refresh, model=str(checkpoints[-1].path))
+                refresh = replace(refresh, model=str(on_this_machine(checkpoints[-1].path)))
         if dry_run:
             return report
         if refresh is None:
             template.write(combiner.image, lambda: describe(plan, method, combiner.checksums), publication)
         else:
-            draft = stack.enter_context(_draft(target))
+            draft = stack.enter_context(_draft(publication.output))
             with Publication(draft, overwrite=False) as unrefreshed:
                 template.write(combiner.image, lambda: None, unrefreshed)
                 unrefreshed.publish()
@@ -198,10 +206,17 @@ def _suffix(path: Path) -> str:
 
 def _check_not_an_input(output: Path, named: Sequence[Path]) -> None:
     for path in named:
-        if output.exists() and path.exists() and output.samefile(path):
+        if _same_file(output, path):
             raise UsageError(
                 f"the output {output} is also an input ({path}); name another output, or narrower inputs"
             )
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    urls = remote(one), remote(other)
+    if urls[0] is not None and urls[1] is not None:
+        return urls[0].identity() == urls[1].identity()
+    return urls == (None, None) and one.exists() and other.exists() and one.samefile(other)
 
 
 def _coefficients(
@@ -231,25 +246,40 @@ def _coefficients(
     return methods.uniform(len(paths))
 
 
-def _fit(max_memory: int | None, threads: int) -> tuple[int, int]:
-    """Return the block size and the number of threads that stay under a limit of resident memory."""
-    block_bytes = _BLOCK_BYTES
-    while max_memory is not None and _PROCESS_MEMORY + block_memory(block_bytes, threads) > max_memory:
+def _fit(max_memory: int | None, threads: int | None, far: bool) -> tuple[int, int]:
+    """Return the block size and the number of threads that stay under a limit of resident memory.
+
+    `far` says that an input is read from a service, which takes its time for each answer.
+    """
+    block_bytes = _REMOTE_BLOCK_BYTES if far else _BLOCK_BYTES
+    threads = threads or (_REMOTE_THREADS if far else min(4, os.cpu_count() or 1))
+    while max_memory is not None and _peak_memory(block_bytes, threads, far) > max_memory:
         if block_bytes > _SMALLEST_BLOCK:
             block_bytes //= 2
         elif threads > 1:
             threads -= 1
         else:
-            least = _PROCESS_MEMORY + block_memory(block_bytes, threads)
+            least = _peak_memory(block_bytes, threads, far)
             raise UsageError(f"--max-memory {max_memory} is too little; at least {least} bytes are needed")
     return block_bytes, threads
 
 
-def _open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:
+def _peak_memory(block_bytes: int, threads: int, far: bool) -> int:
+    return _PROCESS_MEMORY + block_memory(block_bytes, threads) + (_REMOTE_MEMORY if far else 0)
+
+
+def _open_all(paths: Sequence[Path], stack: ExitStack, threads: int) -> list[Checkpoint]:
     """Open every checkpoint, the newest first: the others are compared with its layout."""
     _allow_open_files(len(paths))
     newest = stack.enter_context(closing(open_checkpoint(paths[-1])))
-    return [*(stack.enter_context(closing(open_checkpoint(path, newest))) for path in paths[:-1]), newest]
+
+    def opened(path: Path) -> Checkpoint:
+        return stack.enter_context(closing(open_checkpoint(path, newest)))
+
+    if all(remote(path) is None for path in paths[:-1]):
+        return [*map(opened, paths[:-1]), newest]
+    with ThreadPoolExecutor(threads) as executor:  # each waits for a dozen answers
+        return [*executor.map(opened, paths[:-1]), newest]
 
 
 def _allow_open_files(count: int) -> None:
@@ -279,7 +309,7 @@ def _as_output(newest: Checkpoint, output: Path) -> Checkpoint:
 
 def _check_shared_files(plan: Plan) -> None:
     """Raise MismatchError if two inputs hold one file between them: a shard that both maps name."""
-    seen: dict[tuple[int, int], Checkpoint] = {}
+    seen: dict[Hashable, Checkpoint] = {}
     findings = []
     for checkpoint in plan.inputs:
         shared = []

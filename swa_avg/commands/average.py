@@ -10,6 +10,7 @@ import click
 
 from swa_avg.commands.options import Size, method_options, selection_options
 from swa_avg.commands.terminal import progress_bar, say, size_text
+from swa_avg.remote import remote
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm.checkpoint import Refresh
@@ -55,14 +56,19 @@ __all__ = ["average"]
 @click.option("--unsafe", is_flag=True, help="Load Lambda layers: run code that the checkpoint holds.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option(
-    "--no-verify", is_flag=True, help="Do not check the inputs' checksums; reads only what is averaged."
+    "--verify/--no-verify",
+    default=None,
+    help="Read every byte and check checksums, or only what is averaged.  [default: verify, but for URLs]",
 )
 @click.option(
     "--expect-sha256", type=click.Path(), metavar="FILE", help="Hold the inputs against a list by sha256sum."
 )
 @click.option("--max-memory", type=Size(), help="Stay under this much memory, such as 150M.")
 @click.option(
-    "--threads", type=click.IntRange(1, 64), metavar="N", help="Worker threads.  [default: cores, up to 4]"
+    "--threads",
+    type=click.IntRange(1, 64),
+    metavar="N",
+    help="Worker threads.  [default: cores, up to 4; 10 for URLs]",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be done, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
@@ -70,7 +76,6 @@ __all__ = ["average"]
 @click.option("-v", "--verbose", is_flag=True, help="List every tensor.")
 def average(
     checkpoints: Sequence[str],
-    no_verify: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -79,8 +84,8 @@ def average(
     """Average Keras checkpoints into one model, exactly, in bounded memory, without TensorFlow.
 
     CHECKPOINTS are .keras, .weights.h5, .h5 or .weights.json files of one training run, named or as quoted
-    patterns. They are taken in natural order, ckpt_2 before ckpt_10. Without any, the checkpoints.json that
-    CheckpointSaver left in the current folder says which.
+    patterns; URLs such as s3://bucket/ckpt_*.keras will do. They are taken in natural order, ckpt_2 before
+    ckpt_10. Without any, the checkpoints.json that CheckpointSaver left in the current folder says which.
 
     \b
     swa-avg ckpt_*.keras -o swa.keras
@@ -95,7 +100,6 @@ def average(
     ):
         report = run(
             checkpoints,
-            verify=not no_verify,
             refresh=refresh,
             progress=progress,
             refresh_progress=rows,
@@ -155,6 +159,8 @@ def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
             f"warning: BatchNorm statistics are averaged, not re-estimated ({shown}); the model may be far "
             "worse than its weights: refresh them on training data with --bn-refresh DATA"
         )
+    if not report.verify and any(remote(checkpoint.path) for checkpoint in plan.inputs):
+        lines.append("of URLs only what is averaged is read, and no checksum checked; --verify does both")
     verb = "would write" if dry_run else "wrote"
     lines.append(f"{verb} {report.output}: the {report.method} average of {len(plan.inputs)} checkpoints")
     say(lines)
@@ -177,6 +183,7 @@ def _as_json(report: Report, dry_run: bool) -> dict[str, Any]:
         "written": not dry_run,
         "method": report.method,
         "format": plan.inputs[-1].kind,
+        "verify": report.verify,
         "inputs": [
             {"path": str(c.path), "coefficient": coefficient}
             for c, coefficient in zip(plan.inputs, plan.coefficients, strict=True)

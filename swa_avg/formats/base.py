@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import IO, Any, Literal, Protocol
 from isal.isal_zlib import crc32
 
 from swa_avg.errors import SwaAvgError, SystemRefusalError, UnreadableError
+from swa_avg.remote import RemoteFile, open_remote, remote
 
 __all__ = [
     "Buffer",
@@ -38,6 +40,7 @@ Provenance = Mapping[str, Any] | None
 """What an output says of how it was made; None leaves it out."""
 
 _WINDOW = 256 * 1024
+_NEAR = 4096  # what is worth reading between two places of an object, to ask for it once
 
 # What an input cannot cause by being what it is: the machine has run out of something.
 _SYSTEM_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR}
@@ -46,13 +49,16 @@ _SYSTEM_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EIN
 def open_file(path: Path, *, follow: bool = True) -> IO[bytes]:
     """Open a regular file for reading; `follow` a symbolic link, or refuse it.
 
-    Opened without blocking and checked afterwards, so that a FIFO or a device named as a checkpoint
-    neither hangs the run nor slips in between a check and the open.
+    What a URL names is opened in place, or a copy of it: see `RemotePath`. A file is opened without blocking
+    and checked afterwards, so that a FIFO or a device named as a checkpoint neither hangs the run nor slips
+    in between a check and the open.
 
     Raises:
         UnreadableError: it is missing, may not be read, or is not a regular file.
-        SystemRefusalError: the system is out of file descriptors or memory.
+        SystemRefusalError: the system is out of file descriptors or memory; a service refused.
     """
+    if (url := remote(path)) is not None:
+        return open_remote(url)
     flags = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
     flags |= 0 if follow else getattr(os, "O_NOFOLLOW", 0)
     not_regular = UnreadableError(path, "not a regular file; name a checkpoint file")
@@ -90,7 +96,7 @@ class Image:
         self.size = size
         self.crc32: int | None = None
         """CRC-32 of the whole image where the container declares one."""
-        self._identity = self._stat()
+        self._state: Hashable = file.version if isinstance(file, RemoteFile) else self._stat()
 
     def read_into(self, buffer: memoryview, position: int) -> None:
         """Fill `buffer` with the bytes at `position` of the image.
@@ -103,6 +109,9 @@ class Image:
             raise UnreadableError(
                 self.path, f"bytes from {position} on were to be read, which lie outside the file"
             )
+        if isinstance(self.file, RemoteFile):
+            self.file.read_at(buffer, self.offset + position)
+            return
         done = 0
         while done < len(buffer):
             try:
@@ -121,16 +130,34 @@ class Image:
         self.read_into(memoryview(buffer), position)
         return bytes(buffer)
 
+    def windows(self, gaps: Sequence[tuple[int, int]]) -> Iterator[list[memoryview]]:
+        """Yield the bytes of `gaps`, (start, stop) in rising order; neighbours are read together."""
+        far = isinstance(self.file, RemoteFile)
+        windows = list(_windows(gaps, _NEAR if far else _WINDOW))
+        spans = [(window[0][0], window[-1][1]) for window in windows]
+        if isinstance(self.file, RemoteFile):
+            found = self.file.ranges([(self.offset + start, self.offset + stop) for start, stop in spans])
+        else:
+            found = (self.read(start, stop - start) for start, stop in spans)
+        for window, (start, _), data in zip(windows, spans, found, strict=True):
+            yield [memoryview(data)[begin - start : end - start] for begin, end in window]
+
+    def settle(self) -> None:
+        """Read what is asked for and no more from now on: what a parser looks at has been read."""
+        if isinstance(self.file, RemoteFile):
+            self.file.settle()
+
     def check_unchanged(self) -> None:
         """Raise UnreadableError if the file was written to since it was opened."""
-        if self._stat() != self._identity:
+        if self._state != (self.file.version_now() if isinstance(self.file, RemoteFile) else self._stat()):
             raise UnreadableError(
                 self.path, "the file changed while it was being read", hint="wait for its writer to finish"
             )
 
-    def identity(self) -> tuple[int, int]:
-        """Return (device, inode): equal for two names of one file."""
-        return self._identity[:2]
+    def identity(self) -> Hashable:
+        """Return what is equal for two names of one file."""
+        url = remote(self.path)
+        return self._stat()[:2] if url is None else url.identity()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # it was read only: nothing can be lost
@@ -259,8 +286,10 @@ class Checkpoint(ABC):
         one of them is enough.
         """
         return len(images) == len(self.images) and all(
-            image.size == own.size and _equal(image, own, gaps)
-            for image, own, gaps in zip(images, self.images, self._gaps, strict=True)
+            image.size == own.size and _digest(image, gaps) == digest
+            for image, own, gaps, digest in zip(
+                images, self.images, self._gaps, self._gap_digests, strict=True
+            )
         )
 
     @cached_property
@@ -270,6 +299,10 @@ class Checkpoint(ABC):
             _gaps((tensor for tensor in self.tensors.values() if tensor.image == index), image.size)
             for index, image in enumerate(self.images)
         ]
+
+    @cached_property
+    def _gap_digests(self) -> list[bytes]:
+        return [_digest(image, gaps) for image, gaps in zip(self.images, self._gaps, strict=True)]
 
     @abstractmethod
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
@@ -296,24 +329,26 @@ def _gaps(tensors: Iterable[Tensor], size: int) -> list[tuple[int, int]]:
     return [*gaps, (position, size)]
 
 
-def _equal(one: Image, other: Image, gaps: Sequence[tuple[int, int]]) -> bool:
-    """Tell whether two images agree in `gaps`; neighbours are read together, payload between included."""
-    index = 0
-    while index < len(gaps):
-        start, stop = gaps[index]
-        after = index + 1
-        while after < len(gaps) and gaps[after][1] - start <= _WINDOW:
-            stop = gaps[after][1]
-            after += 1
-        for position in range(start, stop, _WINDOW):  # a single gap may be longer than a window
-            size = min(_WINDOW, stop - position)
-            left, right = one.read(position, size), other.read(position, size)
-            for begin, end in gaps[index:after]:
-                piece = slice(max(0, begin - position), max(0, end - position))
-                if left[piece] != right[piece]:
-                    return False
-        index = after
-    return True
+def _digest(image: Image, gaps: Sequence[tuple[int, int]]) -> bytes:
+    digest = hashlib.blake2b()
+    for window in image.windows(gaps):
+        for piece in window:
+            digest.update(piece)
+    return digest.digest()
+
+
+def _windows(gaps: Sequence[tuple[int, int]], near: int) -> Iterator[list[tuple[int, int]]]:
+    """Put gaps that lie within `near` bytes of each other together, up to the size of a window."""
+    window: list[tuple[int, int]] = []
+    for start, stop in gaps:
+        for begin in range(start, stop, _WINDOW):  # a single gap may be longer than a window
+            end = min(begin + _WINDOW, stop)
+            if window and (begin - window[-1][1] > near or end - window[0][0] > _WINDOW):
+                yield window
+                window = []
+            window.append((begin, end))
+    if window:
+        yield window
 
 
 class Stage(Protocol):
