@@ -37,7 +37,9 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             raise UsageError(
                 f"the output {output} exists; several files cannot be replaced in one step: name another"
             )
-    if url is None and not output.parent.is_dir():
+    if url is not None:
+        url.check_bucket()
+    elif not output.parent.is_dir():
         raise UsageError(f"the folder of the output does not exist: {output.parent}")
 
 

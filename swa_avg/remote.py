@@ -34,17 +34,18 @@ __all__ = [
 ]
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z0-9+.-]+)*://")  # one letter would be a drive
-_SECONDS = 60
+_SECONDS = 45
 """How long one request may take, retries included; those of a service that is there end sooner."""
-_AHEAD = 64 * 1024
-_BLOCKS_AHEAD = 32
+_AHEAD = 16 * 1024
+_BLOCKS_AHEAD = 128
 _COPIED_AT_ONCE = 8
 _COPIED = 4 * 2**20
 _RANGES_AT_ONCE = 64
 _UPLOADED = 8 * 2**20
 _MOST_PARTS = 9_000  # S3 takes 10,000
 # Where an object is there whole or not at all; elsewhere a file grows under its name while it is uploaded.
-_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "memory"}
+_BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss"}
+_OBJECT_STORES = _BUCKETS | {"memory"}
 # What `info` of one filesystem or the other says of an object's contents: another value is another object.
 _VERSION = {
     "size", "etag", "lastmodified", "last_modified", "mtime", "modified", "updated", "created",
@@ -113,6 +114,13 @@ class RemotePath:
 
     def is_file(self) -> bool:
         return self.exists() and self.info().get("type", "file") == "file"
+
+    def check_bucket(self) -> None:
+        """Raise SystemRefusalError if the service says that the bucket of the object does not exist."""
+        system, key = self.filesystem()
+        with _asked(self.url), contextlib.suppress(PermissionError):
+            if _protocols(system) & _BUCKETS:
+                system.info(key.split("/")[0], **_limit(system))
 
     def remove(self) -> None:
         """Remove the object, if the service lets us."""
@@ -324,9 +332,8 @@ def upload(source: Path, target: RemotePath, *, overwrite: bool) -> None:
     if not overwrite and target.exists():
         raise exists
     system, key = target.filesystem()
-    protocol = system.protocol if isinstance(system.protocol, tuple | list) else (system.protocol,)
     with _asked(target.url):
-        if not _OBJECT_STORES.isdisjoint(protocol):
+        if _protocols(system) & _OBJECT_STORES:
             try:
                 _put(system, source, key, "overwrite" if overwrite else "create")
             except FileExistsError:
@@ -353,6 +360,10 @@ def _put(system: Any, source: Path, key: str, mode: str) -> None:
     system.put_file(str(source), key, **{name: value for name, value in wanted.items() if name in known})
 
 
+def _protocols(system: Any) -> set[str]:
+    return {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
+
+
 def _version(info: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((key, str(value)) for key, value in info.items() if key.lower() in _VERSION))
 
@@ -370,6 +381,9 @@ def _asked(url: str) -> Iterator[None]:
     except (SwaAvgError, MemoryError, FileExistsError):
         raise
     except FileNotFoundError as error:
+        cause = error.__cause__  # over HTTP fsspec says so of everything that goes wrong
+        if type(cause).__module__.startswith("aiohttp") and getattr(cause, "status", None) != 404:
+            raise SystemRefusalError(errno.EIO, _first_line(cause or error), url) from error
         raise SystemRefusalError(errno.ENOENT, "no such file or bucket", url) from error
     except PermissionError as error:
         reason = f"access denied ({_first_line(error)}); check the credentials, and what they allow"

@@ -11,6 +11,7 @@ import pytest
 import makers
 
 HEAVY = "{'keras', 'tensorflow', 'tf_keras', 'jax', 'torch'}"
+REMOTE = "{'fsspec', 's3fs', 'asyncio'}"
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -32,13 +33,14 @@ def test_averaging_loads_neither_keras_nor_tensorflow(run_python: Run, tmp_path:
         "from swa_avg import cli\n"
         "try:\n    cli.main()\nexcept SystemExit as ended:\n    assert ended.code == 0, ended.code"
     )
-    assert _loaded(run_python, code, HEAVY, tmp_path / "ckpt_*.keras", "-o", tmp_path / "swa.keras") == "[]"
+    modules = f"{HEAVY} | {REMOTE}"
+    assert _loaded(run_python, code, modules, tmp_path / "ckpt_*.keras", "-o", tmp_path / "swa.keras") == "[]"
     assert (tmp_path / "swa.keras").exists()
 
 
 def test_help_loads_no_numpy_h5py_or_rich(run_python: Run) -> None:
     code = "from swa_avg import cli\ntry:\n    cli.main()\nexcept SystemExit:\n    pass"
-    assert _loaded(run_python, code, "{'numpy', 'h5py', 'rich'}", "--help") == "[]"
+    assert _loaded(run_python, code, f"{{'numpy', 'h5py', 'rich'}} | {REMOTE}", "--help") == "[]"
 
 
 @pytest.mark.parametrize("module", ["plan", "methods", "policy", "schedules", "batchnorm.moments", "index"])
