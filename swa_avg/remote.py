@@ -39,8 +39,8 @@ _SECONDS = 45
 _AHEAD = 16 * 1024
 _BLOCKS_AHEAD = 128
 _COPIED_AT_ONCE = 8
-_COPIED = 4 * 2**20
-_RANGES_AT_ONCE = 64
+_COPIED = 2 * 2**20
+_RANGES_AT_ONCE = 16
 _UPLOADED = 8 * 2**20
 _MOST_PARTS = 9_000  # S3 takes 10,000
 # Where an object is there whole or not at all; elsewhere a file grows under its name while it is uploaded.
@@ -78,6 +78,9 @@ class RemotePath:
 
     def __str__(self) -> str:
         return self.url
+
+    def __reduce__(self) -> tuple[type[RemotePath], tuple[str]]:
+        return RemotePath, (self.url,)  # copies are on this machine alone
 
     @property
     def name(self) -> str:
@@ -388,9 +391,12 @@ def _asked(url: str) -> Iterator[None]:
     except PermissionError as error:
         reason = f"access denied ({_first_line(error)}); check the credentials, and what they allow"
         raise SystemRefusalError(errno.EACCES, reason, url) from error
-    except TimeoutError as error:
-        raise SystemRefusalError(errno.ETIMEDOUT, "the service does not answer", url) from error
     except Exception as error:
+        if type(error).__name__ in (
+            "TimeoutError",
+            "FSTimeoutError",
+        ):  # whichever of Python's it derives from
+            raise SystemRefusalError(errno.ETIMEDOUT, "the service does not answer", url) from error
         number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
         raise SystemRefusalError(number, _first_line(error), url) from error
 

@@ -35,8 +35,8 @@ Progress = Callable[[int, int], None]
 _BLOCK_BYTES = 2**19  # with its sums, it stays in a core's cache
 _REMOTE_BLOCK_BYTES = 2**20  # an object store takes as long to start an answer as to send this much
 _REMOTE_THREADS = 10  # they wait; botocore keeps as many connections
-_REMOTE_MEMORY = 64 * 2**20  # fsspec with its clients, and answers on their way
-_SMALLEST_BLOCK = 2**16
+_REMOTE_MEMORY = 112 * 2**20  # fsspec with a client, and what is copied or uploaded at a time
+_SMALLEST_BLOCK, _SMALLEST_REMOTE_BLOCK = 2**16, 2**18
 _PROCESS_MEMORY = 64 * 2**20  # the interpreter with numpy and h5py, before anything is averaged
 
 
@@ -252,9 +252,10 @@ def _fit(max_memory: int | None, threads: int | None, far: bool) -> tuple[int, i
     `far` says that an input is read from a service, which takes its time for each answer.
     """
     block_bytes = _REMOTE_BLOCK_BYTES if far else _BLOCK_BYTES
+    smallest = _SMALLEST_REMOTE_BLOCK if far else _SMALLEST_BLOCK
     threads = threads or (_REMOTE_THREADS if far else min(4, os.cpu_count() or 1))
     while max_memory is not None and _peak_memory(block_bytes, threads, far) > max_memory:
-        if block_bytes > _SMALLEST_BLOCK:
+        if block_bytes > smallest:
             block_bytes //= 2
         elif threads > 1:
             threads -= 1

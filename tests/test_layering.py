@@ -16,7 +16,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def _loaded(run_python: Run, code: str, modules: str, *arguments: object) -> str:
-    report = f"import sys\n{code}\nprint('LOADED', sorted({modules} & set(sys.modules)))"
+    report = f"import sys\n{code}\nprint('LOADED', sorted(({modules}) & set(sys.modules)))"
     ended = run_python(report, *arguments)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout.rpartition("LOADED")[2].strip()
