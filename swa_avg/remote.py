@@ -84,7 +84,8 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        return self.url.rsplit("/", 1)[-1]
+        url = self.url.partition("?")[0] if self.url.startswith("http") else self.url  # it may be signed
+        return url.rsplit("/", 1)[-1]
 
     @property
     def suffix(self) -> str:

@@ -26,6 +26,7 @@ fsspec = pytest.importorskip("fsspec")
 Cli = Callable[..., Ended]
 NUMBERS = (1, 2, 10)
 FORBIDDEN = b"<Error><Code>InvalidAccessKeyId</Code><Message>No such access key.</Message></Error>"
+BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 WRITERS: dict[str, Callable[[Path, makers.Arrays], Path]] = {
     ".keras": makers.write_archive,
     ".weights.h5": makers.write_weights,
@@ -162,6 +163,37 @@ def test_checksums_are_checked_on_request_and_it_is_said_when_not(
     assert verified.code == 3
     assert verified.err.startswith("swa-avg: error: memory://run/ckpt_1.keras: damaged: its CRC-32 is ")
     assert not (tmp_path / "b.keras").exists()
+
+
+def test_memory_is_kept_under_a_limit(tmp_path: Path, memory: Any, swa_avg: Cli) -> None:
+    _write(tmp_path / "in", ".keras")
+    _put(memory, tmp_path / "in")
+    command = ("memory://run/ckpt_*.keras", "-o", tmp_path / "x.keras", "--dry-run", "--json", "--max-memory")
+    limited = swa_avg(*command, "190M")
+    assert json.loads(limited.out)["peak_memory"] <= 190 * 2**20
+    assert "--max-memory 104857600 is too little" in swa_avg(*command, "100M").err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_predicted_memory_is_enough(tmp_path: Path, run_python: Callable[..., Any]) -> None:
+    for number in (1, 2, 3):
+        values = np.full(64 * 2**20 // 4, number, np.float32)
+        makers.write_weights(tmp_path / f"ckpt_{number}.weights.h5", {"layers/dense/vars/0": values})
+    code = (
+        "import swa_avg, sys\n"
+        "predicted = swa_avg.average(sys.argv[1], sys.argv[2]).peak_memory\n"
+        "(peak,) = (line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM:'))\n"
+        "print(int(peak) * 1024, predicted)"
+    )
+    ended = run_python(code, f"file://{tmp_path}/ckpt_*", f"file://{tmp_path}/swa.weights.h5")
+    assert ended.returncode == 0, ended.stderr
+    peak, predicted = map(int, ended.stdout.split())
+    assert peak <= predicted < 300 * 2**20
+
+
+def test_what_signs_an_address_is_not_part_of_the_name() -> None:
+    assert as_path("https://host/run/ckpt_7.keras?Signature=abc/def").name == "ckpt_7.keras"
+    assert as_path("s3://bucket/run/ckpt?7.keras").name == "ckpt?7.keras"
 
 
 def test_one_object_under_two_urls_is_found(tmp_path: Path, memory: Any, swa_avg: Cli) -> None:
@@ -354,16 +386,19 @@ def _configure(monkeypatch: pytest.MonkeyPatch, address: str, key: str = "testin
         monkeypatch.setenv(name, value)
 
 
-def _refusing(application: Any, allows: Callable[[dict[str, Any]], bool]) -> Any:
-    """Return a WSGI application that answers 403, as S3 does to an unknown access key, unless `allows`."""
+def _refusing(
+    application: Any,
+    allows: Callable[[dict[str, Any]], bool],
+    status: str = "403 Forbidden",
+    error: bytes = FORBIDDEN,
+) -> Any:
+    """Return a WSGI application that answers as S3 does to an unknown access key, unless `allows`."""
 
     def answer(environ: dict[str, Any], start_response: Any) -> Any:
         if allows(environ):
             return application(environ, start_response)
-        body = b"" if environ["REQUEST_METHOD"] == "HEAD" else FORBIDDEN
-        start_response(
-            "403 Forbidden", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
-        )
+        body = b"" if environ["REQUEST_METHOD"] == "HEAD" else error
+        start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
         return [body]
 
     return answer
@@ -399,6 +434,24 @@ class TestS3:
         assert sum(read.values()) <= 3 * (averaged + outside) + size
         swa_avg.average(tmp_path / "in" / "ckpt_*.keras", tmp_path / "swa.keras", verify=False)
         assert s3.cat_file("bucket/swa.keras") == (tmp_path / "swa.keras").read_bytes()
+
+    def test_a_service_that_is_busy_is_asked_again(
+        self, s3: Any, server: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        paths = _write(tmp_path / "in", ".keras")
+        _put_s3(s3, tmp_path / "in")
+        refusals = iter(range(3))
+
+        def allows(environ: dict[str, Any]) -> bool:
+            payload = "ckpt_1.keras" in environ["PATH_INFO"] and environ["REQUEST_METHOD"] == "GET"
+            return not payload or next(refusals, None) is None
+
+        busy = _refusing(server[0].application, allows, "503 Slow Down", BUSY)
+        monkeypatch.setattr(server[0], "application", busy)
+        swa_avg.average("s3://bucket/run/ckpt_*.keras", tmp_path / "a.keras")
+        assert next(refusals, None) is None
+        swa_avg.average(paths, tmp_path / "b.keras", verify=False)
+        assert (tmp_path / "a.keras").read_bytes() == (tmp_path / "b.keras").read_bytes()
 
     def test_an_upload_in_several_parts_is_whole(self, s3: Any, tmp_path: Path) -> None:
         content = np.random.default_rng(0).bytes(2**20) * 17
