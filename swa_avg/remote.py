@@ -274,13 +274,14 @@ class RemoteFile(io.RawIOBase):
         """Yield the bytes of each range (start, stop), of which `at_once` are fetched together."""
         for index in range(0, len(ranges), at_once):
             some = ranges[index : index + at_once]
-            starts, stops = zip(*some, strict=True)
+            full = [(start, stop) for start, stop in some if start < stop]  # others mean the whole file to S3
+            starts, stops = [start for start, _ in full], [stop for _, stop in full]
             with _asked(self.path.url):
-                keys = [self._key] * len(some)
-                limit = _limit(self._system)
-                found = self._system.cat_ranges(keys, list(starts), list(stops), on_error="raise", **limit)
-            for (start, stop), data in zip(some, found, strict=True):
-                yield self._whole(data, stop - start)
+                keys = [self._key] * len(full)
+                found = self._system.cat_ranges(keys, starts, stops, on_error="raise", **_limit(self._system))
+            answers = iter(found)
+            for start, stop in some:
+                yield self._whole(next(answers), stop - start) if start < stop else b""
 
     def readable(self) -> bool:
         return True

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from swa_avg import methods
 from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_values, with_values
-from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.blocks import bytes_to_read
 from swa_avg.combine import Combiner, block_memory
 from swa_avg.digests import check_digests, read_digests
@@ -27,16 +27,19 @@ from swa_avg.publish import Publication, check_output, publication_at
 from swa_avg.remote import as_path, kept_at_hand, on_this_machine, remote
 from swa_avg.selection import epochs_of, expand, select
 
+if TYPE_CHECKING:
+    from swa_avg.batchnorm.report import RefreshReport
+
 __all__ = ["Progress", "Report", "average"]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes to read in all, bytes read since the last call)."""
 
-_BLOCK_BYTES = 2**19  # with its sums, it stays in a core's cache
+_BLOCK_BYTES = 2**18  # with its sums, it stays in a core's cache
+_SMALLEST_BLOCK, _SMALLEST_REMOTE_BLOCK = 2**16, 2**18
 _REMOTE_BLOCK_BYTES = 2**20  # an object store takes as long to start an answer as to send this much
 _REMOTE_THREADS = 10  # they wait; botocore keeps as many connections
 _REMOTE_MEMORY = 112 * 2**20  # fsspec with a client, and what is copied or uploaded at a time
-_SMALLEST_BLOCK, _SMALLEST_REMOTE_BLOCK = 2**16, 2**18
 _PROCESS_MEMORY = 64 * 2**20  # the interpreter with numpy and h5py, before anything is averaged
 
 
@@ -85,6 +88,7 @@ def average(
     dry_run: bool = False,
     progress: Progress | None = None,
     refresh_progress: Callable[[int | None, int], None] | None = None,
+    published: Callable[[], None] | None = None,
 ) -> Report:
     """Average Keras checkpoints into one, without Keras.
 
@@ -123,6 +127,7 @@ def average(
         dry_run: Plan, and write nothing.
         progress: Told how many bytes have been read.
         refresh_progress: Told how many rows of data have been used, as by `refresh_batchnorm`.
+        published: Told that the output has its name, before SIGINT and SIGTERM that came meanwhile are.
 
     Raises:
         UsageError: the request cannot be met as it was made.
@@ -182,7 +187,7 @@ def average(
         _check_contents(plan, combiner.checksums)
         for checkpoint in checkpoints:
             checkpoint.check_unchanged()
-        publication.publish()
+        publication.publish(published)
     return report
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import click
 
 from swa_avg.commands.options import Size, method_options, selection_options
 from swa_avg.commands.terminal import progress_bar, say, size_text
-from swa_avg.remote import remote
+from swa_avg.interrupts import interrupts
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm.checkpoint import Refresh
@@ -103,11 +102,14 @@ def average(
             refresh=refresh,
             progress=progress,
             refresh_progress=rows,
+            published=interrupts.ignore,
             **options,
         )
     if not quiet:
         _describe(report, dry_run=options["dry_run"], verbose=verbose)
     if as_json:
+        import json
+
         click.echo(json.dumps(_as_json(report, options["dry_run"])))
 
 
@@ -135,6 +137,8 @@ def _refresh(options: dict[str, Any]) -> Refresh | None:
 
 def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
     """Tell on standard error what was done, or would be."""
+    from swa_avg.remote import remote
+
     plan = report.plan
     lines = []
     if dry_run or verbose:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
 import os
 import stat
@@ -21,6 +20,7 @@ from swa_avg.errors import SwaAvgError, SystemRefusalError, UnreadableError
 from swa_avg.remote import RemoteFile, open_remote, remote
 
 __all__ = [
+    "PROVENANCE",
     "Buffer",
     "Checkpoint",
     "Image",
@@ -32,8 +32,11 @@ __all__ = [
     "check_written",
     "open_file",
     "refusal",
+    "write_image",
 ]
 
+PROVENANCE = "swa_avg"
+"""Where an output says how it was made: a key or an attribute of this name."""
 Role = Literal["weight", "optimizer", "metric"]
 Buffer = bytes | bytearray | memoryview
 Provenance = Mapping[str, Any] | None
@@ -41,6 +44,9 @@ Provenance = Mapping[str, Any] | None
 
 _WINDOW = 256 * 1024
 _NEAR = 4096  # what is worth reading between two places of an object, to ask for it once
+_MAX_METADATA = 64 * 2**20
+_Window = list[tuple[int, bytes]]
+"""Runs of bytes, each with where it starts."""
 
 # What an input cannot cause by being what it is: the machine has run out of something.
 _SYSTEM_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR}
@@ -130,17 +136,11 @@ class Image:
         self.read_into(memoryview(buffer), position)
         return bytes(buffer)
 
-    def windows(self, gaps: Sequence[tuple[int, int]]) -> Iterator[list[memoryview]]:
-        """Yield the bytes of `gaps`, (start, stop) in rising order; neighbours are read together."""
-        far = isinstance(self.file, RemoteFile)
-        windows = list(_windows(gaps, _NEAR if far else _WINDOW))
-        spans = [(window[0][0], window[-1][1]) for window in windows]
+    def ranges(self, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """Yield the bytes of each range (start, stop); errors as for `read_into`."""
         if isinstance(self.file, RemoteFile):
-            found = self.file.ranges([(self.offset + start, self.offset + stop) for start, stop in spans])
-        else:
-            found = (self.read(start, stop - start) for start, stop in spans)
-        for window, (start, _), data in zip(windows, spans, found, strict=True):
-            yield [memoryview(data)[begin - start : end - start] for begin, end in window]
+            return self.file.ranges([(self.offset + start, self.offset + stop) for start, stop in ranges])
+        return (self.read(start, stop - start) for start, stop in ranges)
 
     def settle(self) -> None:
         """Read what is asked for and no more from now on: what a parser looks at has been read."""
@@ -285,24 +285,25 @@ class Checkpoint(ABC):
         Keras writes the checkpoints of one run so; their tensors then lie in the same places, and parsing
         one of them is enough.
         """
-        return len(images) == len(self.images) and all(
-            image.size == own.size and _digest(image, gaps) == digest
-            for image, own, gaps, digest in zip(
-                images, self.images, self._gaps, self._gap_digests, strict=True
+        return (
+            len(images) == len(self.images)
+            and self._metadata is not None
+            and all(
+                image.size == own.size and _agrees(image, windows)
+                for image, own, windows in zip(images, self.images, self._metadata, strict=True)
             )
         )
 
     @cached_property
-    def _gaps(self) -> list[list[tuple[int, int]]]:
-        """The runs of each image's bytes, (start, stop), that belong to no tensor."""
-        return [
+    def _metadata(self) -> list[list[_Window]] | None:
+        """All bytes of each image that belong to no tensor; None if they are too many to keep."""
+        gaps = [
             _gaps((tensor for tensor in self.tensors.values() if tensor.image == index), image.size)
             for index, image in enumerate(self.images)
         ]
-
-    @cached_property
-    def _gap_digests(self) -> list[bytes]:
-        return [_digest(image, gaps) for image, gaps in zip(self.images, self._gaps, strict=True)]
+        if sum(stop - start for image in gaps for start, stop in image) > _MAX_METADATA:
+            return None
+        return [_windows(image, its) for image, its in zip(self.images, gaps, strict=True)]
 
     @abstractmethod
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
@@ -329,26 +330,38 @@ def _gaps(tensors: Iterable[Tensor], size: int) -> list[tuple[int, int]]:
     return [*gaps, (position, size)]
 
 
-def _digest(image: Image, gaps: Sequence[tuple[int, int]]) -> bytes:
-    digest = hashlib.blake2b()
-    for window in image.windows(gaps):
-        for piece in window:
-            digest.update(piece)
-    return digest.digest()
+def _windows(image: Image, gaps: Sequence[tuple[int, int]]) -> list[_Window]:
+    """Read the gaps; neighbours that lie within one window are kept, and later read, together."""
+    windows: list[_Window] = []
+    for (start, stop), data in zip(gaps, image.ranges(gaps), strict=True):
+        if windows and stop - windows[-1][0][0] <= _WINDOW:
+            windows[-1].append((start, data))
+        else:
+            windows.append([(start, data)])
+    return windows
 
 
-def _windows(gaps: Sequence[tuple[int, int]], near: int) -> Iterator[list[tuple[int, int]]]:
-    """Put gaps that lie within `near` bytes of each other together, up to the size of a window."""
-    window: list[tuple[int, int]] = []
-    for start, stop in gaps:
-        for begin in range(start, stop, _WINDOW):  # a single gap may be longer than a window
-            end = min(begin + _WINDOW, stop)
-            if window and (begin - window[-1][1] > near or end - window[0][0] > _WINDOW):
-                yield window
-                window = []
-            window.append((begin, end))
-    if window:
-        yield window
+def _agrees(image: Image, windows: Sequence[_Window]) -> bool:
+    """Tell whether an image holds these bytes; a window is read at once, what lies between included."""
+    if isinstance(image.file, RemoteFile):
+        windows = [part for window in windows for part in _near(window)]
+    ranges = [(window[0][0], window[-1][0] + len(window[-1][1])) for window in windows]
+    return all(
+        found.startswith(data, start - first)
+        for window, (first, _), found in zip(windows, ranges, image.ranges(ranges), strict=True)
+        for start, data in window
+    )
+
+
+def _near(window: _Window) -> Iterator[_Window]:
+    """Cut a window where more lies between two of its runs than is worth reading from a service."""
+    part = window[:1]
+    for run in window[1:]:
+        if run[0] - (part[-1][0] + len(part[-1][1])) > _NEAR:
+            yield part
+            part = []
+        part.append(run)
+    yield part
 
 
 class Stage(Protocol):
@@ -362,6 +375,16 @@ class Stage(Protocol):
         Files are published in the order in which they were created. `size`, the least that the file will
         hold, is reserved, so that a full disk is found before the work is done.
         """
+
+
+def write_image(file: IO[bytes], chunks: Iterable[Buffer]) -> None:
+    """Write the bytes of an image to the start of an empty file, and see that they read back."""
+    size = checksum = 0
+    for chunk in chunks:
+        file.write(chunk)
+        checksum = crc32(chunk, checksum)
+        size += len(chunk)
+    check_written(file, 0, size, checksum)
 
 
 def check_written(file: IO[bytes], start: int, size: int, checksum: int) -> None:

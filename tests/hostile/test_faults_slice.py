@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
+SEED = 2026
+CASES = 40
+WORKERS = min(2, os.cpu_count() or 1)
 
-def _load() -> ModuleType:
+
+@pytest.fixture(scope="module")
+def faults() -> Any:
     path = Path(__file__).parents[2] / "scripts" / "faults.py"
     specification = importlib.util.spec_from_file_location("faults", path)
     assert specification is not None
@@ -19,48 +26,66 @@ def _load() -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     sys.modules["faults"] = module
     specification.loader.exec_module(module)
+    if reason := module.why_not():
+        pytest.skip(reason)
     return module
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> object:
-    faults = _load()
-    if reason := faults.why_not():
-        pytest.skip(reason)
-    bench = faults.Bench(tmp_path_factory.mktemp("faults"))
-    bench.prepare(faults.SETTINGS)
-    return bench
+def bench(faults: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with faults.Bench(tmp_path_factory.mktemp("faults"), WORKERS) as bench:
+        yield bench
 
 
-@pytest.mark.fuzz
-@pytest.mark.parametrize("kind", ["SIGKILL", "SIGTERM", "SIGINT", "errors of reading", "errors of writing"])
-def test_a_system_that_fails_leaves_all_or_nothing(kind: str, bench: object) -> None:
-    faults = sys.modules["faults"]
-    possible = faults.kinds(bench)[kind]
-    assert len(possible) > 100
-    outcomes, wrong = faults.inject(bench, faults.chosen(possible, 24, 2026), os.cpu_count() or 1)
+def _check(faults: Any, tries: Mapping[str, Callable[[], str]], workers: int = WORKERS) -> None:
+    outcomes, wrong = faults.try_all(tries, workers)
     assert not wrong, "\n".join(wrong)
-    assert sum(outcomes.values()) == 24
+    assert sum(outcomes.values()) == len(tries) >= CASES
+    assert outcomes["old or none"]
 
 
 @pytest.mark.fuzz
-def test_the_file_is_synchronized_before_it_is_named_and_its_folder_after(bench: object) -> None:
-    """As the system sees it."""
-    import re
-    import subprocess
+@pytest.mark.parametrize(
+    "kind", ["SIGKILL", "SIGTERM", "SIGINT", "errors of reading", "files that end early", "errors of writing"]
+)
+def test_a_system_that_fails_leaves_all_or_nothing(kind: str, faults: Any, bench: Any) -> None:
+    possible = faults.kinds(bench)[kind]
+    assert len(possible) > CASES
+    _check(faults, faults.injections(bench, faults.chosen(possible, CASES, SEED)))
 
-    faults = sys.modules["faults"]
+
+@pytest.mark.fuzz
+def test_signals_at_any_moment_leave_all_or_nothing(faults: Any, bench: Any) -> None:
+    """Every other run gets a second one while it cleans up after the first."""
+    _check(faults, faults.moments(bench, CASES, SEED))
+
+
+@pytest.mark.fuzz
+def test_files_that_may_not_grow_leave_all_or_nothing(faults: Any, bench: Any) -> None:
+    _check(faults, faults.limits(bench, CASES // 5))
+
+
+@pytest.mark.fuzz
+def test_a_full_disk_leaves_all_or_nothing(faults: Any, bench: Any, tmp_path: Path) -> None:
+    with faults.small_disk(tmp_path) as disk:
+        if disk is None:
+            pytest.skip("a tmpfs cannot be mounted here")
+        _check(faults, faults.disks(bench, disk, CASES // 5), 1)
+
+
+@pytest.mark.fuzz
+def test_the_file_is_synchronized_before_it_is_named_and_its_folder_after(
+    faults: Any, bench: Any, tmp_path: Path
+) -> None:
+    """As the system sees it."""
+    log = tmp_path / "trace"
     for setting in faults.SETTINGS:
-        folder = bench.folder(setting, "order")  # type: ignore[attr-defined]
-        command = ["strace", "-f", "-y", "-qq", "-e", "trace=fsync,link,linkat,rename"]
-        ended = subprocess.run(
-            [*command, *bench.command(setting)],  # type: ignore[attr-defined]
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        calls = re.findall(r"(fsync)\(\d+<([^>]*)>|(link|linkat|rename)\(", ended.stderr)
+        with bench.folder(setting) as folder:
+            ended, _ = bench.run(
+                setting, folder, strace=["-y", "-o", str(log), "-e", "trace=fsync,link,linkat,rename"]
+            )
+        assert ended.code == 0
+        calls = re.findall(r"(fsync)\(\d+<([^>]*)>|(link|linkat|rename)\(", log.read_text())
         steps = [
             "named" if not sync else "folder" if Path(path) == folder else "file" for sync, path, _ in calls
         ]

@@ -195,6 +195,12 @@ def _at_header(data: bytes) -> int:
         return int(h5py.h5o.get_info(file["layers/dense/vars/1"].id).addr)
 
 
+def _of_named_type(file: h5py.File) -> None:
+    file["layers/type"] = np.dtype("f4")
+    file.create_dataset("layers/odd/vars/0", data=np.zeros(3, np.float32), dtype=file["layers/type"])
+    del file["layers/type"]
+
+
 def _compact_layout() -> h5p.PropDCID:
     plist = h5p.create(h5p.DATASET_CREATE)
     plist.set_layout(h5d.COMPACT)
@@ -457,6 +463,30 @@ def test_what_is_odd_and_harmless_gives_the_same_tensors(
     check_bounds(ended)
     assert ended.code == 0, ended.err
     assert {n: v.tobytes() for n, v in oracle.read_arrays(tmp_path / "swa.weights.h5").items()} == stored
+
+
+ODD = {
+    "no value": _edited(lambda file: file.create_dataset("layers/odd/vars/0", data=h5py.Empty("f4"))),
+    "a named type": _edited(_of_named_type),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_odd_is_refused_or_gives_the_same_tensors(
+    name: str, isolated: Isolated, tmp_path: Path
+) -> None:
+    ODD[name](tmp_path / "a_1.weights.h5")
+    before = snapshot(tmp_path)
+    ended = isolated.run(["a_1.weights.h5", "-q", "-o", "swa.weights.h5"], tmp_path)
+    check_bounds(ended)
+    if ended.code:
+        check_line(ended, 3, r"a_1\.weights\.h5: layers/odd/vars/0: .+")
+        assert snapshot(tmp_path) == before
+        return
+    with h5py.File(tmp_path / "a_1.weights.h5") as read, h5py.File(tmp_path / "swa.weights.h5") as written:
+        for tensor in (*ARRAYS, "layers/odd/vars/0"):
+            assert (written[tensor].dtype, written[tensor].shape) == (read[tensor].dtype, read[tensor].shape)
+            assert read[tensor].shape is None or (written[tensor][()] == read[tensor][()]).all()
 
 
 def test_20000_names_of_one_dataset_are_one_tensor(isolated: Isolated, tmp_path: Path) -> None:
