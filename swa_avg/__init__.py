@@ -5,7 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["RefreshReport", "Report", "SwaAvgError", "__version__", "average", "refresh_batchnorm"]
+__all__ = [
+    "Inspection",
+    "RefreshReport",
+    "Report",
+    "SwaAvgError",
+    "__version__",
+    "average",
+    "inspect_checkpoints",
+    "refresh_batchnorm",
+]
 
 __version__ = "0.1.0"
 
@@ -13,14 +22,17 @@ if TYPE_CHECKING:
     from swa_avg.batchnorm.refresh import refresh_batchnorm
     from swa_avg.batchnorm.report import RefreshReport
     from swa_avg.errors import SwaAvgError
+    from swa_avg.inspection import Inspection, inspect_checkpoints
     from swa_avg.run import Report, average
 
 # `swa-avg --help` imports this package and must not wait for numpy and h5py, nor averaging for Keras.
 _HOMES = {
+    "Inspection": "swa_avg.inspection",
     "RefreshReport": "swa_avg.batchnorm.report",
     "Report": "swa_avg.run",
     "SwaAvgError": "swa_avg.errors",
     "average": "swa_avg.run",
+    "inspect_checkpoints": "swa_avg.inspection",
     "refresh_batchnorm": "swa_avg.batchnorm.refresh",
 }
 

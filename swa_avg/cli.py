@@ -15,6 +15,7 @@ from click_default_group import DefaultGroup
 
 from swa_avg import __version__
 from swa_avg.commands.average import average
+from swa_avg.commands.inspect import inspect
 from swa_avg.commands.terminal import say
 from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError
 from swa_avg.interrupts import Interrupted, interrupts
@@ -59,7 +60,7 @@ def main_group() -> None:
     """Average Keras checkpoints."""
 
 
-for _command in (average,):
+for _command in (average, inspect):
     main_group.add_command(_command)
 
 
@@ -79,7 +80,8 @@ def main() -> NoReturn:
 
 def _run() -> int:
     """Run the command line, tell what went wrong if anything did, and return the exit code."""
-    # NumPy starts threads for linear algebra, of which there is none; with them it takes a third longer.
+    # NumPy starts threads for linear algebra. There is none in averaging, which they delay by a third; in
+    # inspecting they wait spinning, and on a machine that has other work, for many times as long.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         main_group.main(prog_name="swa-avg", standalone_mode=False)

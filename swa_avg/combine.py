@@ -21,14 +21,21 @@ from isal.isal_zlib import crc32, crc32_combine
 
 from swa_avg.blocks import Block, blocks_of, read_pieces
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
-from swa_avg.formats.base import Checkpoint, Image
+from swa_avg.formats.base import Checkpoint, Image, Tensor
 from swa_avg.plan import Plan
 from swa_avg.policy import FLOATS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["BlockWorker", "Combiner", "block_memory", "round_to_bfloat16"]
+__all__ = [
+    "BlockWorker",
+    "Combiner",
+    "block_memory",
+    "round_to_bfloat16",
+    "stream_values",
+    "unfit",
+]
 
 _PENDING = 2  # blocks a thread: one worked on, one waiting to be written
 _SLACK = 64
@@ -123,7 +130,7 @@ class Combiner:
         try:
             checksums = work.result()
         except _UnfitError:
-            raise MismatchError(list(_unfit(self.plan, self.block_bytes))) from None
+            raise MismatchError(list(unfit(self.plan, self.block_bytes))) from None
         self.progress(block.cost(self.plan, self.verify))
         for position, checksum in enumerate(checksums):
             running[position] = crc32_combine(running[position], checksum, block.size)
@@ -340,7 +347,7 @@ def _all_finite(data: NDArray[np.uint8], dtype: str) -> bool:
     return bool(np.isfinite(values).all())
 
 
-def _unfit(plan: Plan, block_bytes: int) -> Iterator[Finding]:
+def unfit(plan: Plan, block_bytes: int) -> Iterator[Finding]:
     """Read everything again to name each file and tensor whose values cannot be averaged."""
     found = False
     for source in plan.inputs:
@@ -376,3 +383,34 @@ def block_memory(block_bytes: int, threads: int, rows: int = 1) -> int:
     two-byte values), and as much again while converting.
     """
     return block_bytes * threads * (1 + 4 + rows * (4 + _PENDING))
+
+
+def stream_values(plan: Plan, block_bytes: int) -> Iterator[Iterator[list[tuple[Tensor, NDArray[Any]]]]]:
+    """Yield block by block, input by input, the values of the tensors that are averaged or compared.
+
+    Each value array is of one piece of a tensor: of its stored type, float32 of bfloat16, bytes of integers.
+    It is good until the next input is asked for.
+
+    Raises:
+        UnreadableError, SystemRefusalError: as for `Image.read_into`.
+    """
+    buffer = np.empty((1, block_bytes + _SLACK), np.uint8)
+    for index in range(len(plan.template.images)):
+        for block in blocks_of(plan, index, block_bytes):
+            if block.pieces:
+                raw = _aligned(buffer, block)[0]
+                yield (_values(source, plan.template, block, raw) for source in plan.inputs)
+
+
+def _values(
+    source: Checkpoint, template: Checkpoint, block: Block, raw: NDArray[np.uint8]
+) -> list[tuple[Tensor, NDArray[Any]]]:
+    read_pieces(source, template, block, raw)
+    values: list[tuple[Tensor, NDArray[Any]]] = []
+    for piece in block.pieces:
+        view: NDArray[Any] = raw[piece.start - block.start : piece.stop - block.start]
+        dtype = piece.tensor.dtype
+        if piece.average:
+            view = _widen(view.view(np.uint16)) if dtype == "bfloat16" else view.view(dtype)
+        values.append((piece.tensor, view))
+    return values

@@ -14,7 +14,6 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import IO, Any, cast
@@ -67,17 +66,28 @@ def remote(path: object) -> RemotePath | None:
     return path if isinstance(path, RemotePath) else None
 
 
-@dataclass(frozen=True)
 class RemotePath:
-    """A URL, with as much of `pathlib.Path` as is used of checkpoints, their indices and outputs."""
+    """A URL, with as much of `pathlib.Path` as is used of checkpoints, their indices and outputs.
 
-    url: str
-    copies: Path | None = field(default=None, compare=False)
-    """A folder on this machine that files are copied to, whole, when they are opened; else they are read in
-    place."""
+    `copies` is a folder on this machine that files are copied to, whole, when they are opened; without one
+    they are read in place.
+    """
+
+    def __init__(self, url: str, copies: Path | None = None) -> None:
+        self.url = url
+        self.copies = copies
 
     def __str__(self) -> str:
         return self.url
+
+    def __repr__(self) -> str:
+        return f"RemotePath({self.url!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and self.url == other.url
+
+    def __hash__(self) -> int:
+        return hash(self.url)
 
     def __reduce__(self) -> tuple[type[RemotePath], tuple[str]]:
         return RemotePath, (self.url,)  # copies are on this machine alone
@@ -93,13 +103,13 @@ class RemotePath:
 
     @property
     def parent(self) -> RemotePath:
-        return replace(self, url=self.url.rsplit("/", 1)[0])
+        return RemotePath(self.url.rsplit("/", 1)[0], self.copies)
 
     def with_name(self, name: str) -> RemotePath:
         return self.parent / name
 
     def __truediv__(self, name: str) -> RemotePath:
-        return replace(self, url=f"{self.url}/{name}")
+        return RemotePath(f"{self.url}/{name}", self.copies)
 
     def absolute(self) -> RemotePath:
         return self
@@ -172,7 +182,7 @@ def find(pattern: RemotePath) -> list[RemotePath]:
     start = pattern.url[: pattern.url.index("://") + 3]
     with _asked(pattern.url):
         system.invalidate_cache()
-        return [replace(pattern, url=start + found) for found in system.glob(key, **_limit(system))]
+        return [RemotePath(start + found) for found in system.glob(key, **_limit(system))]
 
 
 @contextmanager
@@ -186,7 +196,7 @@ def kept_at_hand(path: Path) -> Iterator[Path]:
         yield path
         return
     with TemporaryDirectory(prefix="swa-avg-") as folder:
-        yield cast(Path, replace(url, copies=Path(folder)))
+        yield cast(Path, RemotePath(url.url, Path(folder)))
 
 
 def on_this_machine(path: Path) -> Path:

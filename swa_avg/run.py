@@ -30,7 +30,15 @@ from swa_avg.selection import epochs_of, expand, select
 if TYPE_CHECKING:
     from swa_avg.batchnorm.report import RefreshReport
 
-__all__ = ["Progress", "Report", "average"]
+__all__ = [
+    "Progress",
+    "Report",
+    "average",
+    "check_contents",
+    "check_shared_files",
+    "coefficients_of",
+    "open_all",
+]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes to read in all, bytes read since the last call)."""
@@ -140,14 +148,14 @@ def average(
     _check_not_an_input(target, named)
     paths = select(named, epochs=epochs, best=best, monitor=monitor, mode=mode, last=last, every=every)
     check_output(target, overwrite=overwrite)
-    coefficients = _coefficients(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
+    coefficients = coefficients_of(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
     far = any(remote(path) is not None for path in paths)
     verify = not far if verify is None else verify
     block_bytes, threads = _fit(max_memory, threads, far)
     with ExitStack() as stack:
         if not dry_run:
             paths[-1] = stack.enter_context(kept_at_hand(paths[-1]))  # the template is read whole
-        checkpoints = resolve_dtypes(_open_all(paths, stack, threads), dtype)
+        checkpoints = resolve_dtypes(open_all(paths, stack), dtype)
         if expect_sha256 is not None:
             check_digests(checkpoints, read_digests(as_path(expect_sha256)), as_path(expect_sha256))
         publication = stack.enter_context(publication_at(target, overwrite=overwrite))
@@ -160,8 +168,8 @@ def average(
         executor = stack.enter_context(ThreadPoolExecutor(threads))
         advance = partial(progress or _ignore, total)
         combiner = Combiner(plan, [coefficients], executor, block_bytes, threads, verify, advance)
-        _check_shared_files(plan)
-        _check_contents(plan, combiner.checksums)
+        check_shared_files(plan)
+        check_contents(plan, combiner.checksums)
         if refresh is not None:
             check_request(refresh, template)
             if refresh.model is None and template.kind != checkpoints[-1].kind:
@@ -184,7 +192,7 @@ def average(
                 lambda: describe(plan, method, combiner.checksums) | {"batchnorm": statistics.record()},
                 publication,
             )
-        _check_contents(plan, combiner.checksums)
+        check_contents(plan, combiner.checksums)
         for checkpoint in checkpoints:
             checkpoint.check_unchanged()
         publication.publish(published)
@@ -224,7 +232,7 @@ def _same_file(one: Path, other: Path) -> bool:
     return urls == (None, None) and one.exists() and other.exists() and one.samefile(other)
 
 
-def _coefficients(
+def coefficients_of(
     method: str,
     paths: Sequence[Path],
     *,
@@ -274,7 +282,7 @@ def _peak_memory(block_bytes: int, threads: int, far: bool) -> int:
     return _PROCESS_MEMORY + block_memory(block_bytes, threads) + (_REMOTE_MEMORY if far else 0)
 
 
-def _open_all(paths: Sequence[Path], stack: ExitStack, threads: int) -> list[Checkpoint]:
+def open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:
     """Open every checkpoint, the newest first: the others are compared with its layout."""
     _allow_open_files(len(paths))
     newest = stack.enter_context(closing(open_checkpoint(paths[-1])))
@@ -284,7 +292,7 @@ def _open_all(paths: Sequence[Path], stack: ExitStack, threads: int) -> list[Che
 
     if all(remote(path) is None for path in paths[:-1]):
         return [*map(opened, paths[:-1]), newest]
-    with ThreadPoolExecutor(threads) as executor:  # each waits for a dozen answers
+    with ThreadPoolExecutor(_REMOTE_THREADS) as executor:  # each waits for a dozen answers
         return [*executor.map(opened, paths[:-1]), newest]
 
 
@@ -313,7 +321,7 @@ def _as_output(newest: Checkpoint, output: Path) -> Checkpoint:
     return newest
 
 
-def _check_shared_files(plan: Plan) -> None:
+def check_shared_files(plan: Plan) -> None:
     """Raise MismatchError if two inputs hold one file between them: a shard that both maps name."""
     seen: dict[Hashable, Checkpoint] = {}
     findings = []
@@ -330,7 +338,7 @@ def _check_shared_files(plan: Plan) -> None:
         raise MismatchError(findings)
 
 
-def _check_contents(plan: Plan, checksums: Sequence[Sequence[int | None]]) -> None:
+def check_contents(plan: Plan, checksums: Sequence[Sequence[int | None]]) -> None:
     """Raise MismatchError if two inputs hold the same bytes: one checkpoint, counted twice."""
     seen: dict[tuple[tuple[int, int], ...], Path] = {}
     findings = []

@@ -11,7 +11,6 @@ import pytest
 import makers
 
 HEAVY = "{'keras', 'tensorflow', 'tf_keras', 'jax', 'torch'}"
-REMOTE = "{'fsspec', 's3fs', 'asyncio'}"
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -38,12 +37,33 @@ def test_averaging_loads_neither_keras_nor_tensorflow(run_python: Run, tmp_path:
     assert (tmp_path / "swa.keras").exists()
 
 
-def test_help_loads_no_numpy_h5py_or_rich(run_python: Run) -> None:
+@pytest.mark.parametrize("command", [[], ["inspect"]])
+def test_help_loads_no_numpy_h5py_or_rich(command: list[str], run_python: Run) -> None:
     code = "from swa_avg import cli\ntry:\n    cli.main()\nexcept SystemExit:\n    pass"
-    assert _loaded(run_python, code, f"{{'numpy', 'h5py', 'rich'}} | {REMOTE}", "--help") == "[]"
+    modules = "{'numpy', 'h5py', 'rich', 'matplotlib', 'fsspec', 's3fs'}"
+    assert _loaded(run_python, code, modules, *command, "--help") == "[]"
 
 
-@pytest.mark.parametrize("module", ["plan", "methods", "policy", "schedules", "batchnorm.moments", "index"])
+def test_only_the_pictures_need_matplotlib() -> None:
+    package = Path(__file__).parents[1] / "swa_avg"
+    users = {path.name for path in package.rglob("*.py") if "\nimport matplotlib" in path.read_text()}
+    assert users == {"pictures.py"}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "plan",
+        "methods",
+        "policy",
+        "schedules",
+        "batchnorm.moments",
+        "index",
+        "geometry",
+        "words",
+        "pages.html",
+    ],
+)
 def test_the_pure_modules_import_no_io(module: str) -> None:
     package = Path(__file__).parents[1] / "swa_avg"
     seen: set[Path] = set()

@@ -165,6 +165,17 @@ def test_checksums_are_checked_on_request_and_it_is_said_when_not(
     assert not (tmp_path / "b.keras").exists()
 
 
+def test_urls_are_inspected_as_files_are(tmp_path: Path, memory: Any, swa_avg: Cli) -> None:
+    _write(tmp_path / "in", ".keras")
+    _put(memory, tmp_path / "in")
+    results = []
+    for where in (f"{tmp_path}/in/", "memory:///run/"):
+        ended = swa_avg("inspect", f"{where}ckpt_*.keras", "--json")
+        assert ended.code == 0, ended.err
+        results.append(json.loads(ended.out.replace(where, "")))
+    assert results[0] == results[1]
+
+
 def test_memory_is_kept_under_a_limit(tmp_path: Path, memory: Any, swa_avg: Cli) -> None:
     _write(tmp_path / "in", ".keras")
     _put(memory, tmp_path / "in")

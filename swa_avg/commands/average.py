@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swa_avg.commands.options import Size, method_options, selection_options
-from swa_avg.commands.terminal import progress_bar, say, size_text
+from swa_avg.commands.terminal import progress_bar, say
 from swa_avg.interrupts import interrupts
+from swa_avg.words import size_text
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm.checkpoint import Refresh

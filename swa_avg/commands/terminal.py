@@ -10,7 +10,7 @@ import click
 
 from swa_avg.errors import escape
 
-__all__ = ["progress_bar", "say", "size_text"]
+__all__ = ["progress_bar", "say"]
 
 
 def say(lines: Iterable[str]) -> None:
@@ -21,15 +21,6 @@ def say(lines: Iterable[str]) -> None:
     with contextlib.suppress(OSError):
         for line in lines:
             click.echo(escape(line), err=True)
-
-
-def size_text(count: float) -> str:
-    """Return a number of bytes as text, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
 
 
 @contextlib.contextmanager

@@ -145,6 +145,7 @@ def _checkpoint(
         "config": config,
         "metadata": metadata,
         "is_average": PROVENANCE in metadata,
+        "writer": _writer(metadata.get("keras_version")),
     }
     if isinstance(like, ArchiveCheckpoint) and like.shares_layout((image,)):
         return replace(like, **own)
@@ -158,6 +159,10 @@ def _checkpoint(
         layer_names=layer_names(image, layout),
         **own,
     )
+
+
+def _writer(version: Any) -> str | None:
+    return f"Keras {version}" if isinstance(version, str) else None
 
 
 def _contents(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:

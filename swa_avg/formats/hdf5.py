@@ -85,7 +85,9 @@ def open_hdf5(path: Path, like: Checkpoint | None = None) -> Hdf5Checkpoint:
 
 def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoint:
     reader = AttributeReader(image)
-    root = _strings(reader, layout.groups[""], "layer_names", "model_config", PROVENANCE)
+    root = _strings(
+        reader, layout.groups[""], "layer_names", "model_config", "keras_version", "backend", PROVENANCE
+    )
     kind, suffixes = "Keras weights", [".weights.h5"]
     tensors, names, config = layout.tensors, dict[str, str](), None
     if "model_weights" in layout.groups:
@@ -104,7 +106,24 @@ def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoin
         raise UnreadableError(
             path, "an HDF5 file, but not one that Keras wrote: no `vars` groups, no `layer_names`"
         )
-    return Hdf5Checkpoint(path, kind, tuple(suffixes), (image,), tensors, config, names, PROVENANCE in root)
+    return Hdf5Checkpoint(
+        path,
+        kind,
+        tuple(suffixes),
+        (image,),
+        tensors,
+        config,
+        names,
+        PROVENANCE in root,
+        _writer(root.get("keras_version"), root.get("backend")),
+    )
+
+
+def _writer(version: list[bytes] | None, backend: list[bytes] | None) -> str | None:
+    if not version:
+        return None
+    on = f" with {backend[0].decode('utf-8', 'backslashreplace')}" if backend else ""
+    return f"Keras {version[0].decode('utf-8', 'backslashreplace')}{on}"
 
 
 def is_keras_store(groups: Iterable[str]) -> bool:

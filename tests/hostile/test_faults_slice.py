@@ -10,7 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
+from isolated import Isolated
+
+import makers
 
 SEED = 2026
 CASES = 40
@@ -91,3 +96,37 @@ def test_the_file_is_synchronized_before_it_is_named_and_its_folder_after(
         ]
         files = 3 if setting.suffix == ".weights.json" else 1
         assert steps == ["file"] * files + ["named"] * files + ["folder"]
+
+
+POINTING: dict[str, Callable[[h5py.File], object]] = {
+    "link": lambda file: file.__setitem__("layers/link", h5py.ExternalLink("target.h5", "/")),
+    "storage": lambda file: file.create_dataset(
+        "layers/odd/vars/0", (7, 5), "f4", external=[("target.h5", 0, 140)]
+    ),
+    "view": lambda file: file.create_virtual_dataset("layers/odd/vars/0", _view()),
+}
+
+
+def _view() -> h5py.VirtualLayout:
+    layout = h5py.VirtualLayout((7, 5), "f4")
+    layout[:] = h5py.VirtualSource("target.h5", "x", (7, 5))
+    return layout
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("libver", ["earliest", "latest"])
+@pytest.mark.parametrize("name", POINTING)
+def test_what_a_file_points_at_is_not_opened(name: str, libver: str, faults: Any, tmp_path: Path) -> None:
+    """As the system sees it."""
+    with h5py.File(tmp_path / "target.h5", "w") as file:
+        file["x"] = np.ones((7, 5), np.float32)
+    makers.write_store(tmp_path / "a_1.weights.h5", makers.weights(), libver=libver)
+    with h5py.File(tmp_path / "a_1.weights.h5", "r+", libver=libver) as file:
+        POINTING[name](file)
+    log = tmp_path / "trace"
+    with Isolated() as server:
+        strace = ["-y", "-o", str(log), "-e", "trace=open,openat,openat2"]
+        ended = server.run(["a_1.weights.h5", "-o", "swa.weights.h5"], tmp_path, strace=strace)
+    assert ended.code == 3
+    assert "a_1.weights.h5" in log.read_text()
+    assert "target.h5" not in log.read_text()

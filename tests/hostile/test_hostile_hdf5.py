@@ -559,6 +559,20 @@ def test_a_moved_address_is_told_by_the_other_checkpoints(isolated: Isolated, tm
         assert snapshot(tmp_path) == before
 
 
+def test_a_moved_address_is_told_where_there_are_two_tensors(isolated: Isolated, tmp_path: Path) -> None:
+    """What moves the one that lies last moves the end of the file, too."""
+    for name in ("a_1.h5", "z_9.h5"):
+        makers.write_legacy(tmp_path / name, {n: v + len(name) for n, v in LEGACY.items()})
+    data = bytearray((tmp_path / "z_9.h5").read_bytes())
+    bias = "model_weights/dense/dense/bias:0"
+    _move(bias, lambda data: _extent(data, bias)[0] + 256)(data)
+    (tmp_path / "z_9.h5").write_bytes(data)
+    before = snapshot(tmp_path)
+    line = r"a_1\.h5: .*bias:0: lies at another place than in z_9\.h5, and everything else does not: one is damaged"
+    check_line(isolated.run(["a_1.h5", "z_9.h5", "-q", "-o", "swa.h5"], tmp_path), 3, line)
+    assert snapshot(tmp_path) == before
+
+
 def test_a_flipped_payload_bit_changes_that_value_alone(isolated: Isolated, tmp_path: Path) -> None:
     """Bare HDF5 has no checksum of its own: see --expect-sha256."""
     data = bytearray(makers.store_bytes(ARRAYS))
