@@ -14,17 +14,19 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from itertools import accumulate
 from threading import local
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from isal.isal_zlib import crc32, crc32_combine
-from numpy.typing import NDArray
 
 from swa_avg.blocks import Block, blocks_of, read_pieces
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
 from swa_avg.formats.base import Checkpoint, Image, Tensor
 from swa_avg.plan import Plan
 from swa_avg.policy import FLOATS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = [
     "BlockWorker",
@@ -62,7 +64,8 @@ class Combiner:
     threads: int
     """Workers of the executor; with them the number of blocks under way, and the memory, is bounded."""
     verify: bool = True
-    """Read every byte of every input and hold its CRC-32 against the one that its container declares."""
+    """Read every byte of every input and hold its CRC-32 against the one that its container declares; else,
+    only that of the newest, which is read whole anyway."""
     progress: Callable[[int], None] = lambda count: None
     """Told how many more bytes have been read."""
     checksums: list[list[int | None]] = field(init=False)
@@ -93,8 +96,8 @@ class Combiner:
             UnreadableError: an input became shorter or fails its checksum.
             SystemRefusalError: the system could not read.
         """
-        shared = self._worker.shared()
-        running = [0] * len(shared)
+        checked = self._worker.checked()
+        running = [0] * len(checked)
         shape = (len(self.rows), self.block_bytes + _SLACK)
         free = [np.empty(shape, np.uint8) for _ in range(_PENDING * self.threads)]
         under_way: deque[_Underway] = deque()
@@ -110,11 +113,10 @@ class Combiner:
         finally:
             for _, _, work in under_way:
                 work.cancel()
-        if self.verify:
-            for position, source in enumerate(shared):
-                self._verified(source, index, running[position])
-            if index == 0:
-                self._verify_others(shared)
+        for position, source in enumerate(checked):
+            self._verified(source, index, running[position])
+        if self.verify and index == 0:
+            self._verify_others(checked)
 
     def _submit(self, block: Block, averages: NDArray[np.uint8]) -> Future[list[int]]:
         try:
@@ -144,10 +146,10 @@ class Combiner:
             raise UnreadableError(image.path, problem, hint="leave this file out, or restore it")
         self.checksums[source][index] = checksum
 
-    def _verify_others(self, shared: Sequence[int]) -> None:
+    def _verify_others(self, checked: Sequence[int]) -> None:
         """Check the inputs whose bytes lie elsewhere than the template's: block by block would not do."""
         for number, source in enumerate(self.plan.inputs):
-            if number not in shared:
+            if number not in checked:
                 for index, image in enumerate(source.images):
                     self._verified(number, index, checksum_of(image))
 
@@ -162,16 +164,24 @@ class BlockWorker:
     verify: bool
     _scratch: local = field(default_factory=local, compare=False)
 
-    def shared(self) -> list[int]:
-        """Return the inputs whose tensors lie where the template's do."""
-        tensors = self.plan.template.tensors
-        return [number for number, source in enumerate(self.plan.inputs) if source.tensors is tensors]
+    def checked(self) -> list[int]:
+        """Return the inputs whose bytes are all read and checked block by block: their tensors lie where the
+        template's do."""
+        return [number for number, source in enumerate(self.plan.inputs) if self._is_read_whole(source)]
+
+    def _is_read_whole(self, source: Checkpoint) -> bool:
+        template = self.plan.template
+        return source.tensors is template.tensors and (self.verify or source.images is template.images)
 
     def __call__(self, block: Block, averages: NDArray[np.uint8]) -> list[int]:
         """Average a block into `averages`, of shape (rows, bytes).
 
-        Return the CRC-32 of the block's bytes in each input of the template's layout, when verifying.
+        Return the CRC-32 of the block's bytes in each of the `checked` inputs.
         """
+        with np.errstate(all="ignore"):  # what is not finite is found at the end
+            return self._combine(block, averages)
+
+    def _combine(self, block: Block, averages: NDArray[np.uint8]) -> list[int]:
         template = self.plan.template
         checksums = []
         last = len(self.plan.inputs) - 1
@@ -180,17 +190,16 @@ class BlockWorker:
         sums = _Sums(block, self.rows, self._accumulator(block))
         for number, source in enumerate(self.plan.inputs):
             raw = scratch
-            if source.tensors is template.tensors and (self.verify or source is template):
-                if number == last and source is template:  # the newest input's bytes are the output's
+            if self._is_read_whole(source):
+                if number == last:  # the newest input, whose bytes are the output's
                     raw = averages[0]
                 source.images[block.image].read_into(raw.data, block.start)
-                if self.verify:
-                    checksums.append(crc32(raw))
+                checksums.append(crc32(raw))
             elif block.pieces:
                 read_pieces(source, template, block, raw)
             if block.pieces:
-                sums.add(number, pieces if raw is scratch else _Pieces(block, raw, pieces))
-        if self.plan.inputs[-1] is not template:
+                sums.add(number, pieces if raw is scratch else _Pieces(block, raw))
+        if not self._is_read_whole(self.plan.inputs[last]):
             template.images[block.image].read_into(averages[0].data, block.start)
         if block.pieces:
             sums.finish(averages, template)
@@ -238,7 +247,7 @@ class _UnfitError(Exception):
 class _Pieces:
     """The values of a block's pieces in a buffer that holds the block's bytes of one input."""
 
-    def __init__(self, block: Block, raw: NDArray[np.uint8], first: _Pieces | None = None) -> None:
+    def __init__(self, block: Block, raw: NDArray[np.uint8]) -> None:
         self.values: list[NDArray[Any]] = []
         self.integers: list[NDArray[np.uint8]] = []
         for piece in block.pieces:
@@ -277,11 +286,9 @@ class _Sums:
             _widen(view) if piece.tensor.dtype == "bfloat16" else view
             for piece, view in zip(self.averaged, pieces.values, strict=True)
         ]
-        with np.errstate(all="ignore"):  # what is not finite is found at the end
-            for row, (factors, _) in enumerate(self.rows):
-                factor = factors[number]
-                if factor:
-                    self._add(row, factor, values)
+        for row, (factors, _) in enumerate(self.rows):
+            if factors[number]:
+                self._add(row, factors[number], values)
 
     def _add(self, row: int, factor: float, values: Sequence[NDArray[Any]]) -> None:
         for sums, value in zip(self.parts[row], values, strict=True):
@@ -306,8 +313,7 @@ class _Sums:
                 if dtype == "bfloat16":
                     target.view(np.uint16)[:] = round_to_bfloat16(sums)
                 else:
-                    with np.errstate(over="ignore"):
-                        target.view(dtype)[:] = sums
+                    target.view(dtype)[:] = sums
                 if min(factors) < 0 and not _all_finite(target, dtype):  # else it lies between the inputs
                     problem = f"the average does not fit into {dtype}"
                     raise MismatchError([Finding(template.path, piece.tensor.name, problem)])
@@ -393,10 +399,11 @@ def stream_values(plan: Plan, block_bytes: int) -> Iterator[Iterator[list[tuple[
     Raises:
         UnreadableError, SystemRefusalError: as for `Image.read_into`.
     """
-    raw = np.empty(block_bytes, np.uint8)
+    buffer = np.empty((1, block_bytes + _SLACK), np.uint8)
     for index in range(len(plan.template.images)):
         for block in blocks_of(plan, index, block_bytes):
             if block.pieces:
+                raw = _aligned(buffer, block)[0]
                 yield (_values(source, plan.template, block, raw) for source in plan.inputs)
 
 

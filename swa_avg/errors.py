@@ -7,11 +7,11 @@ a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from swa_avg.sweeping import SweepReport
 
 __all__ = [
@@ -52,14 +52,15 @@ class UnreadableError(SwaAvgError, ValueError):
     exit_code = 3
 
     def __init__(self, path: Path | str, problem: str, *, tensor: str | None = None, hint: str = "") -> None:
+        from pathlib import Path  # `swa-avg --help` does without
+
         self.path = Path(path)
         self.tensor = tensor
         parts = [path, problem] if tensor is None else [path, tensor, problem]
         super().__init__(escape(": ".join(map(str, parts)) + (f"; {hint}" if hint else "")))
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One reason why the inputs cannot be averaged."""
 
     path: Path

@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swa_avg import methods
 from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_values, with_values
-from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.blocks import bytes_to_read
 from swa_avg.combine import Combiner, block_memory
 from swa_avg.digests import check_digests, read_digests
@@ -27,6 +26,9 @@ from swa_avg.policy import batchnorm_layers, resolve_dtypes
 from swa_avg.provenance import batchnorm_record, describe
 from swa_avg.publish import Publication, check_output
 from swa_avg.selection import epochs_of, expand, select
+
+if TYPE_CHECKING:
+    from swa_avg.batchnorm.report import RefreshReport
 
 __all__ = [
     "Progress",
@@ -47,10 +49,10 @@ __all__ = [
 
 Progress = Callable[[int, int], None]
 """Called with (bytes to read in all, bytes read since the last call)."""
-Refreshed = Callable[[Path], tuple[Mapping[str, bytes], RefreshReport]]
+Refreshed = Callable[[Path], "tuple[Mapping[str, bytes], RefreshReport]"]
 """For the draft of an average, tensor name -> new bytes of its BatchNorm statistics, and the report."""
 
-_BLOCK_BYTES = 2**19  # with its sums, it stays in a core's cache
+_BLOCK_BYTES = 2**18  # with its sums, it stays in a core's cache
 _SMALLEST_BLOCK = 2**16
 _SMALLEST_BLOCK_OF_ROWS = 2**12
 _MOST_FOR_ROWS = 2**26
@@ -102,6 +104,7 @@ def average(
     dry_run: bool = False,
     progress: Progress | None = None,
     refresh_progress: Callable[[int | None, int], None] | None = None,
+    published: Callable[[], None] | None = None,
 ) -> Report:
     """Average Keras checkpoints into one, without Keras.
 
@@ -138,6 +141,7 @@ def average(
         dry_run: Plan, and write nothing.
         progress: Told how many bytes have been read.
         refresh_progress: Told how many rows of data have been used, as by `refresh_batchnorm`.
+        published: Told that the output has its name, before SIGINT and SIGTERM that came meanwhile are.
 
     Raises:
         UsageError: the request cannot be met as it was made.
@@ -175,7 +179,7 @@ def average(
         statistics = write_average(
             combiner, lambda: describe(plan, method, combiner.checksums, dtype), publication, refreshed
         )
-        publication.publish()
+        publication.publish(published)
     return replace(report, refresh=statistics)
 
 

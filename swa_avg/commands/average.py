@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from swa_avg.commands.options import (
     take_refresh,
 )
 from swa_avg.commands.terminal import batchnorm_warning, progress_bar, say
+from swa_avg.interrupts import interrupts
 from swa_avg.words import size_text
 
 if TYPE_CHECKING:
@@ -83,11 +83,14 @@ def average(
             refresh=refresh,
             progress=progress,
             refresh_progress=rows,
+            published=interrupts.ignore,
             **options,
         )
     if not quiet:
         _describe(report, dry_run=options["dry_run"], verbose=verbose)
     if as_json:
+        import json
+
         click.echo(json.dumps(_as_json(report, options["dry_run"])))
 
 

@@ -11,10 +11,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from swa_avg.errors import SwaAvgError, UnreadableError
-from swa_avg.formats.base import Buffer, Checkpoint, Image, ImageFile, Provenance, Stage, open_file
+from swa_avg.formats.base import (
+    PROVENANCE,
+    Buffer,
+    Checkpoint,
+    Image,
+    ImageFile,
+    Provenance,
+    Stage,
+    open_file,
+)
 from swa_avg.formats.hdf5 import WEIGHTS, Hdf5Checkpoint, is_keras_store, layer_names
 from swa_avg.formats.layout import read_layout
-from swa_avg.formats.rebuild import strip
 from swa_avg.formats.stored_zip import StoredZip
 from swa_avg.strict_json import MAX_JSON, parse_json
 
@@ -22,7 +30,6 @@ __all__ = ["SIGNATURE", "ArchiveCheckpoint", "data_offset", "open_archive"]
 
 SIGNATURE = b"PK"
 _WEIGHTS, _CONFIG, _METADATA = "model.weights.h5", "config.json", "metadata.json"
-_PROVENANCE = "swa_avg"
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _MAX_MEMBERS = 20_000
 _ENCRYPTED = 0x1
@@ -48,7 +55,7 @@ class ArchiveCheckpoint(Checkpoint):
                 output.add(member, self.images[0].size, image(0))
             elif member.filename == _METADATA:
                 record = provenance()
-                own = {} if record is None else {_PROVENANCE: record}
+                own = {} if record is None else {PROVENANCE: record}
                 metadata = json.dumps({**(self.metadata or {}), **own}).encode()
                 output.add(member, len(metadata), [metadata])
             else:
@@ -56,6 +63,8 @@ class ArchiveCheckpoint(Checkpoint):
         output.finish()
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
+        from swa_avg.formats.rebuild import strip
+
         return replace(self, **strip(self, ("optimizer",), scratch))
 
     def as_weights(self) -> Hdf5Checkpoint:
@@ -148,7 +157,7 @@ def _checkpoint(
         "config_bytes": config_bytes,
         "config": config,
         "metadata": metadata,
-        "is_average": _PROVENANCE in metadata,
+        "is_average": PROVENANCE in metadata,
         "writer": _writer(metadata.get("keras_version")),
     }
     if isinstance(like, ArchiveCheckpoint) and like.shares_layout((image,)):

@@ -2,28 +2,37 @@
 
 libhdf5 loops forever or crashes on damaged variable-length strings, the form in which Keras stores
 `model_config` and layer names. So these few structures are decoded here, with every length checked, from
-the HDF5 file format specification (version 3.0): object header version 1 (IV.A.1.a), continuation (IV.A.2.q),
-attribute (IV.A.2.m), datatype (IV.A.2.d), dataspace (IV.A.2.b) and global heap (III.E). That is what every
-Keras writer produces; an attribute stored in another way is reported as absent.
+the HDF5 file format specification (version 3.0): attribute (IV.A.2.m), datatype (IV.A.2.d), dataspace
+(IV.A.2.b) and global heap (III.E).
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from swa_avg.formats.base import Image
 
-__all__ = ["Attribute", "AttributeReader", "DamagedAttributeError", "decode", "whole_name"]
+__all__ = [
+    "Attribute",
+    "AttributeReader",
+    "DamagedStructureError",
+    "decode",
+    "number_of",
+    "shape_of",
+    "whole_name",
+]
 
-_ATTRIBUTE, _CONTINUATION = 0x000C, 0x0010
-_SHARED = 2
 _INTEGER, _FLOAT, _FIXED_STRING, _VARIABLE_LENGTH = 0, 1, 3, 9
+_TYPE_BYTES = {_INTEGER: 12, _FLOAT: 20}  # a message is padded to a multiple of eight
 _MAX_BYTES = 96 * 2**20  # more than the longest configuration that is parsed
 _NUMBERS = {  # class and the rest of a datatype message -> NumPy's name
-    (_INTEGER, struct.pack("<3BI2H", signed, 0, 0, size, 0, 8 * size)): f"<{'i' if signed else 'u'}{size}"
+    (
+        _INTEGER,
+        struct.pack("<3BI2H", signed, 0, 0, size, 0, 8 * size),
+    ): f"{'int' if signed else 'uint'}{8 * size}"
     for size in (1, 2, 4, 8)
     for signed in (0, 8)
 } | {
@@ -32,13 +41,13 @@ _NUMBERS = {  # class and the rest of a datatype message -> NumPy's name
         struct.pack(
             "<3BI2H4BI", 0x20, 8 * size - 1, 0, size, 0, 8 * size, mantissa, exponent, 0, mantissa, bias
         ),
-    ): f"<f{size}"
+    ): f"float{8 * size}"
     for size, mantissa, exponent, bias in ((2, 10, 5, 15), (4, 23, 8, 127), (8, 52, 11, 1023))
 }
 
 
-class DamagedAttributeError(ValueError):
-    """A structure that an attribute's bytes lead to is not what the format says."""
+class DamagedStructureError(ValueError):
+    """A structure of an HDF5 image is not what the format says."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class Attribute:
     @property
     def number(self) -> str | None:
         """NumPy's name of its type, where that is a plain little-endian number."""
-        return _NUMBERS.get((self.datatype[0] & 15, self.datatype[1:]))
+        return number_of(self.datatype)
 
     @property
     def is_fixed_string(self) -> bool:
@@ -88,18 +97,18 @@ class AttributeReader:
         self._heaps: dict[int, dict[int, memoryview]] = {}
         self._heap_bytes = 0
 
-    def strings(self, header: int, names: Sequence[str]) -> dict[str, list[bytes]]:
-        """Return those attributes in `names` that the object with header address `header` has.
+    def strings(self, messages: Iterable[bytes], names: Sequence[str]) -> dict[str, list[bytes]]:
+        """Return those attributes in `names` that are among the attribute messages of an object.
 
         Keras splits an attribute above 64 kB into `name0`, `name1`, ...; the parts are joined under `name`.
         Each value is the flat list of its strings: one for a scalar, none for an empty array of any type.
 
         Raises:
-            DamagedAttributeError: a length or an address points outside the image, or a structure is
+            DamagedStructureError: a length or an address points outside the image, or a structure is
                 malformed.
         """
         found = {}
-        for attribute in self.attributes(header):
+        for attribute in map(decode, messages):
             if whole_name(attribute.name) in names:
                 values = self.values(attribute)
                 if values is not None:
@@ -109,47 +118,18 @@ class AttributeReader:
             joined.setdefault(whole_name(name), []).extend(found[name])
         return joined
 
-    def attributes(self, header: int) -> list[Attribute]:
-        """Return the attributes of an object as they are stored; errors as for `strings`."""
-        try:
-            return [decode(body) for body in self._messages(header)]
-        except (struct.error, IndexError) as error:
-            raise DamagedAttributeError("an attribute is cut short") from error
-
     def values(self, attribute: Attribute) -> list[bytes] | None:
         """Return the strings that an attribute holds, None if it is of another type; errors likewise."""
         count, size, data = math.prod(attribute.shape), attribute.size, attribute.data
         if count == 0:
             return []
         if size == 0 or count > len(data) or len(data) < count * size:
-            raise DamagedAttributeError("an attribute is cut short")
+            raise DamagedStructureError("an attribute is cut short")
         if attribute.is_fixed_string:
             return [data[i * size : (i + 1) * size].rstrip(b"\0") for i in range(count)]
         if attribute.is_variable_string:
             return [self._heap_object(data[i * 16 : i * 16 + 16]) for i in range(count)]
         return None
-
-    def _messages(self, header: int) -> Iterator[bytes]:
-        version, count, size = struct.unpack("<BxHxxxxI", self._read(header, 12))
-        if version != 1:
-            return
-        blocks = [(header + 16, size)]
-        seen = 0
-        while blocks:
-            start, size = blocks.pop(0)
-            block = self._read(start, size)
-            position = 0
-            while position + 8 <= size and seen < count:
-                kind, length, flags = struct.unpack_from("<HHB", block, position)
-                body = block[position + 8 : position + 8 + length]
-                if len(body) < length:
-                    raise DamagedAttributeError("an object header is cut short")
-                if kind == _CONTINUATION:
-                    blocks.append(struct.unpack_from("<QQ", body))
-                elif kind == _ATTRIBUTE and not flags & _SHARED:  # a shared one holds an address instead
-                    yield body
-                position += 8 + length
-                seen += 1
 
     def _heap_object(self, reference: bytes) -> bytes:
         length, address, index = struct.unpack("<IQI", reference)
@@ -159,17 +139,17 @@ class AttributeReader:
             self._heaps[address] = self._heap(address)
         found = self._heaps[address].get(index)
         if found is None or len(found) < length:
-            raise DamagedAttributeError("an attribute's string is missing from its heap")
+            raise DamagedStructureError("an attribute's string is missing from its heap")
         self._spend(length)
         return bytes(found[:length])
 
     def _heap(self, address: int) -> dict[int, memoryview]:
         signature, version, size = struct.unpack("<4sBxxxQ", self._read(address, 16))
         if signature != b"GCOL" or version != 1:
-            raise DamagedAttributeError("an attribute's heap is not a heap")
+            raise DamagedStructureError("an attribute's heap is not a heap")
         self._heap_bytes += size
         if self._heap_bytes > _MAX_BYTES:
-            raise DamagedAttributeError(f"its attributes take more than {_MAX_BYTES >> 20} MiB")
+            raise DamagedStructureError(f"its attributes take more than {_MAX_BYTES >> 20} MiB")
         collection = memoryview(self._read(address, size))
         objects = {}
         position = 16
@@ -178,21 +158,21 @@ class AttributeReader:
             if index == 0:  # free space, to the end
                 break
             if position + 16 + length > size:
-                raise DamagedAttributeError("an attribute's heap is cut short")
+                raise DamagedStructureError("an attribute's heap is cut short")
             objects[index] = collection[position + 16 : position + 16 + length]
             position += 16 + -(-length // 8) * 8
         return objects
 
     def _read(self, position: int, size: int) -> bytes:
         if position + size > self.image.size:
-            raise DamagedAttributeError("an attribute points outside the file")
+            raise DamagedStructureError("an attribute points outside the file")
         self._spend(size)
         return self.image.read(position, size)
 
     def _spend(self, size: int) -> None:
         self._budget -= size
         if size > _MAX_BYTES or self._budget < 0:
-            raise DamagedAttributeError("its attributes overlap, or are too long")
+            raise DamagedStructureError("its attributes overlap, or are too long")
 
 
 def whole_name(part: bytes) -> str:
@@ -204,28 +184,43 @@ def decode(body: bytes) -> Attribute:
     """Return the attribute that an attribute message holds.
 
     Raises:
-        DamagedAttributeError, struct.error, IndexError: it is malformed or cut short.
+        DamagedStructureError: it is malformed or cut short.
     """
-    version, name_size, type_size, space_size = struct.unpack_from("<BxHHH", body)
-    if version not in (1, 2, 3):
-        raise DamagedAttributeError("an attribute has an unknown version")
-    parts = []
-    position = 9 if version == 3 else 8
-    for size in (name_size, type_size, space_size):
-        if position + size > len(body):
-            raise DamagedAttributeError("an attribute is cut short")
-        parts.append(body[position : position + size])
-        position += -(-size // 8) * 8 if version == 1 else size
-    name, datatype, space = parts
-    if len(datatype) < 8:
-        raise DamagedAttributeError("an attribute is cut short")
-    return Attribute(name.rstrip(b"\0"), _shape(space), datatype, body[position:])
+    try:
+        version, name_size, type_size, space_size = struct.unpack_from("<BxHHH", body)
+        if version not in (1, 2, 3):
+            raise DamagedStructureError("an attribute has an unknown version")
+        parts = []
+        position = 9 if version == 3 else 8
+        for size in (name_size, type_size, space_size):
+            if position + size > len(body):
+                raise DamagedStructureError("an attribute is cut short")
+            parts.append(body[position : position + size])
+            position += -(-size // 8) * 8 if version == 1 else size
+        name, datatype, space = parts
+        if len(datatype) < 8:
+            raise DamagedStructureError("an attribute is cut short")
+        return Attribute(name.rstrip(b"\0"), shape_of(space), datatype, body[position:])
+    except (struct.error, IndexError) as error:
+        raise DamagedStructureError("an attribute is cut short") from error
 
 
-def _shape(space: bytes) -> tuple[int, ...]:
+def shape_of(space: bytes) -> tuple[int, ...]:
+    """Return the shape that a dataspace message holds; (0,) of one that holds nothing.
+
+    Raises:
+        DamagedStructureError: it is of another version.
+        struct.error, IndexError: it is cut short.
+    """
     version, rank = space[0], space[1]
     if version == 1:
         return struct.unpack_from(f"<{rank}Q", space, 8)
     if version == 2:
         return (0,) if space[3] == 2 else struct.unpack_from(f"<{rank}Q", space, 4)
-    raise DamagedAttributeError("an attribute has an unknown dataspace")
+    raise DamagedStructureError("a dataspace is of an unknown version")
+
+
+def number_of(datatype: bytes) -> str | None:
+    """Return NumPy's name of a datatype message, where it is a plain little-endian number."""
+    kind = datatype[0] & 15
+    return _NUMBERS.get((kind, datatype[1 : _TYPE_BYTES.get(kind, 0)]))

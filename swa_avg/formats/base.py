@@ -19,6 +19,7 @@ from isal.isal_zlib import crc32
 from swa_avg.errors import SwaAvgError, SystemRefusalError, UnreadableError
 
 __all__ = [
+    "PROVENANCE",
     "Buffer",
     "Checkpoint",
     "Image",
@@ -30,14 +31,20 @@ __all__ = [
     "check_written",
     "open_file",
     "refusal",
+    "write_image",
 ]
 
+PROVENANCE = "swa_avg"
+"""Where an output says how it was made: a key or an attribute of this name."""
 Role = Literal["weight", "optimizer", "metric"]
 Buffer = bytes | bytearray | memoryview
 Provenance = Mapping[str, Any] | None
 """What an output says of how it was made; None leaves it out."""
 
 _WINDOW = 256 * 1024
+_MAX_METADATA = 64 * 2**20
+_Window = list[tuple[int, bytes]]
+"""Runs of bytes, each with where it starts."""
 
 # What an input cannot cause by being what it is: the machine has run out of something.
 _SYSTEM_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR}
@@ -260,18 +267,25 @@ class Checkpoint(ABC):
         Keras writes the checkpoints of one run so; their tensors then lie in the same places, and parsing
         one of them is enough.
         """
-        return len(images) == len(self.images) and all(
-            image.size == own.size and _equal(image, own, gaps)
-            for image, own, gaps in zip(images, self.images, self._gaps, strict=True)
+        return (
+            len(images) == len(self.images)
+            and self._metadata is not None
+            and all(
+                image.size == own.size and all(_agrees(image, window) for window in windows)
+                for image, own, windows in zip(images, self.images, self._metadata, strict=True)
+            )
         )
 
     @cached_property
-    def _gaps(self) -> list[list[tuple[int, int]]]:
-        """The runs of each image's bytes, (start, stop), that belong to no tensor."""
-        return [
+    def _metadata(self) -> list[list[_Window]] | None:
+        """All bytes of each image that belong to no tensor; None if they are too many to keep."""
+        gaps = [
             _gaps((tensor for tensor in self.tensors.values() if tensor.image == index), image.size)
             for index, image in enumerate(self.images)
         ]
+        if sum(stop - start for image in gaps for start, stop in image) > _MAX_METADATA:
+            return None
+        return [_windows(image, its) for image, its in zip(self.images, gaps, strict=True)]
 
     @abstractmethod
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
@@ -298,24 +312,23 @@ def _gaps(tensors: Iterable[Tensor], size: int) -> list[tuple[int, int]]:
     return [*gaps, (position, size)]
 
 
-def _equal(one: Image, other: Image, gaps: Sequence[tuple[int, int]]) -> bool:
-    """Tell whether two images agree in `gaps`; neighbours are read together, payload between included."""
-    index = 0
-    while index < len(gaps):
-        start, stop = gaps[index]
-        after = index + 1
-        while after < len(gaps) and gaps[after][1] - start <= _WINDOW:
-            stop = gaps[after][1]
-            after += 1
-        for position in range(start, stop, _WINDOW):  # a single gap may be longer than a window
-            size = min(_WINDOW, stop - position)
-            left, right = one.read(position, size), other.read(position, size)
-            for begin, end in gaps[index:after]:
-                piece = slice(max(0, begin - position), max(0, end - position))
-                if left[piece] != right[piece]:
-                    return False
-        index = after
-    return True
+def _windows(image: Image, gaps: Sequence[tuple[int, int]]) -> list[_Window]:
+    """Read the gaps; neighbours that lie within one window are kept, and later read, together."""
+    windows: list[_Window] = []
+    for start, stop in gaps:
+        piece = (start, image.read(start, stop - start))
+        if windows and stop - windows[-1][0][0] <= _WINDOW:
+            windows[-1].append(piece)
+        else:
+            windows.append([piece])
+    return windows
+
+
+def _agrees(image: Image, window: _Window) -> bool:
+    """Tell whether an image holds these bytes; they are read at once, what lies between included."""
+    first, (last, data) = window[0][0], window[-1]
+    found = image.read(first, last + len(data) - first)
+    return all(found.startswith(data, start - first) for start, data in window)
 
 
 class Stage(Protocol):
@@ -329,6 +342,16 @@ class Stage(Protocol):
         Files are published in the order in which they were created. `size`, the least that the file will
         hold, is reserved, so that a full disk is found before the work is done.
         """
+
+
+def write_image(file: IO[bytes], chunks: Iterable[Buffer]) -> None:
+    """Write the bytes of an image to the start of an empty file, and see that they read back."""
+    size = checksum = 0
+    for chunk in chunks:
+        file.write(chunk)
+        checksum = crc32(chunk, checksum)
+        size += len(chunk)
+    check_written(file, 0, size, checksum)
 
 
 def check_written(file: IO[bytes], start: int, size: int, checksum: int) -> None:

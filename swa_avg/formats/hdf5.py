@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 from swa_avg.errors import UnreadableError
-from swa_avg.formats.attributes import AttributeReader, DamagedAttributeError
-from swa_avg.formats.base import Buffer, Checkpoint, Image, Provenance, Stage, open_file
+from swa_avg.formats.attributes import AttributeReader, DamagedStructureError
+from swa_avg.formats.base import (
+    PROVENANCE,
+    Buffer,
+    Checkpoint,
+    Image,
+    Provenance,
+    Stage,
+    open_file,
+    write_image,
+)
 from swa_avg.formats.layout import SIGNATURE, Layout, read_layout
-from swa_avg.formats.rebuild import PROVENANCE, strip, write_image, write_provenance
 from swa_avg.strict_json import parse_json
 
 __all__ = [
@@ -42,13 +50,20 @@ class Hdf5Checkpoint(Checkpoint):
     def write(
         self, image: Callable[[int], Iterator[Buffer]], provenance: Callable[[], Provenance], stage: Stage
     ) -> None:
+        from swa_avg.formats.libhdf5 import check_readable
+        from swa_avg.formats.rebuild import write_provenance
+
         file = stage.create(stage.output.name, self.images[0].size)
         write_image(file, image(0))
         record = provenance()
         if record is not None:
             write_provenance(file, record, self.path, self.tensors.values())
+        # There is no checksum that would tell of damage to what was copied.
+        check_readable(Image(self.path, file, 0, file.seek(0, 2)), self.tensors)
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
+        from swa_avg.formats.rebuild import strip
+
         # In a legacy file of weights alone every top-level group is a layer.
         groups = () if self.kind == LEGACY_WEIGHTS else ("optimizer", "optimizer_weights")
         return replace(self, **strip(self, groups, scratch))
@@ -132,9 +147,9 @@ def layer_names(image: Image, layout: Layout) -> dict[str, str]:
     """Return path of a layer's group -> the layer's name, where the writer stored names (Keras 3.10 on)."""
     names = {}
     reader = AttributeReader(image)
-    for path, header in layout.groups.items():
+    for path, messages in layout.groups.items():
         if path.endswith("/vars"):
-            value = _strings(reader, header, "name").get("name")
+            value = _strings(reader, messages, "name").get("name")
             if value:
                 names[path.removesuffix("/vars")] = value[0].decode("utf-8", "backslashreplace")
     return names
@@ -161,14 +176,28 @@ def _check_legacy_groups(reader: AttributeReader, layout: Layout, parent: str) -
         weights = _names(reader, layout.groups[prefix + layer], "weight_names", layer)
         if len(set(weights)) < len(weights):
             raise UnreadableError(path, "the same weight listed twice", tensor=layer, hint=hint)
-        for weight in weights:
-            if f"{prefix}{layer}/{weight}" not in layout.tensors:
-                name = f"{layer}/{weight}"
-                raise UnreadableError(path, "weight listed, but not stored", tensor=name, hint=hint)
+        _check_stored(path, layout, prefix + layer, weights, hint)
+    if parent and "optimizer_weights" in layout.groups:
+        weights = [
+            name.decode("utf-8", "backslashreplace")
+            for name in _strings(reader, layout.groups["optimizer_weights"], "weight_names").get(
+                "weight_names", []
+            )
+        ]
+        _check_stored(path, layout, "optimizer_weights", weights, hint)
 
 
-def _names(reader: AttributeReader, header: int, attribute: str, layer: str | None = None) -> list[str]:
-    values = _strings(reader, header, attribute).get(attribute)
+def _check_stored(path: Path, layout: Layout, group: str, weights: Iterable[str], hint: str) -> None:
+    for weight in weights:
+        if f"{group}/{weight}" not in layout.tensors:
+            name = f"{group.removeprefix('model_weights/')}/{weight}"
+            raise UnreadableError(path, "weight listed, but not stored", tensor=name, hint=hint)
+
+
+def _names(
+    reader: AttributeReader, messages: Sequence[bytes], attribute: str, layer: str | None = None
+) -> list[str]:
+    values = _strings(reader, messages, attribute).get(attribute)
     if values is None:
         hint = (
             "the save that wrote it did not finish, or it is stored in a newer HDF5 layout than Keras writes"
@@ -177,8 +206,8 @@ def _names(reader: AttributeReader, header: int, attribute: str, layer: str | No
     return [value.decode("utf-8", "backslashreplace") for value in values]
 
 
-def _strings(reader: AttributeReader, header: int, *names: str) -> dict[str, list[bytes]]:
+def _strings(reader: AttributeReader, messages: Sequence[bytes], *names: str) -> dict[str, list[bytes]]:
     try:
-        return reader.strings(header, names)
-    except DamagedAttributeError as error:
+        return reader.strings(messages, names)
+    except DamagedStructureError as error:
         raise UnreadableError(reader.image.path, f"damaged HDF5 file: {error}") from error

@@ -5,37 +5,28 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-import h5py
-from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t
+from swa_avg.errors import UnreadableError
+from swa_avg.formats.attributes import DamagedStructureError, decode, number_of, shape_of
+from swa_avg.formats.base import Image, Role, Tensor
+from swa_avg.formats.structure import Extent, Message, NewerStructureError, Structures
 
-from swa_avg.errors import SwaAvgError, UnreadableError
-from swa_avg.formats.attributes import DamagedAttributeError
-from swa_avg.formats.base import Image, ImageFile, Role, Tensor
-from swa_avg.formats.structure import structures
-
-__all__ = ["SIGNATURE", "Layout", "first_line", "read_layout"]
+__all__ = ["SIGNATURE", "Layout", "Walk", "read_layout"]
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _SUPERBLOCK_SIZE = 96
 _MAX_OBJECTS = 50_000
 _MAX_DEPTH = 64
 _MAX_NAME = 1_000
-_CONVERT = "rewrite it without: h5repack -l CONTI -f NONE IN OUT"
-
-_KNOWN_TYPES: dict[tuple[int, int], tuple[tuple[str, Any], ...]] = {
-    (h5t.FLOAT, 2): (("float16", h5t.IEEE_F16LE),),
-    (h5t.FLOAT, 4): (("float32", h5t.IEEE_F32LE),),
-    (h5t.FLOAT, 8): (("float64", h5t.IEEE_F64LE),),
-    (h5t.INTEGER, 1): (("int8", h5t.STD_I8LE), ("uint8", h5t.STD_U8LE)),
-    (h5t.INTEGER, 2): (("int16", h5t.STD_I16LE), ("uint16", h5t.STD_U16LE)),
-    (h5t.INTEGER, 4): (("int32", h5t.STD_I32LE), ("uint32", h5t.STD_U32LE)),
-    (h5t.INTEGER, 8): (("int64", h5t.STD_I64LE), ("uint64", h5t.STD_U64LE)),
-}
 _ROLES: dict[str, Role] = {"optimizer": "optimizer", "optimizer_weights": "optimizer", "metrics": "metric"}
+
+_DATASPACE, _DATATYPE, _EXTERNAL, _STORAGE, _FILTERS = 0x0001, 0x0003, 0x0007, 0x0008, 0x000B
+_SHARED = 2
+_CONTIGUOUS = 1
+_OPAQUE, _ENUMERATION = 5, 8
+_UNALLOCATED = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -43,80 +34,113 @@ class Layout:
     """What is in one HDF5 image, apart from the values."""
 
     tensors: Mapping[str, Tensor]
-    groups: Mapping[str, int]
-    """Path -> address of the object header; the root is the empty path."""
-    datasets: Mapping[str, int]
+    groups: Mapping[str, Sequence[bytes]]
+    """Path -> attribute messages; the root is the empty path."""
+    datasets: Mapping[str, Sequence[bytes]]
     """The same of what is no group."""
 
 
 def read_layout(image: Image, index: int = 0) -> Layout:
-    """Parse an HDF5 image for where its tensors lie; no attribute and no value is read.
+    """Parse an HDF5 image for where its tensors lie; no value is read.
 
-    The walk is iterative and limited, follows hard links only, and visits no group twice.
+    libhdf5 is asked only where a group keeps its links in a newer way than Keras's files do, and never
+    for an attribute.
 
     Raises:
         UnreadableError: the file is damaged, or holds something other than plain contiguous tensors.
     """
     if image.size < len(SIGNATURE) or image.read(0, len(SIGNATURE)) != SIGNATURE:
         raise UnreadableError(image.path, "not an HDF5 file")
-    walk = _Walk(image, index)
+    walk = Walk(image, index)
     try:
-        with h5py.File(ImageFile(image), "r") as file:
-            layout = walk.walk(file.id)
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError) as error:
-        if isinstance(error, SwaAvgError):
-            raise
-        problem = f"damaged HDF5 file ({first_line(error)})"
+        structures = Structures(image)
+        try:
+            _walk(walk, structures)
+        except NewerStructureError:
+            from swa_avg.formats.libhdf5 import walk_newer
+
+            walk, structures = Walk(image, index), Structures(image)
+            walk_newer(walk, structures)
+    except (DamagedStructureError, struct.error, IndexError, MemoryError) as error:
+        problem = f"damaged HDF5 file ({error or 'a structure is too large'})"
         raise UnreadableError(image.path, problem, tensor=walk.at) from error
-    _check_extents(image, layout)
+    layout = Layout({**walk.tensors, **walk.inner_optimizers()}, walk.groups, walk.datasets)
+    _check_extents(image, layout.tensors.values(), structures)
     return layout
 
 
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+@dataclass
+class Walk:
+    """One pass over the groups of an image: what has been found so far."""
 
+    image: Image
+    index: int
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    groups: dict[str, Sequence[bytes]] = field(default_factory=dict)
+    datasets: dict[str, Sequence[bytes]] = field(default_factory=dict)
+    at: str | None = None
+    """The object that is looked at."""
+    _entered: set[int] = field(default_factory=set)
 
-class _Walk:
-    """One pass over the groups of an image."""
+    def child(self, path: str, name: bytes) -> str:
+        """Return the path of what a group holds under `name`, after checks of name and number."""
+        if len(name) > _MAX_NAME:
+            raise UnreadableError(self.image.path, f"holds a name of {len(name)} bytes")
+        try:
+            text = name.decode()
+        except UnicodeDecodeError:
+            raise UnreadableError(self.image.path, f"holds a name that is not UTF-8: {name[:80]!r}") from None
+        if text in ("", ".", "..") or "/" in text:
+            raise UnreadableError(self.image.path, f"holds an impossible name: {name[:80]!r}")
+        self.at = child = f"{path}/{text}" if path else text
+        if child in self.tensors or child in self.groups:
+            raise UnreadableError(self.image.path, "stands twice in the file", tensor=child)
+        if len(self.tensors) + len(self.groups) >= _MAX_OBJECTS:
+            raise UnreadableError(self.image.path, f"holds more than {_MAX_OBJECTS} objects")
+        return child
 
-    def __init__(self, image: Image, index: int) -> None:
-        self.image = image
-        self.index = index
-        self.tensors: dict[str, Tensor] = {}
-        self.groups: dict[str, int] = {}
-        self.datasets: dict[str, int] = {}
-        self.seen: set[int] = set()
-        self.at: str | None = None
-        """The object that is looked at."""
+    def enter(self, path: str, address: int, attributes: Sequence[bytes]) -> None:
+        """Note a group, which may be reached once only."""
+        if address in self._entered:
+            raise UnreadableError(self.image.path, "is a group that is linked twice", tensor=path)
+        if path.count("/") > _MAX_DEPTH:
+            raise UnreadableError(self.image.path, f"holds groups nested more than {_MAX_DEPTH} deep")
+        self._entered.add(address)
+        self.groups[path] = attributes
 
-    def walk(self, file: Any) -> Layout:
-        root = h5g.open(file, b"/")
-        self._enter("", h5o.get_info(root).addr)
-        pending = [("", root)]
-        while pending:
-            path, group = pending.pop()
-            for name in group:
-                self.at = child = self._child(path, name)
-                if child in self.tensors or child in self.groups:
-                    raise UnreadableError(self.image.path, "stands twice in the file", tensor=child)
-                if group.links.get_info(name).type != h5l.TYPE_HARD:
-                    raise UnreadableError(
-                        self.image.path, "is a soft or external link, which Keras never writes", tensor=child
-                    )
-                info = h5o.get_info(group, name)
-                if info.type == h5o.TYPE_GROUP:
-                    self._enter(child, info.addr)
-                    pending.append((child, h5g.open(group, name)))
-                elif info.type == h5o.TYPE_DATASET:
-                    self.datasets[child] = info.addr
-                    self.tensors[child] = self._tensor(child, h5d.open(group, name))
-                else:
-                    raise UnreadableError(self.image.path, "is neither a group nor a dataset", tensor=child)
-                if len(self.tensors) + len(self.groups) > _MAX_OBJECTS:
-                    raise UnreadableError(self.image.path, f"holds more than {_MAX_OBJECTS} objects")
-        return Layout({**self.tensors, **self._inner_optimizers()}, self.groups, self.datasets)
+    def add(self, name: str, shape: tuple[int, ...], kind: tuple[str, int], offset: int) -> None:
+        """Note a dataset, of a type and so many bytes a value."""
+        dtype, itemsize = kind
+        nbytes = math.prod(shape) * itemsize
+        role = _ROLES.get(name.split("/", 1)[0], "weight")
+        offset = offset if nbytes else 0
+        self.tensors[name] = Tensor(name, tuple(map(int, shape)), dtype, self.index, offset, nbytes, role)
 
-    def _inner_optimizers(self) -> dict[str, Tensor]:
+    def refuse_link(self, name: str) -> UnreadableError:
+        problem = "is a soft or external link, which Keras never writes"
+        return UnreadableError(self.image.path, problem, tensor=name)
+
+    def refuse_storage(self, name: str) -> UnreadableError:
+        problem = "is stored chunked, compressed, compact, virtual or in another file"
+        hint = "rewrite it without: h5repack -l CONTI -f NONE IN OUT"
+        return UnreadableError(self.image.path, problem, tensor=name, hint=hint)
+
+    def refuse_type(self, name: str) -> UnreadableError:
+        problem = "has a type that Keras does not write for a variable"
+        return UnreadableError(self.image.path, problem, tensor=name)
+
+    def refuse_object(self, name: str) -> UnreadableError:
+        return UnreadableError(self.image.path, "is neither a group nor a dataset", tensor=name)
+
+    def check_size(self, name: str, nbytes: int, offset: int | None, stored: int) -> None:
+        """Raise UnreadableError unless a dataset's bytes were written, all of them."""
+        if nbytes and offset is None:
+            raise UnreadableError(self.image.path, "was never written", tensor=name)
+        if offset is not None and stored != nbytes:
+            problem = f"its shape takes {nbytes} bytes, but {stored} are stored"
+            raise UnreadableError(self.image.path, problem, tensor=name)
+
+    def inner_optimizers(self) -> dict[str, Tensor]:
         """Return the tensors of optimizers that a subclassed model holds as attributes, such as a GAN's.
 
         Told by what they are called and by what every Keras optimizer starts with: the count of its
@@ -134,89 +158,91 @@ class _Walk:
                         found[name] = replace(tensor, role="optimizer")
         return found
 
-    def _child(self, path: str, name: bytes) -> str:
-        if len(name) > _MAX_NAME:
-            raise UnreadableError(self.image.path, f"holds a name of {len(name)} bytes")
-        try:
-            text = name.decode()
-        except UnicodeDecodeError:
-            raise UnreadableError(self.image.path, f"holds a name that is not UTF-8: {name[:80]!r}") from None
-        if text in ("", ".", "..") or "/" in text:
-            raise UnreadableError(self.image.path, f"holds an impossible name: {name[:80]!r}")
-        return f"{path}/{text}" if path else text
 
-    def _enter(self, path: str, address: int) -> None:
-        if address in self.seen:
-            raise UnreadableError(self.image.path, "is a group that is linked twice", tensor=path)
-        if path.count("/") > _MAX_DEPTH:
-            raise UnreadableError(self.image.path, f"holds groups nested more than {_MAX_DEPTH} deep")
-        self.seen.add(address)
-        self.groups[path] = address
+def _walk(walk: Walk, structures: Structures) -> None:
+    """Look at every object that can be reached; iterative, and no object is read twice.
 
-    def _tensor(self, name: str, dataset: Any) -> Tensor:
-        # The layout first: to ask a virtual dataset for its shape would open the files that it names.
-        properties = dataset.get_create_plist()
-        if (
-            properties.get_layout() != h5d.CONTIGUOUS
-            or properties.get_nfilters()
-            or properties.get_external_count()
-        ):
-            problem = "is stored chunked, compressed, compact, virtual or in another file"
-            raise UnreadableError(self.image.path, problem, tensor=name, hint=_CONVERT)
-        dtype, itemsize = self._dtype(name, dataset)
-        space = dataset.get_space()
-        shape: tuple[int, ...] = space.shape if space.get_simple_extent_type() != h5s.NULL else (0,)
-        nbytes = math.prod(shape) * itemsize
-        offset = dataset.get_offset() if nbytes else 0
-        if offset is None:
-            raise UnreadableError(self.image.path, "was never written", tensor=name)
-        if nbytes and dataset.get_storage_size() != nbytes:
-            problem = f"its shape takes {nbytes} bytes, but {dataset.get_storage_size()} are stored"
-            raise UnreadableError(self.image.path, problem, tensor=name)
-        role = _ROLES.get(name.split("/", 1)[0], "weight")
-        return Tensor(name, tuple(map(int, shape)), dtype, self.index, offset, nbytes, role)
-
-    def _dtype(self, name: str, dataset: Any) -> tuple[str, int]:
-        stored = dataset.get_type()
-        kind, size = stored.get_class(), stored.get_size()
-        for dtype, known in _KNOWN_TYPES.get((kind, size), ()):
-            if stored.equal(known):
-                return dtype, size
-        if kind == h5t.OPAQUE and size == 2:
-            # Keras 3 tags bfloat16 with an attribute; that it is there is enough, its value is not read.
-            return ("bfloat16" if h5a.exists(dataset, b"dtype") else "opaque16"), size
-        if kind == h5t.ENUM and size == 1 and stored.get_nmembers() == 2:
-            return "bool", size
-        raise UnreadableError(
-            self.image.path, "has a type that Keras does not write for a variable", tensor=name
-        )
+    Raises:
+        NewerStructureError: an object is of a newer kind than those that are read here.
+    """
+    if structures.is_newer:
+        raise NewerStructureError
+    known: dict[int, list[Message]] = {}
+    root = structures.messages(structures.root)
+    walk.enter("", structures.root, structures.attributes(root))
+    pending = [("", root)]
+    while pending:
+        path, messages = pending.pop()
+        links = structures.links(messages)
+        if links is None:
+            raise walk.refuse_object(path)
+        for name, address in links:
+            child = walk.child(path, name)
+            if address is None:
+                raise walk.refuse_link(child)
+            if address not in known:
+                known[address] = structures.messages(address)
+            messages = known[address]
+            attributes = structures.attributes(messages)
+            if any(kind == _STORAGE for kind, _, _ in messages):
+                walk.datasets[child] = attributes
+                _add_tensor(walk, child, messages, attributes)
+            else:
+                walk.enter(child, address, attributes)
+                pending.append((child, messages))
 
 
-def _check_extents(image: Image, layout: Layout) -> None:
+def _add_tensor(walk: Walk, name: str, messages: Sequence[Message], attributes: Iterable[bytes]) -> None:
+    bodies = {kind: body for kind, _, body in messages}
+    flags = {kind: flag for kind, flag, _ in messages}
+    storage = bodies[_STORAGE]
+    if storage[0] not in (3, 4) or flags.get(_DATASPACE, 0) & _SHARED:
+        raise NewerStructureError
+    if storage[1] != _CONTIGUOUS or _FILTERS in bodies or _EXTERNAL in bodies:
+        raise walk.refuse_storage(name)
+    if not {_DATASPACE, _DATATYPE} <= bodies.keys():
+        raise DamagedStructureError("a dataset has no shape or no type")
+    if flags[_DATATYPE] & _SHARED:
+        raise walk.refuse_type(name)
+    kind = _type(bodies[_DATATYPE], attributes)
+    if kind is None:
+        raise walk.refuse_type(name)
+    shape = shape_of(bodies[_DATASPACE])
+    offset, stored = struct.unpack_from("<QQ", storage, 2)
+    nbytes = math.prod(shape) * kind[1]
+    walk.check_size(name, nbytes, None if offset == _UNALLOCATED else offset, stored)
+    walk.add(name, shape, kind, offset)
+
+
+def _type(datatype: bytes, attributes: Iterable[bytes]) -> tuple[str, int] | None:
+    """Return what type a datatype message stands for, and its bytes a value; None if Keras has none such."""
+    number = number_of(datatype)
+    kind, size = datatype[0] & 15, int.from_bytes(datatype[4:8], "little")
+    if number is not None:
+        return number, size
+    if kind == _OPAQUE and size == 2:
+        # Keras 3 tags bfloat16 with an attribute; that it is there is enough.
+        tagged = any(decode(body).name == b"dtype" for body in attributes)
+        return ("bfloat16" if tagged else "opaque16"), size
+    if kind == _ENUMERATION and size == 1 and datatype[1:3] == b"\2\0":
+        return "bool", size
+    return None
+
+
+def _check_extents(image: Image, tensors: Iterable[Tensor], structures: Structures) -> None:
     """Raise UnreadableError unless every extent lies inside the image and overlaps nothing.
 
     The exact same extent twice is one dataset with two names.
     """
-    end = min(image.size, _end_of_file(image))
-    tensors = [tensor for tensor in layout.tensors.values() if tensor.nbytes]
-    for tensor in tensors:
-        if tensor.offset < _SUPERBLOCK_SIZE or tensor.stop > end:
+    stored = [tensor for tensor in tensors if tensor.nbytes]
+    for tensor in stored:
+        if tensor.offset < _SUPERBLOCK_SIZE or tensor.stop > structures.end:
             problem = f"its {tensor.nbytes} bytes lie outside the file; it was truncated or damaged"
             raise UnreadableError(image.path, problem, tensor=tensor.name)
-    try:
-        taken = structures(image, (*layout.groups.values(), *layout.datasets.values()))
-    except DamagedAttributeError as error:
-        raise UnreadableError(image.path, f"damaged HDF5 file ({error})") from error
-    extents = {(tensor.offset, tensor.stop): tensor.name for tensor in tensors}
+    extents: dict[Extent, str] = {(tensor.offset, tensor.stop): tensor.name for tensor in stored}
     position, name = 0, ""
-    for (start, stop), this in sorted([*extents.items(), *((extent, "") for extent in taken)]):
+    for (start, stop), this in sorted([*extents.items(), *((extent, "") for extent in structures.found)]):
         if start < position:
             problem = "overlaps another part of the file; it is damaged"
             raise UnreadableError(image.path, problem, tensor=this or name or None)
         position, name = stop, this
-
-
-def _end_of_file(image: Image) -> int:
-    """Return where the superblock says that the file ends: what lies beyond, HDF5 takes for free space."""
-    version = image.read(8, 1)[0]
-    return int(struct.unpack("<Q", image.read({0: 40, 1: 44}.get(version, 28), 8))[0])

@@ -1,4 +1,4 @@
-"""Write HDF5 images: as they are, without some groups, and with the record of how they were made."""
+"""Write HDF5 images with libhdf5: without some groups, and with the record of how they were made."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import IO, Any
 import h5py
 import numpy as np
 from h5py import h5d, h5o, h5p, h5s, h5t
-from isal.isal_zlib import crc32
 
 from swa_avg.errors import SwaAvgError, UnreadableError
-from swa_avg.formats.attributes import Attribute, AttributeReader, DamagedAttributeError, whole_name
-from swa_avg.formats.base import Buffer, Checkpoint, Image, ImageFile, Tensor, check_written
-from swa_avg.formats.layout import Layout, first_line, read_layout
+from swa_avg.formats.attributes import Attribute, AttributeReader, DamagedStructureError, decode, whole_name
+from swa_avg.formats.base import PROVENANCE, Checkpoint, Image, ImageFile, Tensor
+from swa_avg.formats.layout import Layout, read_layout
+from swa_avg.formats.libhdf5 import attributes_of, first_line
+from swa_avg.formats.structure import Structures
 
-__all__ = ["PROVENANCE", "strip", "write_image", "write_provenance"]
+__all__ = ["strip", "write_provenance"]
 
-PROVENANCE = "swa_avg"
 _ATTRIBUTE_BYTES = 60_000  # HDF5 takes 64 kB an attribute
 _CHUNK = 2**20
 
@@ -64,9 +64,9 @@ def _rebuild(
 ) -> None:
     """Make the groups and attributes of a layout, and room for its tensors."""
     reader = AttributeReader(image)
-    for path, header in layout.groups.items():
+    for path, messages in layout.groups.items():
         if path.split("/")[0] not in groups:
-            _copy_attributes(image, reader, header, path, target.require_group(path) if path else target)
+            _copy_attributes(reader, messages, path, target.require_group(path) if path else target)
     places: dict[tuple[int, int], str] = {}
     for name, tensor in kept.items():
         first = places.setdefault((tensor.offset, tensor.nbytes), name)
@@ -82,17 +82,17 @@ def _rebuild(
         identifier = h5d.create(
             target.id, name.encode(), h5t.py_create(dtype, logical=True), space, properties
         )
-        _copy_attributes(image, reader, layout.datasets[name], name, h5py.Dataset(identifier))
+        _copy_attributes(reader, layout.datasets[name], name, h5py.Dataset(identifier))
 
 
-def _copy_attributes(image: Image, reader: AttributeReader, header: int, path: str, target: Any) -> None:
+def _copy_attributes(reader: AttributeReader, messages: Sequence[bytes], path: str, target: Any) -> None:
     try:
-        for attribute in reader.attributes(header):
+        for attribute in map(decode, messages):
             values = _values(reader, attribute)
             target.attrs.create(attribute.name.decode(), values, attribute.shape, values.dtype)
-    except (DamagedAttributeError, ValueError) as error:
+    except (DamagedStructureError, ValueError) as error:
         problem = f"an attribute cannot be copied ({error})"
-        raise UnreadableError(image.path, problem, tensor=path, hint="use --optimizer keep") from error
+        raise UnreadableError(reader.image.path, problem, tensor=path, hint="use --optimizer keep") from error
 
 
 def _values(reader: AttributeReader, attribute: Attribute) -> np.ndarray[Any, Any]:
@@ -102,19 +102,9 @@ def _values(reader: AttributeReader, attribute: Attribute) -> np.ndarray[Any, An
         return np.frombuffer(attribute.data, attribute.number, count).reshape(attribute.shape)
     strings = reader.values(attribute)
     if strings is None or not (attribute.is_fixed_string or attribute.is_variable_string):
-        raise DamagedAttributeError("it has a type that Keras does not write")
+        raise DamagedStructureError("it has a type that Keras does not write")
     length = attribute.size if attribute.is_fixed_string else None
     return np.array(strings, h5py.string_dtype(attribute.encoding, length)).reshape(attribute.shape)
-
-
-def write_image(file: IO[bytes], chunks: Iterable[Buffer]) -> None:
-    """Write the bytes of an image to the start of an empty file, and see that they read back."""
-    size = checksum = 0
-    for chunk in chunks:
-        file.write(chunk)
-        checksum = crc32(chunk, checksum)
-        size += len(chunk)
-    check_written(file, 0, size, checksum)
 
 
 class _GuardedFile(io.RawIOBase):
@@ -184,9 +174,9 @@ def write_provenance(
         with h5py.File(_GuardedFile(file, tensors), "r+") as hdf5:
             root = h5o.get_info(hdf5.id).addr
             image = Image(path, file, 0, file.seek(0, 2))
-            for attribute in AttributeReader(image).attributes(root):  # of an average that was an input
-                if whole_name(attribute.name) == PROVENANCE:
-                    del hdf5.attrs[attribute.name.decode()]
+            for body in attributes_of(Structures(image), root):  # of an average that was an input
+                if whole_name(decode(body).name) == PROVENANCE:
+                    del hdf5.attrs[decode(body).name.decode()]
             for name, part in zip(names, parts, strict=True):
                 hdf5.attrs[name] = np.bytes_(part)
         file.flush()

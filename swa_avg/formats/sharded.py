@@ -9,15 +9,23 @@ from pathlib import Path
 from typing import IO, Any
 
 from swa_avg.errors import UnreadableError, escape
-from swa_avg.formats.base import Buffer, Checkpoint, Image, Provenance, Stage, Tensor, open_file
+from swa_avg.formats.base import (
+    PROVENANCE,
+    Buffer,
+    Checkpoint,
+    Image,
+    Provenance,
+    Stage,
+    Tensor,
+    open_file,
+    write_image,
+)
 from swa_avg.formats.hdf5 import layer_names
 from swa_avg.formats.layout import Layout, read_layout
-from swa_avg.formats.rebuild import strip, write_image
 from swa_avg.strict_json import MAX_JSON, parse_json
 
 __all__ = ["ShardedCheckpoint", "open_sharded"]
 
-_PROVENANCE = "swa_avg"
 _MAX_SHARDS = 10_000
 
 
@@ -31,23 +39,30 @@ class ShardedCheckpoint(Checkpoint):
     def write(
         self, image: Callable[[int], Iterator[Buffer]], provenance: Callable[[], Provenance], stage: Stage
     ) -> None:
+        from swa_avg.formats.libhdf5 import check_readable
+
         assert self.map is not None
         base = stage.output.name.removesuffix(".json").removesuffix(".weights")
         # Keras opens the shard of this very name first, whatever the map says.
         names = {shard: f"{base}_{index:05}.weights.h5" for index, shard in enumerate(self.shards)}
         for index, shard in enumerate(self.shards):
-            write_image(stage.create(names[shard], self.images[index].size), image(index))
+            file = stage.create(names[shard], self.images[index].size)
+            write_image(file, image(index))
+            written = Image(self.path.with_name(shard), file, 0, self.images[index].size)
+            check_readable(written, {n: t for n, t in self.tensors.items() if t.image == index})
         weight_map = {
             path: [names[shard] for shard in where] if isinstance(where, list) else names[where]
             for path, where in self.map["weight_map"].items()
         }
         # Created last, published last: a reader finds the whole set or none of it.
         record = provenance()
-        own = {} if record is None else {_PROVENANCE: record}
+        own = {} if record is None else {PROVENANCE: record}
         text = json.dumps({**self.map, "weight_map": weight_map, **own}, indent=4)
         write_image(stage.create(stage.output.name), [text.encode()])
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
+        from swa_avg.formats.rebuild import strip
+
         assert self.map is not None
         kept = {
             path: where
@@ -82,7 +97,7 @@ def open_sharded(path: Path, like: Checkpoint | None = None) -> ShardedCheckpoin
             "images": tuple(images),
             "map": record,
             "shards": shards,
-            "is_average": _PROVENANCE in record,
+            "is_average": PROVENANCE in record,
         }
         if isinstance(like, ShardedCheckpoint) and like.shards == shards and like.shares_layout(images):
             return replace(like, **own)

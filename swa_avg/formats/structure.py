@@ -1,120 +1,179 @@
-"""Where the structures of an HDF5 image lie, apart from the data of its datasets.
+"""The structures of an HDF5 image: object headers, groups, and where each of them lies.
 
-HDF5 keeps no checksum of addresses, so that a damaged one reads other bytes without an error. What it leads
-to is mostly a structure or another tensor, and that nothing overlaps can be checked. Source: the HDF5 file
-format specification (version 3.0), superblock (II.A), version 1 B-trees (III.A.1), symbol table nodes
-(III.B), local heaps (III.D), global heaps (III.E), object headers (IV.A.1.a).
+What every Keras writer produces, after the HDF5 file format specification (version 3.0): superblock versions
+0 and 1 (II.A), version 1 B-trees (III.A.1), symbol table nodes (III.B, III.C), local heaps (III.D), global
+heaps (III.E) and object headers of version 1 (IV.A.1.a). HDF5 keeps no checksum of these, so that a damaged
+address reads other bytes without an error. What it leads to is mostly a structure or another tensor, and that
+nothing overlaps can be checked: hence the extents.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from swa_avg.formats.attributes import Attribute, DamagedAttributeError, decode
+from swa_avg.formats.attributes import DamagedStructureError, decode
 from swa_avg.formats.base import Image
 
-__all__ = ["Extent", "structures"]
+__all__ = ["Extent", "Message", "NewerStructureError", "Structures"]
 
 Extent = tuple[int, int]
 """First byte, and the one after the last."""
+Message = tuple[int, int, bytes]
+"""Of an object header: kind, flags and body."""
 
 _ATTRIBUTE, _CONTINUATION, _SYMBOL_TABLE = 0x000C, 0x0010, 0x0011
+_NEWER_GROUP = (0x0002, 0x0006)  # link info, link
 _MAX_BLOCK = 2**26
+_UNDEFINED = 2**64 - 1
+_SHARED = 2
+_SOFT_LINK = 2
 
 
-def structures(image: Image, headers: Iterable[int]) -> set[Extent]:
-    """Return the extents of the structures that the objects with these header addresses consist of.
-
-    Of objects in newer layouts than Keras writes, the first bytes alone.
-
-    Raises:
-        DamagedAttributeError: a structure is not what the format says, or lies outside the image.
-    """
-    try:
-        return _Structures(image).of(headers)
-    except (struct.error, IndexError) as error:
-        raise DamagedAttributeError("a structure is cut short") from error
+class NewerStructureError(ValueError):
+    """A structure is of a newer kind than those that are read here."""
 
 
-class _Structures:
+class Structures:
+    """Reads structures, and notes where they lie."""
+
     def __init__(self, image: Image) -> None:
         self.image = image
         self.found: set[Extent] = set()
-        self.heaps: set[int] = set()
-        self.budget = image.size + 2**20
+        """The extents of all that has been read."""
+        self._heaps: set[int] = set()
+        self._budget = image.size + 2**20
         version = self._read(8, 1)[0]
-        leaf, internal = struct.unpack("<2H", self._read(16, 4)) if version < 2 else (4, 16)
-        self.node_size, self.tree_size = 8 + 2 * leaf * 40, 32 + 2 * internal * 16
+        self.is_newer = version > 1
         self.found.add((0, {0: 96, 1: 100}.get(version, 48)))
+        if self.is_newer:
+            leaf, internal, self.end, self.root = 4, 16, image.size, 0
+        else:
+            shift = 4 * version  # version 1 holds one number more
+            widths, leaf, internal = struct.unpack("<13xHxHH", self._read(0, 20))
+            base, _, self.end, _ = struct.unpack("<4Q", self._read(24 + shift, 32))
+            (self.root,) = struct.unpack("<Q", self._read(64 + shift, 8))
+            if widths != 0x0808 or base:
+                raise DamagedStructureError("the superblock is not one that Keras writes")
+            if self.end > image.size:
+                raise DamagedStructureError(f"it has {image.size} bytes of {self.end}")
+        self._node_size, self._tree_size = 8 + 2 * leaf * 40, 32 + 2 * internal * 16
 
-    def of(self, headers: Iterable[int]) -> set[Extent]:
-        for header in set(headers):
-            version, count, size = struct.unpack("<BxHxxxxI", self._read(header, 12))
-            if version != 1:  # newer layouts have checksums
-                self.found.add((header, header + 4))
-                continue
-            self._header(header, count, size)
-        return self.found
+    def messages(self, header: int) -> list[Message]:
+        """Return the messages of the object with this header address.
 
-    def _header(self, header: int, count: int, size: int) -> None:
+        Raises:
+            NewerStructureError: the header is of a newer kind; it has a checksum of its own.
+        """
+        version, count, size = struct.unpack("<BxHxxxxI", self._read(header, 12))
+        if version != 1:
+            self.found.add((header, header + 4))
+            raise NewerStructureError
+        messages: list[Message] = []
         blocks = [(header, 16, size)]
         while blocks:
-            start, prefix, size = blocks.pop()
+            start, prefix, size = blocks.pop(0)
             block = self._take(start, prefix + size)[prefix:]
             position = 0
-            while position + 8 <= size and count:
+            while position + 8 <= size and len(messages) < count:
                 kind, length, flags = struct.unpack_from("<HHB", block, position)
                 body = block[position + 8 : position + 8 + length]
+                if len(body) < length:
+                    raise DamagedStructureError("an object header is cut short")
                 if kind == _CONTINUATION:
                     address, more = struct.unpack_from("<QQ", body)
                     blocks.append((address, 0, more))
-                elif kind == _SYMBOL_TABLE:
-                    self._symbols(*struct.unpack_from("<QQ", body))
-                elif kind == _ATTRIBUTE and not flags & 2:
-                    self._global_heaps(decode(body))
+                elif kind == _ATTRIBUTE and not flags & _SHARED:
+                    self._global_heaps(body)
+                messages.append((kind, flags, body))
                 position += 8 + length
-                count -= 1
+        if len(messages) < count:
+            raise DamagedStructureError("an object header is cut short")
+        return messages
 
-    def _symbols(self, tree: int, heap: int) -> None:
+    @staticmethod
+    def attributes(messages: Iterable[Message]) -> tuple[bytes, ...]:
+        """Return the attribute messages among those of an object; a shared one holds an address instead."""
+        return tuple(body for kind, flags, body in messages if kind == _ATTRIBUTE and not flags & _SHARED)
+
+    def links(self, messages: list[Message]) -> Iterator[tuple[bytes, int | None]] | None:
+        """Return name and header address of all that a group holds, or None if the object is no group.
+
+        Instead of an address, a soft link has None.
+
+        Raises:
+            NewerStructureError: the group keeps its links in another way, as for names that are not ASCII.
+        """
+        kinds = {kind for kind, _, _ in messages}
+        if kinds & set(_NEWER_GROUP):
+            raise NewerStructureError
+        for kind, _, body in messages:
+            if kind == _SYMBOL_TABLE:
+                return self._symbols(*struct.unpack_from("<QQ", body))
+        return None
+
+    def _symbols(self, tree: int, heap: int) -> Iterator[tuple[bytes, int | None]]:
         signature, size, data = struct.unpack("<4sxxxxQxxxxxxxxQ", self._take(heap, 32))
         self._expect(signature, b"HEAP")
-        self._take(data, size)
-        pending = [tree]
-        while pending:
-            node = self._take(pending.pop(), self.tree_size)
-            signature, kind, level, used = struct.unpack_from("<4sBBH", node)
-            self._expect(signature + bytes([kind]), b"TREE\0")
-            for child in range(used):
-                (address,) = struct.unpack_from("<Q", node, 32 + 16 * child)
-                if level:
-                    pending.append(address)
-                else:
-                    self._expect(self._take(address, self.node_size)[:4], b"SNOD")
+        names = self._take(data, size)
+        for entry in self._entries(tree):
+            offset, address, cached = struct.unpack("<QQI", entry[:20])
+            end = names.find(b"\0", offset)
+            if not offset or offset >= size or end < 0:
+                raise DamagedStructureError("a name lies outside its heap")
+            yield names[offset:end], None if cached == _SOFT_LINK else address
 
-    def _global_heaps(self, attribute: Attribute) -> None:
+    def _entries(self, tree: int) -> Iterator[bytes]:
+        """Yield the entries of all symbol table nodes below a B-tree, in the order of their names."""
+        nodes: list[tuple[int, int | None]] = [(tree, None)]
+        while nodes:
+            address, expected = nodes.pop()
+            node = self._take(address, self._tree_size)
+            signature, kind, level, used, left, right = struct.unpack_from("<4sBBHQQ", node)
+            self._expect(signature + bytes([kind]), b"TREE\0")
+            if expected is None and (left, right) != (_UNDEFINED, _UNDEFINED):
+                raise DamagedStructureError("the root of a tree has siblings")
+            if expected not in (None, level):
+                raise DamagedStructureError("a tree has another depth than it should")
+            children = [struct.unpack_from("<Q", node, 32 + 16 * child)[0] for child in range(used)]
+            if level:
+                nodes.extend((child, level - 1) for child in reversed(children))
+                continue
+            for child in children:
+                leaf = self._take(child, self._node_size)
+                signature, version, count = struct.unpack_from("<4sBxH", leaf)
+                self._expect(signature + bytes([version]), b"SNOD\1")
+                if not count or 8 + 40 * count > len(leaf):
+                    raise DamagedStructureError("a group has another number of links than it should")
+                yield from (leaf[start : start + 40] for start in range(8, 8 + 40 * count, 40))
+
+    def _global_heaps(self, body: bytes) -> None:
+        """Note where the heaps lie that hold an attribute's strings."""
+        attribute = decode(body)
         if not attribute.is_variable_string:
             return
         for position in range(0, len(attribute.data) - 15, 16):
             length, address = struct.unpack_from("<IQ", attribute.data, position)
-            if length and address not in self.heaps:
-                self.heaps.add(address)
+            if length and address not in self._heaps:
+                self._heaps.add(address)
                 signature, size = struct.unpack("<4sxxxxQ", self._read(address, 16))
                 self._expect(signature, b"GCOL")
                 self.found.add((address, address + size))
 
     def _take(self, start: int, size: int) -> bytes:
         """Return the bytes of a structure, and note where it lies."""
+        if (start, start + size) in self.found:
+            raise DamagedStructureError("a structure belongs to two others")
         self.found.add((start, start + size))
         return self._read(start, size)
 
     def _read(self, start: int, size: int) -> bytes:
-        self.budget -= size
-        if start + size > self.image.size or size > _MAX_BLOCK or self.budget < 0:
-            raise DamagedAttributeError("a structure lies outside the file, or overlaps another")
+        self._budget -= size
+        if start + size > self.image.size or size > _MAX_BLOCK or self._budget < 0:
+            raise DamagedStructureError("a structure lies outside the file, or overlaps another")
         return self.image.read(start, size)
 
     @staticmethod
     def _expect(found: bytes, expected: bytes) -> None:
         if found != expected:
-            raise DamagedAttributeError("an address leads to another structure than it should")
+            raise DamagedStructureError("an address leads to another structure than it should")
