@@ -101,6 +101,7 @@ def sweep(
     path: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     score_progress: Callable[[int, int], None] | None = None,
+    published: Callable[[], None] | None = None,
 ) -> SweepReport:
     """Score every checkpoint and averages of them, and write the best.
 
@@ -111,7 +112,7 @@ def sweep(
 
     Args:
         inputs: As for `average`, and likewise `output`, `epochs`, `last`, `every`, `optimizer`, `dtype`,
-            `overwrite`, `verify`, `max_memory`, `threads` and `progress`.
+            `overwrite`, `verify`, `max_memory`, `threads`, `progress` and `published`.
         validation: Data and metric. Choose by data that you did not train on, and do not report the score
             that it was chosen by.
         refresh: Training data to re-estimate BatchNorm statistics on.
@@ -164,7 +165,7 @@ def sweep(
         if draw and report.best_average is not None:
             report = replace(report, path=line(trials, report.best_average.candidate))
         _write(report, values, trials, optimizer=optimizer, dtype=dtype, verify=verify)
-        publication.publish()
+        publication.publish(published)
     if path is not None and draw and report.path:
         with Publication(Path(path), overwrite=overwrite) as picture:
             picture.create(Path(path).name).write(draw(report))

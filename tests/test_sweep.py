@@ -7,6 +7,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -84,12 +85,19 @@ def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.name != "__pycache__"}
 
 
+@cache
+def _weights(inode: int) -> list[np.ndarray]:
+    """Return the weights of the checkpoint in the current folder that is this file."""
+    (path,) = (path for path in Path().glob("ckpt_*.keras") if path.stat().st_ino == inode)
+    return keras.models.load_model(path).get_weights()
+
+
 def _by_hand(coefficients: list[float], *, refreshed: bool) -> dict[str, float]:
     """Return what Keras says of the average that these coefficients make of the `.keras` files."""
     from swa_avg import refresh_batchnorm
 
     train, val = np.load("train.npz"), np.load("val.npz")
-    weights = [keras.models.load_model(f"ckpt_{number}.keras").get_weights() for number in NUMBERS]
+    weights = [_weights(Path(f"ckpt_{number}.keras").stat().st_ino) for number in NUMBERS]
     model = keras.models.load_model("ckpt_1.keras")
     model.set_weights(
         [
