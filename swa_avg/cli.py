@@ -68,7 +68,7 @@ for _command in (average, inspect, sweep, verify):
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 2 usage, 3 to 5 by the error's class, 130 or 143 interrupted."""
-    interrupts.over = False
+    interrupts.begin()
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, interrupts)

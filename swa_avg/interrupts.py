@@ -30,13 +30,23 @@ class _Interrupts:
     """
 
     over = False
+    came: int | None = None
+
+    def begin(self) -> None:
+        """Raise what comes from now on."""
+        self.over, self.came = False, None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if not self.over:
-            self.over = True
+            self.over, self.came = True, number
             # What was being made is left half made, and some of it (an archive) complains when it goes.
             sys.unraisablehook = lambda complaint: None
             raise Interrupted(number)
+
+    def check(self) -> None:
+        """Raise again what came, and was lost: TensorFlow drops what is raised while it traces."""
+        if self.came is not None:
+            raise Interrupted(self.came)
 
     def ignore(self) -> None:
         """Raise none from now on: the output has its name."""

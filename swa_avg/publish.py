@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from swa_avg.errors import SystemRefusalError, UsageError
-from swa_avg.interrupts import interrupts_held
+from swa_avg.interrupts import interrupts, interrupts_held
 from swa_avg.remote import RemotePath, remote, upload
 
 __all__ = ["Publication", "check_output", "publication_at", "sync_folder"]
@@ -105,6 +105,7 @@ class Publication:
         Raises:
             UsageError: a file of that name appeared during the run, and may not be replaced.
         """
+        interrupts.check()
         for file, _ in self._files:
             file.flush()
             os.fsync(file.fileno())

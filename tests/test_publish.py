@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from swa_avg import publish
 from swa_avg.errors import SystemRefusalError, UsageError
+from swa_avg.interrupts import Interrupted, interrupts
 from swa_avg.publish import Publication
 
 
@@ -177,3 +180,23 @@ def test_the_file_is_durable_before_it_is_visible(tmp_path: Path, monkeypatch: p
         publication.create("swa.h5").write(b"data")
         publication.publish()
     assert calls == ["fsync file", "link", "fsync folder"]
+
+
+def test_an_interrupt_that_a_library_drops_is_raised_before_the_output_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # the handler replaces it
+    interrupts.begin()
+    try:
+        with contextlib.suppress(Interrupted):  # as TensorFlow does while it traces
+            interrupts(signal.SIGTERM, None)
+        with (
+            pytest.raises(Interrupted) as raised,
+            Publication(tmp_path / "a", overwrite=False) as publication,
+        ):
+            publication.create("a").write(b"complete")
+            publication.publish()
+        assert raised.value.number == signal.SIGTERM
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        interrupts.begin()
