@@ -19,6 +19,7 @@ from swa_avg.geometry import Geometry, Measurement, geometry_of
 from swa_avg.plan import Plan, make_plan
 from swa_avg.policy import FLOATS, batchnorm_layers, resolve_dtypes
 from swa_avg.publish import Publication, check_output
+from swa_avg.remote import RemotePath
 from swa_avg.run import check_contents, check_shared_files, coefficients_of, open_all
 from swa_avg.selection import epoch_number, expand, read_indices, select
 
@@ -320,4 +321,4 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, Path | RemotePath) else value

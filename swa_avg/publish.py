@@ -10,23 +10,26 @@ import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import IO, Any
 
 from swa_avg.errors import SystemRefusalError, UsageError
 from swa_avg.interrupts import interrupts_held
+from swa_avg.remote import RemotePath, remote, upload
 
-__all__ = ["Publication", "check_output", "sync_folder"]
+__all__ = ["Publication", "check_output", "publication_at", "sync_folder"]
 
 _WRITEBACK = 32 * 2**20
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Raise UsageError unless `output` can be created, or replaced where that is allowed."""
-    if output.is_symlink():
+    url = remote(output)
+    if url is None and output.is_symlink():
         raise UsageError(f"the output {output} is a symbolic link; name the file itself")
     if output.exists():
-        if not output.is_file():
+        if not (output.is_file() if url is None else url.is_file()):
             raise UsageError(f"the output {output} exists and is not a regular file")
         if not overwrite:
             raise UsageError(f"the output {output} exists; name another one, or add --overwrite")
@@ -34,8 +37,16 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             raise UsageError(
                 f"the output {output} exists; several files cannot be replaced in one step: name another"
             )
-    if not output.parent.is_dir():
+    if url is not None:
+        url.check_bucket()
+    elif not output.parent.is_dir():
         raise UsageError(f"the folder of the output does not exist: {output.parent}")
+
+
+def publication_at(output: Path, *, overwrite: bool) -> Publication:
+    """Return where the files of an output grow: beside it, or on this machine for a URL."""
+    url = remote(output)
+    return Publication(output, overwrite=overwrite) if url is None else _Upload(url, overwrite=overwrite)
 
 
 class _GrowingFile(io.BufferedRandom):
@@ -150,6 +161,39 @@ def _move_to_free_name(temporary: Path, final: Path) -> None:
         if final.exists():
             raise UsageError(exists) from None
         temporary.replace(final)
+
+
+class _Upload(Publication):
+    """Files that grow in a temporary folder, and are uploaded once all of them are complete."""
+
+    def __init__(self, target: RemotePath, *, overwrite: bool) -> None:
+        self._target = target
+        self._replace = overwrite
+        self._folder = TemporaryDirectory(prefix="swa-avg-")
+        super().__init__(Path(self._folder.name, target.name), overwrite=False)
+
+    def publish(self, published: Callable[[], None] | None = None) -> None:
+        super().publish()
+        done: list[RemotePath] = []
+        try:
+            for _, file in self._files:
+                target = self._target.with_name(file.name)
+                upload(file, target, overwrite=self._replace and file == self.output)
+                done.append(target)
+        except BaseException:
+            for target in done:
+                target.remove()
+            raise
+        if published is not None:
+            published()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            super().__exit__(kind, error, trace)
+        finally:
+            self._folder.cleanup()
 
 
 def _reserve(file: IO[bytes], size: int) -> None:

@@ -22,8 +22,8 @@ from swa_avg.evaluation import Evaluator, Validation
 from swa_avg.policy import batchnorm_layers, resolve_dtypes
 from swa_avg.provenance import describe
 from swa_avg.publish import Publication, check_output
+from swa_avg.resources import fit_memory
 from swa_avg.run import (
-    fit_memory,
     open_all,
     output_path,
     plan_output,

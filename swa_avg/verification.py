@@ -25,7 +25,8 @@ from swa_avg.formats.sharded import ShardedCheckpoint
 from swa_avg.plan import Plan, config_differences, make_plan
 from swa_avg.policy import resolve_dtypes
 from swa_avg.provenance import Record, read_record
-from swa_avg.run import as_output, fit_memory, open_all
+from swa_avg.resources import fit_memory
+from swa_avg.run import as_output, open_all
 
 __all__ = ["Verification", "verify"]
 

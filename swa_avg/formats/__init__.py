@@ -38,6 +38,8 @@ def open_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
             raise UnreadableError(path, "holds no tensors")
         if like is not None and checkpoint.tensors is not like.tensors:
             _check_places(checkpoint, like)
+        for image in checkpoint.images:
+            image.settle()
     except OSError as error:
         if isinstance(error, SwaAvgError):
             raise

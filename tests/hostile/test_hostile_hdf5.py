@@ -78,6 +78,17 @@ def _move(name: str, address: Callable[[bytes], int]) -> Callable[[bytearray], N
     return patch
 
 
+def _endless_heap(data: bytearray) -> None:
+    """Let the first free block of a heap of names be the next one after itself."""
+    free, start = struct.unpack_from("<QQ", data, data.index(b"HEAP") + 16)
+    struct.pack_into("<Q", data, start + free, free)
+
+
+def _emptied_group(data: bytearray) -> None:
+    """Let the tree of a group say that it has no entries."""
+    struct.pack_into("<H", data, data.rindex(b"TREE") + 6, 0)
+
+
 def _dims(data: bytearray, *dims: int) -> None:
     before = struct.pack("<4Q", 7, 5, 7, 5)  # dimensions, and their maxima
     assert data.count(before) == 2
@@ -309,6 +320,8 @@ CASES = [
         _patched(lambda data: struct.pack_into("<Q", data, 40, _extent(data, "optimizer/vars/2")[0])),
         rf".*: ({OUTSIDE}|damaged HDF5 file \(.+\))",
     ),
+    Case("free blocks that do not end", _patched(_endless_heap), DAMAGED),
+    Case("emptied group", _patched(_emptied_group), DAMAGED),
     Case(
         "corrupt gzip chunk",
         _edited(
