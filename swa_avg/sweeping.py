@@ -21,7 +21,8 @@ from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageErro
 from swa_avg.evaluation import Evaluator, Validation
 from swa_avg.policy import batchnorm_layers, resolve_dtypes
 from swa_avg.provenance import describe
-from swa_avg.publish import Publication, check_output
+from swa_avg.publish import Publication, check_output, publication_at
+from swa_avg.remote import kept_at_hand, remote
 from swa_avg.resources import fit_memory
 from swa_avg.run import (
     open_all,
@@ -94,7 +95,7 @@ def sweep(
     optimizer: str = "keep",
     dtype: str | None = None,
     overwrite: bool = False,
-    verify: bool = True,
+    verify: bool | None = None,
     max_memory: int | None = None,
     threads: int | None = None,
     require_improvement: bool = False,
@@ -135,12 +136,17 @@ def sweep(
     check_output(target, overwrite=overwrite)
     draw = _drawing(Path(path), overwrite=overwrite) if path is not None else None
     rows, with_greedy = candidate_rows(paths, tried)
-    block_bytes, threads = fit_memory(max_memory, threads, max(len(rows), POINTS if draw else 1))
+    far = any(remote(path) is not None for path in paths)
+    verify = not far if verify is None else verify
+    most_rows = max(len(rows), POINTS if draw else 1)
+    block_bytes, threads = fit_memory(max_memory, threads, most_rows, far=far)
     with ExitStack() as stack:
+        paths[-1] = stack.enter_context(kept_at_hand(paths[-1]))  # the template of most drafts
         checkpoints = resolve_dtypes(open_all(paths, stack), dtype)
-        publication = stack.enter_context(Publication(target, overwrite=overwrite))
+        publication = stack.enter_context(publication_at(target, overwrite=overwrite))
+        beside = publication.output.parent
         executor = stack.enter_context(ThreadPoolExecutor(threads))
-        folder = Path(stack.enter_context(TemporaryDirectory(dir=target.parent, prefix=".swa-avg-")))
+        folder = Path(stack.enter_context(TemporaryDirectory(dir=beside, prefix=".swa-avg-")))
         loading = refresh or loading or Loading()
         check_request(loading, checkpoints[-1], "a sweep", compiled=validation.metric is None)
         steps = len(rows) + (len(paths) - 1 if with_greedy else 0) + (POINTS if draw else 0)

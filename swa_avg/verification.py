@@ -25,6 +25,7 @@ from swa_avg.formats.sharded import ShardedCheckpoint
 from swa_avg.plan import Plan, config_differences, make_plan
 from swa_avg.policy import resolve_dtypes
 from swa_avg.provenance import Record, read_record
+from swa_avg.remote import as_path, kept_at_hand
 from swa_avg.resources import fit_memory
 from swa_avg.run import as_output, open_all
 
@@ -75,12 +76,12 @@ def verify(
         MismatchError: the inputs are not those of then; every one of them is named.
         SystemRefusalError: the system could not read.
     """
-    output = Path(output)
+    output = as_path(output)
     block_bytes, threads = fit_memory(max_memory, threads)
     with ExitStack() as stack:
-        found = stack.enter_context(closing(open_checkpoint(output)))
+        found = stack.enter_context(closing(open_checkpoint(stack.enter_context(kept_at_hand(output)))))
         record = read_record(found)
-        paths = _paths(record, output, Path(inputs) if inputs is not None else output.parent)
+        paths = _paths(record, output, as_path(inputs) if inputs is not None else output.parent)
         checkpoints = resolve_dtypes(open_all(paths, stack), record.dtype)
         _check_inputs(checkpoints, record)
         template = as_output(checkpoints[-1], output)

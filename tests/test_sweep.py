@@ -314,6 +314,32 @@ def test_archives_are_swept_into_weights_alone(here: Path, swa_avg: Cli) -> None
     }
 
 
+def test_checkpoints_at_a_url_are_swept(here: Path, swa_avg: Cli) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    for number in NUMBERS:
+        system.pipe(f"/sweep/ckpt_{number}.keras", Path(f"ckpt_{number}.keras").read_bytes())
+    before = _names(here)
+    command = (
+        "--val",
+        "val.npz",
+        "--bn-refresh",
+        "train.npz",
+        "--candidates",
+        "last:2",
+        "--candidates",
+        "greedy",
+    )
+    ended = swa_avg("sweep", "memory://sweep/ckpt_*.keras", "-o", "memory://sweep/swa.keras", *command)
+    assert ended.code == 0, ended.err
+    assert _names(here) == before
+    assert swa_avg("sweep", "ckpt_*.keras", "-o", "local.keras", *command).code == 0
+    Path("far.keras").write_bytes(system.cat("/sweep/swa.keras"))
+    assert _contents(Path("far.keras")) == _contents(Path("local.keras"))
+    system.store.clear()
+
+
 def test_the_model_is_built_once_and_drafts_come_one_at_a_time(
     here: Path, swa_avg: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,6 +118,13 @@ def test_what_is_printed_names_method_and_numbers(tmp_path: Path, swa_avg: Cli) 
     )
 
 
+def test_one_checkpoint_alone_is_named(tmp_path: Path, swa_avg: Cli) -> None:
+    _write_inputs(tmp_path, ".keras")
+    target = tmp_path / "swa.keras"
+    assert swa_avg(tmp_path / "ckpt_2.keras", "-o", target).code == 0
+    assert swa_avg("verify", target).err.startswith(f"equal: {target} is ckpt_2.keras (")
+
+
 def test_values_in_another_block_are_compared_too(tmp_path: Path, swa_avg: Cli) -> None:
     for number in (1, 2):
         rng = np.random.default_rng(number)
@@ -305,3 +312,25 @@ def test_refreshed_statistics_are_held_against_their_digest(tmp_path: Path, swa_
         assert f"{target}: {name}: " in ended.err
         assert reason in ended.err.splitlines()[0]
         _flip(file, start, 0)
+
+
+def test_an_output_at_a_url_is_verified(tmp_path: Path, swa_avg: Cli) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    _write_inputs(tmp_path, ".keras")
+    for path in tmp_path.iterdir():
+        system.pipe(f"/verify/{path.name}", path.read_bytes())
+    assert swa_avg("memory://verify/ckpt_*.keras", "-o", "memory://verify/swa.keras").code == 0
+    ended = swa_avg("verify", "memory://verify/swa.keras")
+    assert (ended.code, ended.err[:6]) == (0, "equal:"), ended.err
+    target = tmp_path / "swa.keras"
+    target.write_bytes(system.cat("/verify/swa.keras"))
+    assert swa_avg("verify", target, "--inputs", "memory://verify").code == 0
+    _, start, _ = _places(target)["layers/dense/vars/1"]
+    _flip(target, start, 3)
+    system.pipe("/verify/swa.keras", target.read_bytes())
+    ended = swa_avg("verify", "memory://verify/swa.keras")
+    assert ended.code == 4
+    assert "layers/dense/vars/1: differs from what the inputs give, first at value 0 of 5" in ended.err
+    system.store.clear()

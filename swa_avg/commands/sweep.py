@@ -118,7 +118,7 @@ def sweep(
                 refresh=refresh,
                 loading=loading,
                 tried=options.pop("candidates"),
-                verify=not no_verify,
+                verify=False if no_verify else None,
                 progress=progress,
                 score_progress=scores,
                 published=interrupts.ignore,

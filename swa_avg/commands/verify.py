@@ -53,8 +53,10 @@ def _describe(result: Verification) -> None:
         lines.append(f"held against their digest only, since a refresh replaced them: {shown}")
     elif result.record.refreshed:
         lines.append("the refresh of BatchNorm changed nothing")
+    count = len(result.inputs)
+    average = f"the {result.record.method} average of {count} checkpoints"
     lines.append(
-        f"equal: {result.output} is the {result.record.method} average of {len(result.inputs)} checkpoints "
+        f"equal: {result.output} is {average if count > 1 else result.inputs[0].name} "
         f"({result.averaged} tensors averaged again, {result.copied} compared with the newest input's)"
     )
     say(lines)
