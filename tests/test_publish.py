@@ -190,12 +190,10 @@ def test_an_interrupt_that_a_library_drops_is_raised_before_the_output_has_its_n
     try:
         with contextlib.suppress(Interrupted):  # as TensorFlow does while it traces
             interrupts(signal.SIGTERM, None)
-        with (
-            pytest.raises(Interrupted) as raised,
-            Publication(tmp_path / "a", overwrite=False) as publication,
-        ):
+        with Publication(tmp_path / "a", overwrite=False) as publication:
             publication.create("a").write(b"complete")
-            publication.publish()
+            with pytest.raises(Interrupted) as raised:
+                publication.publish()
         assert raised.value.number == signal.SIGTERM
         assert list(tmp_path.iterdir()) == []
     finally:
