@@ -87,7 +87,8 @@ def refusal(path: Path, error: OSError) -> SwaAvgError:
 class Image:
     """An HDF5 file in a region of a file: all of a bare one, or one stored member of an archive.
 
-    Reads are positional, hence safe from several threads at once.
+    Reads are positional, hence safe from several threads at once. Pickled, it opens the file again where it
+    is unpickled, once it is read from.
     """
 
     def __init__(self, path: Path, file: IO[bytes], offset: int, size: int) -> None:
@@ -98,6 +99,11 @@ class Image:
         self.crc32: int | None = None
         """CRC-32 of the whole image where the container declares one."""
         self._identity = self._stat()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A relative name means something else to a process that runs in another folder.
+        place = Path(self.file.name).absolute()
+        return _AbsentImage, (self.path, place, self.offset, self.size, self.crc32, self._identity)
 
     def read_into(self, buffer: memoryview, position: int) -> None:
         """Fill `buffer` with the bytes at `position` of the image.
@@ -146,6 +152,47 @@ class Image:
     def _stat(self) -> tuple[int, int, int, int, int]:
         now = os.fstat(self.file.fileno())
         return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+
+
+class _AbsentImage(Image):
+    """An image that was opened by another process, maybe on another machine."""
+
+    def __init__(
+        self,
+        path: Path,
+        place: Path,
+        offset: int,
+        size: int,
+        checksum: int | None,
+        identity: tuple[int, int, int, int, int],
+    ) -> None:
+        self.path = path
+        self.offset = offset
+        self.size = size
+        self.crc32 = checksum
+        self._place = place
+        self._identity = identity
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _AbsentImage, (self.path, self._place, self.offset, self.size, self.crc32, self._identity)
+
+    @cached_property
+    def file(self) -> IO[bytes]:  # type: ignore[override]
+        """The file, opened when it is first read from.
+
+        Raises:
+            UnreadableError: it is missing here, or is another one: its size or time of modification differ.
+        """
+        file = open_file(self._place)
+        found = os.fstat(file.fileno())
+        # Device and inode are numbered by each machine for itself.
+        if (found.st_size, found.st_mtime_ns) != self._identity[2:4]:
+            file.close()
+            problem = f"another file here: expected {self._identity[2]} bytes, found {found.st_size}"
+            if found.st_size == self._identity[2]:
+                problem = "another file here: it was modified at another time"
+            raise UnreadableError(self._place, problem, hint="mount one file system everywhere")
+        return file
 
 
 if hasattr(os, "preadv"):
