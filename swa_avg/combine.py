@@ -27,7 +27,7 @@ from swa_avg.errors import Finding, MismatchError, SystemRefusalError, Unreadabl
 from swa_avg.plan import Plan
 from swa_avg.policy import FLOATS
 
-__all__ = ["BlockWorker", "Combiner", "UnfitError", "block_memory", "round_to_bfloat16"]
+__all__ = ["BlockWorker", "Combiner", "UnfitError", "block_memory", "round_to_bfloat16", "sent_memory"]
 
 _PENDING = 2  # blocks a thread: one worked on, one waiting to be written
 _SLACK = 64
@@ -120,7 +120,7 @@ class Combiner:
             self._verify_others(checked)
 
     def _tasks(self, index: int) -> Iterator[tuple[Block, ...]]:
-        """Yield what is handed out at a time: one block, or several, all of them with pieces or all without."""
+        """Yield what is handed out at a time: one block, or several, all with pieces or all without."""
         blocks = blocks_of(self.plan, index, self.block_bytes)
         for _, alike in groupby(blocks, key=lambda block: bool(block.pieces)):
             while some := tuple(islice(alike, self.together or 1)):
@@ -430,3 +430,8 @@ def block_memory(block_bytes: int, threads: int, rows: int = 1) -> int:
     two-byte values), and as much again while converting.
     """
     return block_bytes * threads * (1 + 4 + rows * (4 + _PENDING))
+
+
+def sent_memory(task_bytes: int, threads: int, rows: int = 1) -> int:
+    """Return the bytes of averages under way that a Combiner takes at most where workers send them back."""
+    return task_bytes * threads * rows * _PENDING

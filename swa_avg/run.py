@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO, NoReturn
 
 from swa_avg import methods
 from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_values, with_values
 from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.blocks import bytes_to_read
-from swa_avg.combine import Combiner, block_memory
+from swa_avg.combine import Combiner, block_memory, sent_memory
 from swa_avg.digests import check_digests, read_digests
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.formats import Checkpoint, open_checkpoint
@@ -34,6 +36,9 @@ Progress = Callable[[int, int], None]
 _BLOCK_BYTES = 2**19  # with its sums, it stays in a core's cache
 _SMALLEST_BLOCK = 2**16
 _PROCESS_MEMORY = 64 * 2**20  # the interpreter with numpy and h5py, before anything is averaged
+_CLUSTER_MEMORY = 160 * 2**20  # with Dask
+_CLUSTER_ROOM = 2**30  # for what workers send back
+_SENT_BYTES = 2**23  # what they send at a time
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ def average(
     expect_sha256: str | Path | None = None,
     max_memory: int | None = None,
     threads: int | None = None,
+    cluster: str | None = None,
     refresh: Refresh | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -113,6 +119,8 @@ def average(
         expect_sha256: A list as `sha256sum` writes it, which names every input and must agree.
         max_memory: Bytes of resident memory to stay under.
         threads: Worker threads; the machine's cores up to 4 by default.
+        cluster: Address of a Dask scheduler, such as `tcp://node1:8786`, whose workers read the inputs and
+            average. They see the same files under the same names as this machine. The output is the same.
         refresh: Re-estimate the BatchNorm statistics on these data before the average is written.
         dry_run: Plan, and write nothing.
         progress: Told how many bytes have been read.
@@ -122,7 +130,7 @@ def average(
         UsageError: the request cannot be met as it was made.
         UnreadableError: an input is missing, damaged, or changed while it was read.
         MismatchError: the inputs do not fit together or hold values that cannot be averaged.
-        SystemRefusalError: disk full, permission denied, input/output error.
+        SystemRefusalError: disk full, permission denied, input/output error; no cluster, or a lost one.
     """
     named = expand(inputs)
     target = Path(output) if output is not None else Path("swa" + _suffix(named[-1]))
@@ -130,23 +138,25 @@ def average(
     paths = select(named, epochs=epochs, best=best, monitor=monitor, mode=mode, last=last, every=every)
     check_output(target, overwrite=overwrite)
     coefficients = _coefficients(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
-    block_bytes, threads = _fit(max_memory, threads or min(4, os.cpu_count() or 1))
+    if cluster is not None and threads is not None:
+        raise UsageError("--threads is for this machine alone; a cluster's workers say how many they have")
     with ExitStack() as stack:
+        executor, work = stack.enter_context(_workers(cluster, threads, max_memory))
         checkpoints = resolve_dtypes(_open_all(paths, stack), dtype)
         if expect_sha256 is not None:
             check_digests(checkpoints, read_digests(Path(expect_sha256)), Path(expect_sha256))
         publication = stack.enter_context(Publication(target, overwrite=overwrite))
         template = _as_output(checkpoints[-1], target)
         if optimizer == "drop" and not dry_run:
-            template = template.without_optimizer(publication.scratch)
+            scratch = publication.scratch if cluster is None else _named(stack.enter_context(_draft(target)))
+            template = template.without_optimizer(scratch)
         plan = make_plan(checkpoints, template, coefficients, drop_optimizer=optimizer == "drop")
         total = bytes_to_read(plan, verify)
-        report = Report(
-            target, plan, method, verify, total, _PROCESS_MEMORY + block_memory(block_bytes, threads)
-        )
-        executor = stack.enter_context(ThreadPoolExecutor(threads))
+        report = Report(target, plan, method, verify, total, work.memory)
         advance = partial(progress or _ignore, total)
-        combiner = Combiner(plan, [coefficients], executor, block_bytes, threads, verify, advance)
+        combiner = Combiner(
+            plan, [coefficients], executor, work.block_bytes, work.threads, verify, advance, work.together
+        )
         _check_shared_files(plan)
         _check_contents(plan, combiner.checksums)
         if refresh is not None:
@@ -231,7 +241,35 @@ def _coefficients(
     return methods.uniform(len(paths))
 
 
-def _fit(max_memory: int | None, threads: int) -> tuple[int, int]:
+@dataclass(frozen=True)
+class _Work:
+    """How the work is cut."""
+
+    block_bytes: int
+    threads: int
+    memory: int
+    """Predicted peak of this process's resident memory, in bytes."""
+    together: int = 0
+    """Blocks a task, on a cluster."""
+
+
+@contextmanager
+def _workers(
+    cluster: str | None, threads: int | None, max_memory: int | None
+) -> Iterator[tuple[Executor, _Work]]:
+    """Start threads, or connect to a cluster, and fit the work into the memory."""
+    if cluster is None:
+        work = _fit(max_memory, threads or min(4, os.cpu_count() or 1))
+        with ThreadPoolExecutor(work.threads) as local:
+            yield local, work
+    else:
+        from swa_avg.cluster import connected
+
+        with connected(cluster) as remote:
+            yield remote, _fit_cluster(max_memory, remote.threads)
+
+
+def _fit(max_memory: int | None, threads: int) -> _Work:
     """Return the block size and the number of threads that stay under a limit of resident memory."""
     block_bytes = _BLOCK_BYTES
     while max_memory is not None and _PROCESS_MEMORY + block_memory(block_bytes, threads) > max_memory:
@@ -240,9 +278,34 @@ def _fit(max_memory: int | None, threads: int) -> tuple[int, int]:
         elif threads > 1:
             threads -= 1
         else:
-            least = _PROCESS_MEMORY + block_memory(block_bytes, threads)
-            raise UsageError(f"--max-memory {max_memory} is too little; at least {least} bytes are needed")
-    return block_bytes, threads
+            _refuse_limit(max_memory, _PROCESS_MEMORY + block_memory(block_bytes, threads))
+    return _Work(block_bytes, threads, _PROCESS_MEMORY + block_memory(block_bytes, threads))
+
+
+def _fit_cluster(max_memory: int | None, threads: int) -> _Work:
+    """Return how much is sent back at a time, such that all that is under way fits here.
+
+    Blocks are those of one machine, and stay in a core's cache; a task is many of them, next to each other,
+    since each task costs the scheduler about a millisecond.
+    """
+    room = _CLUSTER_ROOM if max_memory is None else max_memory - _CLUSTER_MEMORY
+    if room < sent_memory(_BLOCK_BYTES, 1):
+        _refuse_limit(max_memory, _CLUSTER_MEMORY + sent_memory(_BLOCK_BYTES, 1))
+    threads = min(threads, room // sent_memory(_BLOCK_BYTES, 1))
+    together = min(_SENT_BYTES // _BLOCK_BYTES, room // sent_memory(_BLOCK_BYTES, threads))
+    return _Work(
+        _BLOCK_BYTES, threads, _CLUSTER_MEMORY + sent_memory(_BLOCK_BYTES * together, threads), together
+    )
+
+
+def _refuse_limit(limit: int | None, least: int) -> NoReturn:
+    raise UsageError(f"--max-memory {limit} is too little; at least {least} bytes are needed")
+
+
+def _named(draft: Path) -> Callable[[], IO[bytes]]:
+    """Return what opens temporary files that other machines see: unlike unnamed ones, these have a name."""
+    numbers = count()
+    return lambda: draft.with_name(f"template_{next(numbers)}").open("w+b")
 
 
 def _open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:

@@ -63,6 +63,7 @@ __all__ = ["average"]
 @click.option(
     "--threads", type=click.IntRange(1, 64), metavar="N", help="Worker threads.  [default: cores, up to 4]"
 )
+@click.option("--cluster", metavar="ADDRESS", help="Let the workers of this Dask scheduler read and average.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
