@@ -77,6 +77,8 @@ class ClusterExecutor(Executor):
         self._sent: dict[int, tuple[object, Any]] = {}
         """Object and its copy on the cluster, by the object's id."""
         self._versions = _versions()
+        self.slow: set[str] = set()
+        """Workers that kept a task for too long, and get no other."""
         self._last_worker = ""
         self._deserted: float | None = None
         """When the cluster was first seen without workers."""
@@ -84,7 +86,7 @@ class ClusterExecutor(Executor):
     @property
     def threads(self) -> int:
         """Calls that run at a time, with the workers that there are now."""
-        return max(1, sum(self._client.nthreads().values()))
+        return max(1, sum(map(int, self._client.nthreads().values())))
 
     def check_workers(self) -> None:
         """Wait for a worker, and hold all workers' versions against ours.
@@ -95,10 +97,11 @@ class ClusterExecutor(Executor):
         try:
             self._client.wait_for_workers(1, timeout=_PATIENCE)
         except TimeoutError:
-            raise self._refusal("the cluster has no worker", "start some: dask worker ADDRESS") from None
+            raise self.refusal("the cluster has no worker", "start some: dask worker ADDRESS") from None
         for worker, theirs in self._client.run(_versions, on_error="return").items():
+            self._last_worker = worker
             if not isinstance(theirs, dict):
-                raise self._refusal(f"worker {worker} cannot run swa-avg ({_first_line(theirs)})", _INSTALL)
+                raise self.refusal(f"worker {worker} cannot run swa-avg ({_first_line(theirs)})", _INSTALL)
             _check_versions(self._versions, theirs, worker, self._address)
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -109,19 +112,20 @@ class ClusterExecutor(Executor):
         """
         thing = getattr(function, "__self__", function)
         name = getattr(function, "__name__", "__call__")
-        return _Call(self, lambda workers: self._start(thing, name, args, workers), _file_of(thing, args))
+        return _Call(self, lambda: self._start(thing, name, args), _file_of(thing))
 
-    def _start(
-        self, thing: object, name: str, args: tuple[Any, ...], workers: list[str] | None
-    ) -> tuple[str, Future[Any]]:
+    def _start(self, thing: object, name: str, args: tuple[Any, ...]) -> tuple[str, Future[Any]]:
         """Return the key of a new task, and its future."""
         key = f"swa-avg-{uuid.uuid4().hex}"
+        workers = self.quick_workers() if self.slow else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Dask finds the map of 100,000 tensors large
             if id(thing) not in self._sent:
                 # The result of a task, since Dask makes it anew where the worker that held it is lost.
                 copy = self._client.submit(pickle.loads, pickle.dumps(thing), pure=False, retries=_RETRIES)
                 self._sent[id(thing)] = thing, copy
+                with suppress(Exception):  # else the calls start where the copy is, and spread out slowly
+                    self._client.replicate([copy], callback_timeout=_PATIENCE)
             copy = self._sent[id(thing)][1]
             return key, self._executor.submit(
                 _run, copy, name, args, self._versions, self._address, key=key, workers=workers
@@ -143,19 +147,18 @@ class ClusterExecutor(Executor):
         now = time.monotonic()
         self._deserted = self._deserted or now
         if now - self._deserted > _PATIENCE:
-            last = f"worker {self._last_worker} was lost" if self._last_worker else "all workers were lost"
-            problem = f"{last} while {file} was being read, and no other came"
-            raise self._refusal(problem, "look at its log; start workers: dask worker ADDRESS")
+            problem = f"worker {self._last_worker} was lost while {file} was being read, and no other came"
+            raise self.refusal(problem, "look at its log; start workers: dask worker ADDRESS")
 
     def worker_of(self, key: str) -> str | None:
-        """Return the worker that runs a task, if one does."""
-        found = self._client.processing().items()
-        return next((worker for worker, keys in found if key in keys), None)
+        """Return the worker that runs a task, or has its result and does not send it."""
+        running = (worker for worker, keys in self._client.processing().items() if key in keys)
+        return next(running, None) or next(iter(self._client.who_has().get(key, ())), None)
 
-    def other_workers(self, worker: str) -> list[str]:
-        return [other for other in self._client.nthreads() if other != worker]
+    def quick_workers(self) -> list[str]:
+        return [worker for worker in self._client.nthreads() if worker not in self.slow]
 
-    def _refusal(self, problem: str, hint: str) -> SystemRefusalError:
+    def refusal(self, problem: str, hint: str) -> SystemRefusalError:
         return _refusal(self._address, problem, hint)
 
 
@@ -165,16 +168,15 @@ class _Call(Future[Any]):
     def __init__(
         self,
         executor: ClusterExecutor,
-        start: Callable[[list[str] | None], tuple[str, Future[Any]]],
+        start: Callable[[], tuple[str, Future[Any]]],
         file: str,
     ) -> None:
         super().__init__()
         self._executor = executor
         self._start = start
         self._file = file
-        self._key, self._task = start(None)
-        self._slow = ""
-        """The worker that was too slow."""
+        self._key, self._task = start()
+        self._moved = False
 
     def cancel(self) -> bool:
         return self._task.cancel()
@@ -183,11 +185,12 @@ class _Call(Future[Any]):
         started = time.monotonic()
         while not wait([self._task], _LOOK).done:
             self._executor.look(self._file)
-            if time.monotonic() - started > _SLOW and self._is_stuck():
+            late = time.monotonic() - started > _SLOW
+            if (late or self._executor.slow) and self._is_moved(late):
                 started = time.monotonic()
         if self._task.cancelled():
             self._executor.look(self._file)
-            raise self._executor._refusal(f"Dask cancelled the work on {self._file}", "look at its log")
+            raise self._executor.refusal(f"Dask cancelled the work on {self._file}", "look at its log")
         error = self._task.exception()
         if error is not None:
             raise _lost(error, self._file, self._executor) from error
@@ -196,18 +199,18 @@ class _Call(Future[Any]):
             raise result.error
         return result
 
-    def _is_stuck(self) -> bool:
-        """Give the task to another worker where one has had it too long; tell whether one had."""
+    def _is_moved(self, late: bool) -> bool:
+        """Give the task to another worker, where one has had it for too long; tell whether one had."""
         worker = self._executor.worker_of(self._key)
-        if worker is None:  # it waits for its turn
+        if worker is None or not (late or worker in self._executor.slow):  # it waits for its turn
             return False
-        others = self._executor.other_workers(worker)
-        if self._slow or not others:
+        self._executor.slow.add(worker)
+        if (late and self._moved) or not self._executor.quick_workers():
             problem = f"worker {worker} has not answered for {_SLOW:.0f} s about {self._file}"
-            raise self._executor._refusal(problem, "see whether it can read that file")
-        self._slow = worker
+            raise self._executor.refusal(problem, "see whether it can read that file")
+        self._moved = True
         self._task.cancel()
-        self._key, self._task = self._start(others)
+        self._key, self._task = self._start()
         return True
 
 
@@ -242,13 +245,13 @@ def _lost(error: BaseException, file: str, executor: ClusterExecutor) -> BaseExc
 
     if isinstance(error, KilledWorker):
         problem = f"worker {error.last_worker.address} was lost while {file} was being read, as others before"
-        return executor._refusal(problem, "look at its log: it may have been out of memory")
+        return executor.refusal(problem, "look at its log: it may have been out of memory")
     if isinstance(error, NoValidWorkerError):
-        return executor._refusal(f"no worker was left to read {file}", "start some: dask worker ADDRESS")
+        return executor.refusal(f"no worker was left to read {file}", "start some: dask worker ADDRESS")
     return error
 
 
-def _file_of(thing: object, args: tuple[Any, ...]) -> str:
+def _file_of(thing: object) -> str:
     """Return the file that a call is about, for messages."""
     template = getattr(thing, "template", None)
     return str(getattr(template, "path", "the data"))
@@ -285,12 +288,12 @@ def _identity(address: str, problem: str | None = None) -> dict[str, Any]:
         try:
             asking = asyncio.wait_for(_ask(address), _CONNECT + 1)
             found = executor.submit(asyncio.run, asking).result()
-        except TimeoutError as error:
-            silent = problem or f"no Dask scheduler answered within {_CONNECT:.0f} s"
+        except (OSError, TimeoutError) as error:
+            silent = problem or f"no Dask scheduler answers there, within {_CONNECT:.0f} s"
             raise _refusal(address, silent, started) from error
-        except (OSError, ValueError, TypeError) as error:
-            silent = problem or f"no Dask scheduler can be reached ({_first_line(error)})"
-            raise _refusal(address, silent, started) from error
+        except (ValueError, TypeError) as error:
+            silent = f"not the address of a Dask scheduler ({_first_line(error)})"
+            raise _refusal(address, silent, "expected such as tcp://node1:8786") from error
     if found.get("type") != "Scheduler":
         kind = str(found.get("type", "something")).lower()
         raise _refusal(address, f"a Dask {kind} answers, not a scheduler", "name the scheduler's address")
