@@ -3,7 +3,7 @@
 The template's images are cut into blocks. For each block, every input's bytes of the tensors in it are read
 into one buffer and added up in float64, in checkpoint order, once for each row of coefficients; blocks are
 independent of each other, go to an executor, and come back in order. Threads fill buffers here; workers on
-other machines get several blocks at a time and send averages back.
+other machines get several blocks at a time, and write averages to the output where they see it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, groupby, islice
 from pathlib import Path
 from threading import local
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from isal.isal_zlib import crc32, crc32_combine
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from swa_avg.blocks import Block, Source, blocks_of, read_pieces
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
+from swa_avg.formats.base import Written
 from swa_avg.plan import Plan
 from swa_avg.policy import FLOATS
 
@@ -36,8 +37,11 @@ _STRETCH = 2**30  # bytes of an input that are checked at a time, where its bloc
 
 _Row = tuple[tuple[float, ...], float]
 """What each input is multiplied with, and what the sum is divided by."""
-_Averaged = tuple["NDArray[np.uint8]", list[int]]
-"""Averages of a block, of shape (rows, bytes), and the CRC-32 of its bytes in each of the checked inputs."""
+_Averaged = tuple["NDArray[np.uint8] | Written", list[int]]
+"""Averages of a block, of shape (rows, bytes), or word that they are in the output; and the CRC-32 of the
+block's bytes in each of the checked inputs."""
+_Target = tuple[str, int]
+"""The output's name, and where in it the image starts."""
 _Underway = tuple[tuple[Block, ...], "NDArray[np.uint8] | None", "Future[list[_Averaged]]"]
 """Blocks, the buffer that they are averaged into, and the work."""
 
@@ -76,13 +80,17 @@ class Combiner:
             self.verify,
         )
 
-    def image(self, index: int) -> Iterator[memoryview]:
+    def image(self, index: int, file: IO[bytes] | None = None) -> Iterator[memoryview | Written]:
         """Yield the bytes of the first row's image `index`; each view is good until the next is asked for.
 
-        Errors as for `blocks`.
+        Workers that see `file`, the output, write there, from where it stands. Errors as for `blocks`.
         """
-        for _, averages in self.blocks(index):
-            yield averages[0].data
+        target = None
+        if self.together and file is not None:
+            file.flush()
+            target = str(Path(file.name).absolute()), file.tell()
+        for _, averages in self._averages(index, target):
+            yield averages if isinstance(averages, Written) else averages[0].data
 
     def blocks(self, index: int) -> Iterator[tuple[Block, NDArray[np.uint8]]]:
         """Yield each block of image `index` and its averages, of shape (rows, bytes), until the next is asked
@@ -97,6 +105,13 @@ class Combiner:
             UnreadableError: an input became shorter or fails its checksum.
             SystemRefusalError: the system could not read.
         """
+        for block, averages in self._averages(index, None):
+            assert not isinstance(averages, Written)
+            yield block, averages
+
+    def _averages(
+        self, index: int, target: _Target | None
+    ) -> Iterator[tuple[Block, NDArray[np.uint8] | Written]]:
         checked = self._worker.checked()
         running = [0] * len(checked)
         limit = _PENDING * self.threads
@@ -108,7 +123,7 @@ class Combiner:
                 if not free:
                     yield from self._take(under_way, free, running)
                 buffer = free.pop()
-                under_way.append((blocks, buffer, self._submit(blocks, buffer)))
+                under_way.append((blocks, buffer, self._submit(blocks, buffer, target)))
             while under_way:
                 yield from self._take(under_way, free, running)
         finally:
@@ -126,21 +141,25 @@ class Combiner:
             while some := tuple(islice(alike, self.together or 1)):
                 yield some
 
-    def _submit(self, blocks: tuple[Block, ...], buffer: NDArray[np.uint8] | None) -> Future[list[_Averaged]]:
+    def _submit(
+        self, blocks: tuple[Block, ...], buffer: NDArray[np.uint8] | None, target: _Target | None
+    ) -> Future[list[_Averaged]]:
         if self.together and not self.verify and not any(block.pieces for block in blocks):
-            # It takes no longer to read a copy of the template here than to have it sent.
+            # There is nothing to do but to copy the template.
             done: Future[list[_Averaged]] = Future()
             done.set_result(self._worker(blocks))
             return done
-        arguments = (blocks,) if buffer is None else (blocks, _aligned(buffer, blocks[0]))
         try:
-            return self.executor.submit(self._worker, *arguments)
+            if target is not None:
+                return self.executor.submit(self._worker.write, blocks, target)
+            room = None if buffer is None else _aligned(buffer, blocks[0])
+            return self.executor.submit(self._worker, blocks, room)
         except RuntimeError as error:  # the interpreter's word for a thread that the system refused
             raise SystemRefusalError(errno.EAGAIN, f"{error}; use fewer --threads") from error
 
     def _take(
         self, under_way: deque[_Underway], free: list[NDArray[np.uint8] | None], running: list[int]
-    ) -> Iterator[tuple[Block, NDArray[np.uint8]]]:
+    ) -> Iterator[tuple[Block, NDArray[np.uint8] | Written]]:
         """Yield the first blocks under way; once the next is asked for, their buffer is free again."""
         blocks, buffer, work = under_way.popleft()
         try:
@@ -211,13 +230,36 @@ class BlockWorker:
     def __call__(self, blocks: Sequence[Block], averages: NDArray[np.uint8] | None = None) -> list[_Averaged]:
         """Average each block, into `averages`, of shape (rows, bytes), where it is one block; else into new
         arrays."""
-        results = []
+        results: list[_Averaged] = []
         for block in blocks:
             room = averages
             if room is None:
                 room = _aligned(np.empty((len(self.rows), block.size + _SLACK), np.uint8), block)
             results.append((room, self._combine(block, room)))
         return results
+
+    def write(self, blocks: Sequence[Block], target: _Target) -> list[_Averaged]:
+        """Average each block and write the first row to its place in a file.
+
+        Where this process does not see the file, nothing is written, and the averages are returned.
+
+        Raises:
+            SystemRefusalError: the disk is full, or writing failed.
+        """
+        name, start = target
+        results = self(blocks)
+        try:
+            file = open(name, "r+b", buffering=0)  # noqa: SIM115
+        except OSError:
+            return results
+        try:
+            with file:
+                return [
+                    (_put(file, start + block.start, averages), checksums)
+                    for block, (averages, checksums) in zip(blocks, results, strict=True)
+                ]
+        except OSError as error:
+            raise SystemRefusalError(error.errno, f"cannot write: {error.strerror}", name) from error
 
     def checksum(self, number: int, index: int, start: int) -> tuple[int, int]:
         """Return the CRC-32 of a stretch of image `index` of input `number`, and its bytes."""
@@ -268,6 +310,17 @@ class BlockWorker:
             self._scratch.sums = np.empty(size, np.float64)
         sums: NDArray[np.float64] = self._scratch.sums[:size].reshape(len(self.rows), values)
         return sums
+
+
+def _put(file: IO[bytes], position: int, averages: NDArray[np.uint8] | Written) -> Written:
+    """Write the first row of averages to a place in a file."""
+    assert not isinstance(averages, Written)
+    data = averages[0].data
+    file.seek(position)
+    done = 0
+    while done < len(data):
+        done += file.write(data[done:])
+    return Written(len(data), crc32(data))
 
 
 def _aligned(buffer: NDArray[np.uint8], block: Block) -> NDArray[np.uint8]:

@@ -288,6 +288,7 @@ def _fit_cluster(max_memory: int | None, threads: int) -> _Work:
     Blocks are those of one machine, and stay in a core's cache; a task is many of them, next to each other,
     since each task costs the scheduler about a millisecond.
     """
+    threads *= 2  # that a task is done is noticed some time later: another one waits at the worker
     room = _CLUSTER_ROOM if max_memory is None else max_memory - _CLUSTER_MEMORY
     if room < sent_memory(_BLOCK_BYTES, 1):
         _refuse_limit(max_memory, _CLUSTER_MEMORY + sent_memory(_BLOCK_BYTES, 1))

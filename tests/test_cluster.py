@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import signal
@@ -25,8 +26,9 @@ from swa_avg.errors import MismatchError, SystemRefusalError, UnreadableError, U
 distributed = pytest.importorskip("distributed")
 
 from swa_avg import cluster as module  # noqa: E402
-from swa_avg import run  # noqa: E402
+from swa_avg import combine, run  # noqa: E402
 from swa_avg.combine import BlockWorker  # noqa: E402
+from swa_avg.formats.base import Written  # noqa: E402
 
 pytestmark = [
     # Of Dask's own: sockets and processes that it leaves to the garbage collector.
@@ -151,6 +153,47 @@ def test_inputs_of_different_layouts_are_checked_and_averaged_by_name(cluster: A
     paths = write_run(tmp_path)
     makers.write_archive(paths[1], dict(reversed(arrays(1).items())))
     both(paths, tmp_path, cluster.scheduler_address)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_workers_write_the_output_where_they_see_it_and_else_send_it(
+    seen: bool, lonely: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    paths = write_run(tmp_path)
+    average(paths, tmp_path / "here.keras")
+    if not seen:
+        monkeypatch.setattr(combine, "open", refused, raising=False)
+    written = []
+    image = run.Combiner.image
+
+    def watched(self: Any, index: int, file: Any = None) -> Iterator[Any]:
+        for chunk in image(self, index, file):
+            written.append(isinstance(chunk, Written))
+            yield chunk
+
+    monkeypatch.setattr(run.Combiner, "image", watched)
+    average(paths, tmp_path / "swa.keras", cluster=lonely.scheduler_address)
+    assert (tmp_path / "swa.keras").read_bytes() == (tmp_path / "here.keras").read_bytes()
+    assert set(written) == {seen}
+
+
+def test_a_full_disk_under_a_worker_is_the_systems_refusal(
+    lonely: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    paths = write_run(tmp_path)
+    monkeypatch.setattr(combine, "_put", full)
+    worker = next(iter(lonely.scheduler.workers))
+    with pytest.raises(SystemRefusalError) as error:
+        average(paths, tmp_path / "swa.keras", cluster=lonely.scheduler_address)
+    assert error.value.errno == errno.ENOSPC
+    assert error.value.strerror == f"cannot write: No space left on device on worker {worker}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in paths]
 
 
 def test_damage_to_any_input_is_found(cluster: Any, tmp_path: Path) -> None:

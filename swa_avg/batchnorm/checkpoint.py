@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from swa_avg.batchnorm.functions import import_function, import_module, names_function
 from swa_avg.errors import Finding, MismatchError, UsageError
@@ -102,7 +102,9 @@ def refreshed_values(
                 return _changed(checkpoint, before, after), report
 
 
-def with_values(checkpoint: Checkpoint, values: Mapping[str, bytes], index: int) -> Iterator[bytes]:
+def with_values(
+    checkpoint: Checkpoint, values: Mapping[str, bytes], index: int, file: IO[bytes]
+) -> Iterator[bytes]:
     """Yield the bytes of image `index` of a checkpoint with the values of some tensors replaced."""
     image = checkpoint.images[index]
     position = 0

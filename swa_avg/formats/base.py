@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Literal, NamedTuple, Protocol
 
-from isal.isal_zlib import crc32
+from isal.isal_zlib import crc32, crc32_combine
 
 from swa_avg.errors import SwaAvgError, SystemRefusalError, UnreadableError
 
@@ -22,15 +22,18 @@ __all__ = [
     "PROVENANCE",
     "Buffer",
     "Checkpoint",
+    "Chunk",
     "Image",
     "ImageFile",
     "Provenance",
     "Role",
     "Stage",
     "Tensor",
+    "Written",
     "check_written",
     "open_file",
     "refusal",
+    "write_chunks",
     "write_image",
 ]
 
@@ -40,6 +43,18 @@ Role = Literal["weight", "optimizer", "metric"]
 Buffer = bytes | bytearray | memoryview
 Provenance = Mapping[str, Any] | None
 """What an output says of how it was made; None leaves it out."""
+
+
+class Written(NamedTuple):
+    """Bytes of an output that another process has put in their place."""
+
+    size: int
+    checksum: int
+    """Their CRC-32."""
+
+
+Chunk = Buffer | Written
+"""The next bytes of an output."""
 
 _WINDOW = 256 * 1024
 _MAX_METADATA = 64 * 2**20
@@ -298,11 +313,15 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def write(
-        self, image: Callable[[int], Iterator[Buffer]], provenance: Callable[[], Provenance], stage: Stage
+        self,
+        image: Callable[[int, IO[bytes]], Iterator[Chunk]],
+        provenance: Callable[[], Provenance],
+        stage: Stage,
     ) -> None:
         """Write a copy of this checkpoint with other images to `stage`.
 
-        `image(k)` yields the bytes of image k from first to last; each is asked for once, in order.
+        `image(k, file)` yields the bytes of image k from first to last; each is asked for once, in order. The
+        first goes to where `file` stands when it is asked for.
         `provenance()` may be called once, by an archive before the first image, else after the last.
         """
 
@@ -389,14 +408,24 @@ class Stage(Protocol):
         """
 
 
-def write_image(file: IO[bytes], chunks: Iterable[Buffer]) -> None:
+def write_image(file: IO[bytes], chunks: Iterable[Chunk]) -> None:
     """Write the bytes of an image to the start of an empty file, and see that they read back."""
+    check_written(file, 0, *write_chunks(file, chunks))
+
+
+def write_chunks(file: IO[bytes], chunks: Iterable[Chunk]) -> tuple[int, int]:
+    """Write chunks to where the file stands, and return their size and CRC-32."""
     size = checksum = 0
     for chunk in chunks:
-        file.write(chunk)
-        checksum = crc32(chunk, checksum)
-        size += len(chunk)
-    check_written(file, 0, size, checksum)
+        if isinstance(chunk, Written):
+            file.seek(chunk.size, os.SEEK_CUR)
+            checksum = crc32_combine(checksum, chunk.checksum, chunk.size)
+            size += chunk.size
+        else:
+            file.write(chunk)
+            checksum = crc32(chunk, checksum)
+            size += len(chunk)
+    return size, checksum
 
 
 def check_written(file: IO[bytes], start: int, size: int, checksum: int) -> None:
