@@ -15,10 +15,12 @@ from sklearn.model_selection import train_test_split
 from swa_avg.callbacks import CheckpointSaver
 
 EPOCHS, START = 30, 20
+VALIDATION = 450
+"""Of the held-out digits, those that the sweep chooses by; the others are for the comparison."""
 
 
 def load_data() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return train and test images, float32 of shape (n, 8, 8, 1), and labels."""
+    """Return images to train on and held-out ones, float32 of shape (n, 8, 8, 1), and labels."""
     digits = load_digits()
     images = (digits.images / 16.0).astype("float32")[..., None]
     return train_test_split(images, digits.target, test_size=0.5, random_state=0, stratify=digits.target)
@@ -43,8 +45,9 @@ def build_model() -> keras.Model:
 
 def train(folder: Path) -> None:
     keras.utils.set_random_seed(1)
-    train_x, _, train_y, _ = load_data()
+    train_x, held_out_x, train_y, held_out_y = load_data()
     np.savez(folder / "train.npz", x_train=train_x, y_train=train_y)
+    np.savez(folder / "val.npz", x_val=held_out_x[:VALIDATION], y_val=held_out_y[:VALIDATION])
     model = build_model()
     model.compile(
         keras.optimizers.SGD(0.1, momentum=0.9),
@@ -60,12 +63,14 @@ def train(folder: Path) -> None:
 
 
 def compare(folder: Path) -> None:
-    _, test_x, _, test_y = load_data()
+    _, held_out_x, _, held_out_y = load_data()
+    test_x, test_y = held_out_x[VALIDATION:], held_out_y[VALIDATION:]
     warnings.simplefilter("error")
     for title, path in (
         ("last checkpoint", sorted(folder.glob("ckpt_*.keras"))[-1]),
         ("average, not refreshed", folder / "plain.keras"),
         ("average, refreshed", folder / "swa.keras"),
+        ("what sweep chose", folder / "best.keras"),
     ):
         model = keras.models.load_model(path)
         loss, accuracy = model.evaluate(test_x, test_y, batch_size=256, verbose=0)

@@ -15,10 +15,15 @@ cd "$work"
 PATH=${PYTHON%/*}:$PATH
 for command in \
   'swa-avg ckpt_*.keras -o plain.keras' \
-  'swa-avg ckpt_*.keras -o swa.keras --bn-refresh train.npz'; do
+  'swa-avg ckpt_*.keras -o swa.keras --bn-refresh train.npz' \
+  'swa-avg verify swa.keras' \
+  'swa-avg inspect ckpt_*.keras --report report.html' \
+  'swa-avg sweep ckpt_*.keras --val val.npz --bn-refresh train.npz -o best.keras'; do
   echo "\$ $command"
   eval "$command" 2>&1
   echo
 done
 cd - >/dev/null
 quietly "$PYTHON" scripts/demo.py compare "$work"
+cp "$work/report.html" demo.html
+echo "The report of the checkpoints, with pictures: demo.html"

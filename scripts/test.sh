@@ -19,6 +19,10 @@ if [ "${1-}" = --core ]; then
 fi
 
 make_venv .venv -e ".[tensorflow,test]"
+# The report's page is opened in a browser; without one, those tests are skipped.
+if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+  { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } >/dev/null 2>&1 || true
+fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy

@@ -16,13 +16,11 @@ def replace(text: str, marker: str, block: str) -> str:
 
 def main() -> None:
     text = README.read_text()
-    command = [str(Path(sys.executable).with_name("swa-avg")), "--help"]
     environment = {**os.environ, "COLUMNS": "80"}
-    text = replace(
-        text,
-        "help",
-        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout,
-    )
+    for command in ([], ["inspect"], ["sweep"], ["verify"]):
+        arguments = [str(Path(sys.executable).with_name("swa-avg")), *command, "--help"]
+        ended = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
+        text = replace(text, " ".join(["help", *command]), ended.stdout)
     if len(sys.argv) > 1:
         text = replace(text, "demo", Path(sys.argv[1]).read_text())
     README.write_text(text)

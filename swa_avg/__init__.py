@@ -5,7 +5,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["RefreshReport", "Report", "SwaAvgError", "__version__", "average", "refresh_batchnorm"]
+__all__ = [
+    "Inspection",
+    "RefreshReport",
+    "Report",
+    "SwaAvgError",
+    "SweepReport",
+    "Validation",
+    "Verification",
+    "__version__",
+    "average",
+    "inspect_checkpoints",
+    "refresh_batchnorm",
+    "sweep",
+    "verify",
+]
 
 __version__ = "0.1.0"
 
@@ -13,15 +27,26 @@ if TYPE_CHECKING:
     from swa_avg.batchnorm.refresh import refresh_batchnorm
     from swa_avg.batchnorm.report import RefreshReport
     from swa_avg.errors import SwaAvgError
+    from swa_avg.evaluation import Validation
+    from swa_avg.inspection import Inspection, inspect_checkpoints
     from swa_avg.run import Report, average
+    from swa_avg.sweeping import SweepReport, sweep
+    from swa_avg.verification import Verification, verify
 
 # `swa-avg --help` imports this package and must not wait for numpy and h5py, nor averaging for Keras.
 _HOMES = {
+    "Inspection": "swa_avg.inspection",
     "RefreshReport": "swa_avg.batchnorm.report",
     "Report": "swa_avg.run",
     "SwaAvgError": "swa_avg.errors",
+    "SweepReport": "swa_avg.sweeping",
+    "Validation": "swa_avg.evaluation",
+    "Verification": "swa_avg.verification",
     "average": "swa_avg.run",
+    "inspect_checkpoints": "swa_avg.inspection",
     "refresh_batchnorm": "swa_avg.batchnorm.refresh",
+    "sweep": "swa_avg.sweeping",
+    "verify": "swa_avg.verification",
 }
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from swa_avg.batchnorm.checkpoint import Refresh
 from swa_avg.errors import SwaAvgError, UsageError
 from swa_avg.index import MODES, Entry, is_plain_name
+from swa_avg.metrics import direction
 from swa_avg.run import Report, average
 from swa_avg.run_folder import RunFolder, published
 from swa_avg.schedules import keras_schedule_class
@@ -36,12 +37,10 @@ __all__ = ["SWA", "CheckpointSaver", "PrintLearningRate"]
 keras_schedule_class()
 
 _WEIGHTS_SUFFIX = ".weights.h5"
-_GREATER = re.compile(r"(^|_)(acc|accuracy|auc|f1|f1_score|fmeasure|precision|recall)(_|$)")
 _MISSED = (
     "{}: values of {}, which the model saves but does not list among its variables, may be a little newer "
     "than the rest; from now on training waits for each save"
 )
-_LOWER = re.compile(r"(^|_)(loss|error|mse|mae|rmse|mape|msle)$")
 
 
 class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
@@ -268,7 +267,7 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
         if self._monitor is None:
             return
         if self._mode == "auto":
-            self._mode = _direction(model, self._monitor)
+            self._mode = direction(model, self._monitor)
         if self._saved == 0 and self._monitor not in metrics:
             available = ", ".join(sorted(metrics)) or "none"
             raise UsageError(f"monitor={self._monitor!r} is not among the logged metrics: {available}")
@@ -442,21 +441,6 @@ def _scalars(metrics: Mapping[str, Any] | None) -> dict[str, float]:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _direction(model: Any, monitor: str) -> str:
-    """Return which values of a metric are better: as the compiled metric says, else as its name does."""
-    name = monitor.removeprefix("val_")
-    for group in getattr(model, "metrics", []):
-        for metric in getattr(group, "metrics", [group]):
-            direction = getattr(metric, "_direction", None)
-            if metric.name == name and direction is not None:
-                return "max" if direction == "up" else "min"
-    if _LOWER.search(name):
-        return "min"
-    if _GREATER.search(name):
-        return "max"
-    raise UsageError(f"monitor={monitor!r}: say which values are better, with mode='min' or mode='max'")
 
 
 def _warn_nothing(what: str, expected: str, epoch: int | None, params: Mapping[str, Any] | None) -> None:

@@ -14,6 +14,9 @@ from click_default_group import DefaultGroup
 
 from swa_avg import __version__
 from swa_avg.commands.average import average
+from swa_avg.commands.inspect import inspect
+from swa_avg.commands.sweep import sweep
+from swa_avg.commands.verify import verify
 from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError, escape
 
 __all__ = ["main"]
@@ -50,7 +53,7 @@ def main_group() -> None:
     """Average Keras checkpoints."""
 
 
-for _command in (average,):
+for _command in (average, inspect, sweep, verify):
     main_group.add_command(_command)
 
 

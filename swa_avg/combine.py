@@ -24,14 +24,25 @@ from numpy.typing import NDArray
 
 from swa_avg.blocks import Block, Source, blocks_of, read_pieces
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
-from swa_avg.formats.base import Written
+from swa_avg.formats.base import Image, Tensor, Written
 from swa_avg.plan import Plan
 from swa_avg.policy import FLOATS
 
-__all__ = ["BlockWorker", "Combiner", "UnfitError", "block_memory", "round_to_bfloat16", "sent_memory"]
+__all__ = [
+    "BlockWorker",
+    "Combiner",
+    "UnfitError",
+    "block_memory",
+    "checksum_of",
+    "round_to_bfloat16",
+    "sent_memory",
+    "stream_values",
+    "unfit",
+]
 
 _PENDING = 2  # blocks a thread: one worked on, one waiting to be written
 _SLACK = 64
+_CHUNK = 2**18
 _STRETCH = 2**30  # bytes of an input that are checked at a time, where its blocks are not the template's
 
 
@@ -165,7 +176,7 @@ class Combiner:
         try:
             results = work.result()
         except UnfitError:
-            raise MismatchError(list(_unfit(self.plan, self.block_bytes))) from None
+            raise MismatchError(list(unfit(self.plan, self.block_bytes))) from None
         for block, (averages, checksums) in zip(blocks, results, strict=True):
             self.progress(block.cost(self.plan, self.verify))
             for position, checksum in enumerate(checksums):
@@ -447,7 +458,7 @@ def _all_finite(data: NDArray[np.uint8], dtype: str) -> bool:
     return bool(np.isfinite(values).all())
 
 
-def _unfit(plan: Plan, block_bytes: int) -> Iterator[Finding]:
+def unfit(plan: Plan, block_bytes: int) -> Iterator[Finding]:
     """Read everything again to name each file and tensor whose values cannot be averaged."""
     found = False
     for source in plan.inputs:
@@ -476,6 +487,14 @@ def _unfit(plan: Plan, block_bytes: int) -> Iterator[Finding]:
         yield Finding(plan.template.path, "sum", "does not fit into float64")
 
 
+def checksum_of(image: Image) -> int:
+    """Return the CRC-32 of an image."""
+    checksum = 0
+    for start in range(0, image.size, _CHUNK):
+        checksum = crc32(image.read(start, min(_CHUNK, image.size - start)), checksum)
+    return checksum
+
+
 def block_memory(block_bytes: int, threads: int, rows: int = 1) -> int:
     """Return the bytes that a Combiner takes at most: buffers a thread, and finished blocks.
 
@@ -488,3 +507,37 @@ def block_memory(block_bytes: int, threads: int, rows: int = 1) -> int:
 def sent_memory(task_bytes: int, threads: int, rows: int = 1) -> int:
     """Return the bytes of averages under way that a Combiner takes at most where workers send them back."""
     return task_bytes * threads * rows * _PENDING
+
+
+def stream_values(plan: Plan, block_bytes: int) -> Iterator[Iterator[list[tuple[Tensor, NDArray[Any]]]]]:
+    """Yield block by block, input by input, the values of the tensors that are averaged or compared.
+
+    Each value array is of one piece of a tensor: of its stored type, float32 of bfloat16, bytes of integers.
+    It is good until the next input is asked for.
+
+    Raises:
+        UnreadableError, SystemRefusalError: as for `Image.read_into`.
+    """
+    raw = np.empty(block_bytes, np.uint8)
+    template = Source.of(plan.template)
+    sources = [
+        template if checkpoint is plan.template else Source.of(checkpoint) for checkpoint in plan.inputs
+    ]
+    for index in range(len(plan.template.images)):
+        for block in blocks_of(plan, index, block_bytes):
+            if block.pieces:
+                yield (_values(source, template, block, raw) for source in sources)
+
+
+def _values(
+    source: Source, template: Source, block: Block, raw: NDArray[np.uint8]
+) -> list[tuple[Tensor, NDArray[Any]]]:
+    read_pieces(source, template, block, raw)
+    values: list[tuple[Tensor, NDArray[Any]]] = []
+    for piece in block.pieces:
+        view: NDArray[Any] = raw[piece.start - block.start : piece.stop - block.start]
+        dtype = piece.tensor.dtype
+        if piece.average:
+            view = _widen(view.view(np.uint16)) if dtype == "bfloat16" else view.view(dtype)
+        values.append((piece.tensor, view))
+    return values

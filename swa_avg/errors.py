@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from swa_avg.sweeping import SweepReport
+
 __all__ = [
     "Finding",
     "MismatchError",
+    "NoImprovementError",
     "SwaAvgError",
     "SystemRefusalError",
     "UnreadableError",
@@ -88,6 +91,17 @@ class MismatchError(SwaAvgError, ValueError):
     def __init__(self, findings: Sequence[Finding]) -> None:
         self.findings = tuple(findings)
         super().__init__("\n".join(str(finding) for finding in self.findings))
+
+
+class NoImprovementError(SwaAvgError):
+    """No average is better than the best single checkpoint, and one that is was asked for."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, report: SweepReport) -> None:
+        self.report = report
+        """With every score."""
+        super().__init__(message)
 
 
 class SystemRefusalError(SwaAvgError, OSError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, NoReturn
+from typing import IO, Any
 
 from swa_avg import methods
 from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_values, with_values
@@ -22,19 +22,39 @@ from swa_avg.digests import check_digests, read_digests
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.formats import Checkpoint, open_checkpoint
 from swa_avg.formats.archive import ArchiveCheckpoint
+from swa_avg.formats.base import Chunk
 from swa_avg.plan import Plan, make_plan
 from swa_avg.policy import batchnorm_layers, resolve_dtypes
-from swa_avg.provenance import describe
+from swa_avg.provenance import batchnorm_record, describe
 from swa_avg.publish import Publication, check_output
 from swa_avg.selection import epochs_of, expand, select
 
-__all__ = ["Progress", "Report", "average"]
+__all__ = [
+    "Progress",
+    "Refreshed",
+    "Report",
+    "as_output",
+    "average",
+    "check_contents",
+    "check_shared_files",
+    "coefficients_of",
+    "fit_memory",
+    "open_all",
+    "output_path",
+    "plan_output",
+    "write_average",
+    "write_draft",
+]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes to read in all, bytes read since the last call)."""
+Refreshed = Callable[[Path], tuple[Mapping[str, bytes], RefreshReport]]
+"""For the draft of an average, tensor name -> new bytes of its BatchNorm statistics, and the report."""
 
 _BLOCK_BYTES = 2**19  # with its sums, it stays in a core's cache
 _SMALLEST_BLOCK = 2**16
+_SMALLEST_BLOCK_OF_ROWS = 2**12
+_MOST_FOR_ROWS = 2**26
 _PROCESS_MEMORY = 64 * 2**20  # the interpreter with numpy and h5py, before anything is averaged
 _CLUSTER_MEMORY = 160 * 2**20  # with Dask
 _CLUSTER_ROOM = 2**30  # for what workers send back
@@ -133,70 +153,120 @@ def average(
         SystemRefusalError: disk full, permission denied, input/output error; no cluster, or a lost one.
     """
     named = expand(inputs)
-    target = Path(output) if output is not None else Path("swa" + _suffix(named[-1]))
-    _check_not_an_input(target, named)
+    target = output_path(output, named)
     paths = select(named, epochs=epochs, best=best, monitor=monitor, mode=mode, last=last, every=every)
     check_output(target, overwrite=overwrite)
-    coefficients = _coefficients(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
-    if cluster is not None and threads is not None:
-        raise UsageError("--threads is for this machine alone; a cluster's workers say how many they have")
+    coefficients = coefficients_of(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
     with ExitStack() as stack:
-        executor, work = stack.enter_context(_workers(cluster, threads, max_memory))
-        checkpoints = resolve_dtypes(_open_all(paths, stack), dtype)
+        crew = stack.enter_context(hired(cluster, threads, max_memory))
+        checkpoints = resolve_dtypes(open_all(paths, stack), dtype)
         if expect_sha256 is not None:
             check_digests(checkpoints, read_digests(Path(expect_sha256)), Path(expect_sha256))
         publication = stack.enter_context(Publication(target, overwrite=overwrite))
-        template = _as_output(checkpoints[-1], target)
-        if optimizer == "drop" and not dry_run:
-            scratch = publication.scratch if cluster is None else _named(stack.enter_context(_draft(target)))
-            template = template.without_optimizer(scratch)
-        plan = make_plan(checkpoints, template, coefficients, drop_optimizer=optimizer == "drop")
+        scratch = crew.scratch(publication, stack)
+        plan = plan_output(checkpoints, coefficients, target, scratch, optimizer=optimizer, dry_run=dry_run)
         total = bytes_to_read(plan, verify)
-        report = Report(target, plan, method, verify, total, work.memory)
-        advance = partial(progress or _ignore, total)
-        combiner = Combiner(
-            plan, [coefficients], executor, work.block_bytes, work.threads, verify, advance, work.together
-        )
-        _check_shared_files(plan)
-        _check_contents(plan, combiner.checksums)
+        report = Report(target, plan, method, verify, total, crew.memory)
+        combiner = crew.combiner(plan, [coefficients], verify, partial(progress or _ignore, total))
+        check_shared_files(plan)
+        check_contents(plan, combiner.checksums)
+        refreshed = None
         if refresh is not None:
-            check_request(refresh, template)
-            if refresh.model is None and template.kind != checkpoints[-1].kind:
-                # The output holds weights alone; the newest input has the configuration.
-                refresh = replace(refresh, model=str(checkpoints[-1].path))
+            refresh = _with_model(refresh, plan)
+            check_request(refresh, plan.template)
+            refreshed = partial(refreshed_values, refresh=refresh, progress=refresh_progress)
         if dry_run:
             return report
-        if refresh is None:
-            template.write(combiner.image, lambda: describe(plan, method, combiner.checksums), publication)
-        else:
-            draft = stack.enter_context(_draft(target))
-            with Publication(draft, overwrite=False) as unrefreshed:
-                template.write(combiner.image, lambda: None, unrefreshed)
-                unrefreshed.publish()
-            values, statistics = refreshed_values(draft, refresh, draft.parent, refresh_progress)
-            report = replace(report, refresh=statistics)
-            averaged = stack.enter_context(closing(open_checkpoint(draft)))
-            averaged.write(
-                partial(with_values, averaged, values),
-                lambda: describe(plan, method, combiner.checksums) | {"batchnorm": statistics.record()},
-                publication,
-            )
-        _check_contents(plan, combiner.checksums)
-        for checkpoint in checkpoints:
-            checkpoint.check_unchanged()
+        statistics = write_average(
+            combiner, lambda: describe(plan, method, combiner.checksums, dtype), publication, refreshed
+        )
         publication.publish()
-    return report
+    return replace(report, refresh=statistics)
+
+
+def write_average(
+    combiner: Combiner,
+    record: Callable[[], dict[str, Any]],
+    publication: Publication,
+    refreshed: Refreshed | None = None,
+) -> RefreshReport | None:
+    """Write the average that a combiner of one row makes, ready to be published.
+
+    With `refreshed`, a draft of it is written first, and its BatchNorm statistics are replaced by the values
+    that this returns.
+    """
+    plan = combiner.plan
+    statistics = None
+    if refreshed is None:
+        plan.template.write(combiner.image, record, publication)
+    else:
+        with draft_beside(publication.output) as draft:
+            write_draft(draft, plan.template, combiner.image)
+            values, statistics = refreshed(draft)
+            batchnorm = {"batchnorm": batchnorm_record(statistics, values)}
+            with closing(open_checkpoint(draft)) as averaged:
+                averaged.write(
+                    partial(with_values, averaged, values), lambda: record() | batchnorm, publication
+                )
+    check_contents(plan, combiner.checksums)
+    for checkpoint in plan.inputs:
+        checkpoint.check_unchanged()
+    return statistics
 
 
 @contextmanager
-def _draft(output: Path) -> Iterator[Path]:
-    """Make a path for the average before its refresh, in a temporary folder beside the output."""
+def draft_beside(output: Path) -> Iterator[Path]:
+    """Make a path for a draft of the output, in a temporary folder beside it."""
     with TemporaryDirectory(dir=output.parent, prefix=".swa-avg-") as folder:
         yield Path(folder) / output.name
 
 
+def write_draft(
+    draft: Path, template: Checkpoint, image: Callable[[int, IO[bytes]], Iterator[Chunk]]
+) -> None:
+    """Write a copy of `template` with other images, and no word of how it was made."""
+    with Publication(draft, overwrite=False) as publication:
+        template.write(image, lambda: None, publication)
+        publication.publish()
+
+
 def _ignore(total: int, count: int) -> None:
     pass
+
+
+def output_path(output: str | Path | None, named: Sequence[Path]) -> Path:
+    """Return where the output goes, by default beside nothing, and never over an input."""
+    target = Path(output) if output is not None else Path("swa" + _suffix(named[-1]))
+    for path in named:
+        if target.exists() and path.exists() and target.samefile(path):
+            raise UsageError(
+                f"the output {target} is also an input ({path}); name another output, or narrower inputs"
+            )
+    return target
+
+
+def plan_output(
+    checkpoints: Sequence[Checkpoint],
+    coefficients: Sequence[float],
+    output: Path,
+    scratch: Callable[[], IO[bytes]],
+    *,
+    optimizer: str,
+    dry_run: bool = False,
+) -> Plan:
+    """Plan an average in the form that the output's suffix and `optimizer` ask for."""
+    template = as_output(checkpoints[-1], output)
+    if optimizer == "drop" and not dry_run:
+        template = template.without_optimizer(scratch)
+    return make_plan(checkpoints, template, coefficients, drop_optimizer=optimizer == "drop")
+
+
+def _with_model(refresh: Refresh, plan: Plan) -> Refresh:
+    """Name the newest input as the source of the model where the output holds its weights alone."""
+    newest = plan.inputs[-1]
+    if refresh.model is None and plan.template.kind != newest.kind:
+        return replace(refresh, model=str(newest.path))
+    return refresh
 
 
 def _suffix(path: Path) -> str:
@@ -206,15 +276,7 @@ def _suffix(path: Path) -> str:
     return path.suffix
 
 
-def _check_not_an_input(output: Path, named: Sequence[Path]) -> None:
-    for path in named:
-        if output.exists() and path.exists() and output.samefile(path):
-            raise UsageError(
-                f"the output {output} is also an input ({path}); name another output, or narrower inputs"
-            )
-
-
-def _coefficients(
+def coefficients_of(
     method: str,
     paths: Sequence[Path],
     *,
@@ -242,9 +304,10 @@ def _coefficients(
 
 
 @dataclass(frozen=True)
-class _Work:
-    """How the work is cut."""
+class Crew:
+    """Who works, threads here or a cluster, and how the work is cut for them."""
 
+    executor: Executor
     block_bytes: int
     threads: int
     memory: int
@@ -252,64 +315,83 @@ class _Work:
     together: int = 0
     """Blocks a task, on a cluster."""
 
+    def combiner(
+        self,
+        plan: Plan,
+        rows: Sequence[Sequence[float]],
+        verify: bool,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> Combiner:
+        return Combiner(
+            plan, rows, self.executor, self.block_bytes, self.threads, verify, progress, self.together
+        )
+
+    def scratch(self, publication: Publication, stack: ExitStack) -> Callable[[], IO[bytes]]:
+        """Return what opens temporary files; a cluster sees only those that have a name."""
+        if not self.together:
+            return publication.scratch
+        numbers = count()
+        draft = stack.enter_context(draft_beside(publication.output))
+        return lambda: stack.enter_context(draft.with_name(f"scratch_{next(numbers)}").open("w+b"))
+
 
 @contextmanager
-def _workers(
-    cluster: str | None, threads: int | None, max_memory: int | None
-) -> Iterator[tuple[Executor, _Work]]:
-    """Start threads, or connect to a cluster, and fit the work into the memory."""
+def hired(cluster: str | None, threads: int | None, max_memory: int | None, rows: int = 1) -> Iterator[Crew]:
+    """Start threads, or connect to the cluster at an address; `rows` averages are made at a time."""
     if cluster is None:
-        work = _fit(max_memory, threads or min(4, os.cpu_count() or 1))
-        with ThreadPoolExecutor(work.threads) as local:
-            yield local, work
-    else:
-        from swa_avg.cluster import connected
+        block_bytes, threads = fit_memory(max_memory, threads, rows)
+        memory = _PROCESS_MEMORY + block_memory(block_bytes, threads, rows)
+        with ThreadPoolExecutor(threads) as local:
+            yield Crew(local, block_bytes, threads, memory)
+        return
+    if threads is not None:
+        raise UsageError("--threads is for this machine alone; a cluster's workers say how many they have")
+    from swa_avg.cluster import connected
 
-        with connected(cluster) as remote:
-            yield remote, _fit_cluster(max_memory, remote.threads)
+    with connected(cluster) as remote:
+        yield _fit_cluster(remote, remote.threads, max_memory, rows)
 
 
-def _fit(max_memory: int | None, threads: int) -> _Work:
-    """Return the block size and the number of threads that stay under a limit of resident memory."""
-    block_bytes = _BLOCK_BYTES
-    while max_memory is not None and _PROCESS_MEMORY + block_memory(block_bytes, threads) > max_memory:
-        if block_bytes > _SMALLEST_BLOCK:
+def _fit_cluster(executor: Executor, threads: int, max_memory: int | None, rows: int) -> Crew:
+    """Return how much is sent back at a time, such that all that is under way fits here.
+
+    Blocks are those of one machine, and stay in a core's cache; a task is many of them, next to each other,
+    since each task costs the scheduler and this process milliseconds.
+    """
+    threads *= 2  # that a task is done is noticed some time later: another one waits at the worker
+    least = sent_memory(_BLOCK_BYTES, 1, rows)
+    room = max(_CLUSTER_ROOM, least) if max_memory is None else max_memory - _CLUSTER_MEMORY
+    if room < least:
+        problem = f"--max-memory {max_memory} is too little"
+        raise UsageError(f"{problem}; at least {_CLUSTER_MEMORY + least} bytes are needed")
+    threads = min(threads, room // least)
+    together = max(1, min(_SENT_BYTES // (_BLOCK_BYTES * rows), room // (least * threads)))
+    memory = _CLUSTER_MEMORY + sent_memory(_BLOCK_BYTES * together, threads, rows)
+    return Crew(executor, _BLOCK_BYTES, threads, memory, together)
+
+
+def fit_memory(max_memory: int | None, threads: int | None, rows: int = 1) -> tuple[int, int]:
+    """Return the block size and the number of threads that stay under a limit of resident memory.
+
+    Several rows of coefficients take smaller blocks, so that memory does not grow with their number.
+    """
+    block_bytes, threads = _BLOCK_BYTES, threads or min(4, os.cpu_count() or 1)
+    limit = _PROCESS_MEMORY + _MOST_FOR_ROWS if max_memory is None else max_memory
+    if max_memory is None and rows == 1:
+        return block_bytes, threads
+    least = _SMALLEST_BLOCK if rows == 1 else _SMALLEST_BLOCK_OF_ROWS
+    while (needed := _PROCESS_MEMORY + block_memory(block_bytes, threads, rows)) > limit:
+        if block_bytes > least:
             block_bytes //= 2
         elif threads > 1:
             threads -= 1
         else:
-            _refuse_limit(max_memory, _PROCESS_MEMORY + block_memory(block_bytes, threads))
-    return _Work(block_bytes, threads, _PROCESS_MEMORY + block_memory(block_bytes, threads))
+            what = "too many candidates" if max_memory is None else f"--max-memory {max_memory} is too little"
+            raise UsageError(f"{what}; at least {needed} bytes are needed")
+    return block_bytes, threads
 
 
-def _fit_cluster(max_memory: int | None, threads: int) -> _Work:
-    """Return how much is sent back at a time, such that all that is under way fits here.
-
-    Blocks are those of one machine, and stay in a core's cache; a task is many of them, next to each other,
-    since each task costs the scheduler about a millisecond.
-    """
-    threads *= 2  # that a task is done is noticed some time later: another one waits at the worker
-    room = _CLUSTER_ROOM if max_memory is None else max_memory - _CLUSTER_MEMORY
-    if room < sent_memory(_BLOCK_BYTES, 1):
-        _refuse_limit(max_memory, _CLUSTER_MEMORY + sent_memory(_BLOCK_BYTES, 1))
-    threads = min(threads, room // sent_memory(_BLOCK_BYTES, 1))
-    together = min(_SENT_BYTES // _BLOCK_BYTES, room // sent_memory(_BLOCK_BYTES, threads))
-    return _Work(
-        _BLOCK_BYTES, threads, _CLUSTER_MEMORY + sent_memory(_BLOCK_BYTES * together, threads), together
-    )
-
-
-def _refuse_limit(limit: int | None, least: int) -> NoReturn:
-    raise UsageError(f"--max-memory {limit} is too little; at least {least} bytes are needed")
-
-
-def _named(draft: Path) -> Callable[[], IO[bytes]]:
-    """Return what opens temporary files that other machines see: unlike unnamed ones, these have a name."""
-    numbers = count()
-    return lambda: draft.with_name(f"template_{next(numbers)}").open("w+b")
-
-
-def _open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:
+def open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:
     """Open every checkpoint, the newest first: the others are compared with its layout."""
     _allow_open_files(len(paths))
     newest = stack.enter_context(closing(open_checkpoint(paths[-1])))
@@ -329,7 +411,7 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _as_output(newest: Checkpoint, output: Path) -> Checkpoint:
+def as_output(newest: Checkpoint, output: Path) -> Checkpoint:
     """Return the newest checkpoint as what the output's suffix asks for."""
     if isinstance(newest, ArchiveCheckpoint) and output.name.endswith(".weights.h5"):
         return newest.as_weights()
@@ -341,7 +423,7 @@ def _as_output(newest: Checkpoint, output: Path) -> Checkpoint:
     return newest
 
 
-def _check_shared_files(plan: Plan) -> None:
+def check_shared_files(plan: Plan) -> None:
     """Raise MismatchError if two inputs hold one file between them: a shard that both maps name."""
     seen: dict[tuple[int, int], Checkpoint] = {}
     findings = []
@@ -358,7 +440,7 @@ def _check_shared_files(plan: Plan) -> None:
         raise MismatchError(findings)
 
 
-def _check_contents(plan: Plan, checksums: Sequence[Sequence[int | None]]) -> None:
+def check_contents(plan: Plan, checksums: Sequence[Sequence[int | None]]) -> None:
     """Raise MismatchError if two inputs hold the same bytes: one checkpoint, counted twice."""
     seen: dict[tuple[tuple[int, int], ...], Path] = {}
     findings = []

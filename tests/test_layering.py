@@ -34,14 +34,38 @@ def test_averaging_loads_neither_keras_nor_tensorflow(run_python: Run, tmp_path:
     )
     assert _loaded(run_python, code, HEAVY, tmp_path / "ckpt_*.keras", "-o", tmp_path / "swa.keras") == "[]"
     assert (tmp_path / "swa.keras").exists()
+    assert _loaded(run_python, code, HEAVY, "verify", tmp_path / "swa.keras") == "[]"
 
 
-def test_help_loads_no_numpy_h5py_or_rich(run_python: Run) -> None:
+@pytest.mark.parametrize("command", [[], ["inspect"], ["sweep"], ["verify"]])
+def test_help_loads_no_numpy_h5py_or_rich(command: list[str], run_python: Run) -> None:
     code = "from swa_avg import cli\ntry:\n    cli.main()\nexcept SystemExit:\n    pass"
-    assert _loaded(run_python, code, "{'numpy', 'h5py', 'rich'}", "--help") == "[]"
+    modules = "{'numpy', 'h5py', 'rich', 'matplotlib'}"
+    assert _loaded(run_python, code, modules, *command, "--help") == "[]"
 
 
-@pytest.mark.parametrize("module", ["plan", "methods", "policy", "schedules", "batchnorm.moments", "index"])
+def test_only_the_pictures_need_matplotlib() -> None:
+    package = Path(__file__).parents[1] / "swa_avg"
+    users = {path.name for path in package.rglob("*.py") if "\nimport matplotlib" in path.read_text()}
+    assert users == {"pictures.py"}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "plan",
+        "methods",
+        "policy",
+        "schedules",
+        "batchnorm.moments",
+        "index",
+        "geometry",
+        "candidates",
+        "metrics",
+        "words",
+        "pages.html",
+    ],
+)
 def test_the_pure_modules_import_no_io(module: str) -> None:
     package = Path(__file__).parents[1] / "swa_avg"
     seen: set[Path] = set()
@@ -65,3 +89,15 @@ def test_formats_stay_below_the_plan() -> None:
     for path in (package / "formats").glob("*.py"):
         for above in ("plan", "combine", "run", "cli", "policy", "publish"):
             assert f"swa_avg.{above}" not in path.read_text(), path
+
+
+def test_a_public_name_stays_what_it_is_once_the_modules_are_loaded(run_python: Run) -> None:
+    """A module of the same name in the package would take its place."""
+    code = (
+        "import importlib, swa_avg\n"
+        "homes = {name: getattr(swa_avg, name) for name in swa_avg.__all__}\n"
+        "assert {name: getattr(swa_avg, name) for name in homes} == homes\n"
+        "print(sorted(name for name, value in homes.items() if isinstance(value, type(swa_avg))))"
+    )
+    ended = run_python(code)
+    assert (ended.returncode, ended.stdout) == (0, "[]\n"), ended.stderr

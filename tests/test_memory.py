@@ -14,6 +14,7 @@ import makers
 MEGABYTE = 2**20
 # Start-up: everything that averaging imports, and nothing averaged.
 START = "import swa_avg.run"
+INSPECT = "import swa_avg, sys; assert swa_avg.inspect_checkpoints(sys.argv[2:]).geometry is not None"
 AVERAGE = "import swa_avg, sys; swa_avg.average(sys.argv[2:], sys.argv[1], threads=2)"
 
 
@@ -42,3 +43,5 @@ def test_memory_is_bounded_in_size_and_number(tmp_path: Path) -> None:
     for name, inputs in (("big", big), ("many", many), ("huge", huge)):
         added = _peak(AVERAGE, tmp_path / f"{name}.weights.h5", *inputs) - start
         assert added < 50 * MEGABYTE, name
+        added = _peak(INSPECT, "", *inputs) - start
+        assert added < 60 * MEGABYTE, name

@@ -13,11 +13,14 @@ from conftest import Ended
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_help_text_is_current(swa_avg: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["", " inspect", " sweep", " verify"])
+def test_the_help_text_is_current(
+    command: str, swa_avg: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    block = re.search(r"<!-- help -->\n```\n(.*?)```\n<!-- /help -->", README, re.DOTALL)
+    block = re.search(f"<!-- help{command} -->\n```\n(.*?)```\n<!-- /help{command} -->", README, re.DOTALL)
     assert block is not None
-    assert block.group(1) == swa_avg("--help").out
+    assert block.group(1) == swa_avg(*command.split(), "--help").out
 
 
 def test_every_test_file_that_holds_a_guarantee_exists() -> None:

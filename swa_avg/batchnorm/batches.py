@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from swa_avg.batchnorm.draw import Permutation
 from swa_avg.batchnorm.rows import Rows, describe
-from swa_avg.batchnorm.spec import Batch, Spec, fits
+from swa_avg.batchnorm.spec import TARGET, Batch, Spec, fits
 from swa_avg.errors import UnreadableError
 
 __all__ = ["ArrayData", "Data", "StreamData", "as_array", "check_rows", "features_of", "pick"]
@@ -47,19 +47,25 @@ class Data(ABC):
         """Yield raw batches by input, and which rows they are where rows have numbers."""
 
     def __iter__(self) -> Iterator[tuple[Batch, int]]:
-        """Yield (batch, rows in it).
+        """Yield (batch, rows in it); errors as for `labelled`."""
+        for batch, _, rows in self.labelled():
+            yield batch, rows
+
+    def labelled(self) -> Iterator[tuple[Batch, Batch, int]]:
+        """Yield (batch, its targets, rows in it); targets are None where none are wanted.
 
         Raises:
             UnreadableError: NaN or infinity, another shape than the model's, or no rows.
         """
         for raw, numbers in self._batches():
             rows = self._check(raw, numbers)
-            batch: Batch = raw if len(raw) > 1 else next(iter(raw.values()))
+            batch = _alone({name: values for name, values in raw.items() if name[:1] != TARGET})
+            targets = _alone({name[1:]: values for name, values in raw.items() if name[:1] == TARGET})
             if self.spec.preprocess is not None:
                 batch = self.spec.preprocess(batch)
             self._check_shapes(batch)
             self.samples += rows
-            yield batch, rows
+            yield batch, targets, rows
         if not self.samples:
             raise UnreadableError(self.source, "expected at least one row; found none")
 
@@ -93,8 +99,7 @@ class Data(ABC):
             if expected is not None and not fits(tuple(shape), expected):
                 key = self._keys.get(name, name)
                 problem = f"expected rows of shape {list(expected[1:])}; found {list(shape[1:])}"
-                hint = "choose the array with --bn-input, or reshape it with --bn-preprocess"
-                raise UnreadableError(self.source, problem, tensor=key or None, hint=hint)
+                raise UnreadableError(self.source, problem, tensor=key or None, hint=_hint(self.spec))
 
     @property
     def digest(self) -> str:
@@ -133,7 +138,7 @@ class ArrayData(Data):
         """Raises if the source has changed since it was opened."""
         for name, array in rows.items():
             shown = f"{keys[name] or Path(source).name} {describe(array.dtype, array.shape)}"
-            self.used[shown] = name or "the input"
+            self.used[shown] = _title(name)
             self._keys[name] = keys[name]
         counts = {array.shape[0] for array in rows.values()}
         if len(counts) != 1:
@@ -151,7 +156,7 @@ class ArrayData(Data):
 
     def _batches(self) -> Iterator[tuple[dict[str, Array], Array | None]]:
         assert self.total is not None
-        order = Permutation(self._count, self.spec.seed)
+        order = Permutation(self._count, self.spec.seed) if self.spec.purpose.shuffled else np.arange
         size = self.spec.batch_size
         spans = [(start, min(start + size, self.total)) for start in range(0, self.total, size)]
 
@@ -192,38 +197,71 @@ class StreamData(Data):
     def raw(self) -> Iterator[dict[str, tuple[str, Array]]]:
         """Yield input of the model -> (key, array) of each batch, whole and unchecked."""
         for element in self._source:
-            features = features_of(element, len(self.spec.names))
             picked = {
                 name: (key, as_array(part))
-                for name, (key, part) in pick(self.source, self.spec, features).items()
+                for name, (key, part) in pick(self.source, self.spec, element).items()
             }
             if not self.used:
-                self._describe(features, picked)
+                self._describe(features_of(element, len(self.spec.names)), picked)
             yield picked
 
     def _describe(self, features: Any, picked: Mapping[str, tuple[str, Array]]) -> None:
         for name, (key, values) in picked.items():
             shown = ", ".join(["batch", *map(str, values.shape[1:])])
-            self.used[f"{key} {values.dtype}[{shown}]"] = name or "the input"
+            self.used[f"{key} {values.dtype}[{shown}]"] = _title(name)
             self._keys[name] = key
         if isinstance(features, Mapping):
             taken = set(self._keys.values())
             self.ignored = tuple(_shown(key, part) for key, part in features.items() if key not in taken)
 
 
-def pick(source: str, spec: Spec, features: Any) -> dict[str, tuple[str, Any]]:
-    """Return input of the model -> (key, tensor) from the x of a batch.
+def _alone(parts: dict[str, Array]) -> Batch:
+    return parts if len(parts) > 1 else next(iter(parts.values()), None)
+
+
+def _title(name: str) -> str:
+    if name.startswith(TARGET):
+        return f"the target {name[1:]}".rstrip()
+    return name or "the input"
+
+
+def _hint(spec: Spec) -> str:
+    option = spec.purpose.option
+    return f"choose the array with {option}-input, or reshape it with {option}-preprocess"
+
+
+def pick(source: str, spec: Spec, element: Any) -> dict[str, tuple[str, Any]]:
+    """Return input of the model, and target where targets are wanted, -> (key, tensor) from a batch.
 
     Raises:
         UnreadableError: there are more or fewer tensors than inputs, or it is not clear which to take.
     """
+    features = features_of(element, len(spec.names))
+    if not spec.purpose.targets:
+        return _pick(source, spec.names, features, spec.choose_inputs, "inputs")
+    if features is element:
+        if isinstance(element, Mapping):
+            return _pick(source, [], element, spec.choose, "inputs")
+        raise UnreadableError(source, "expected batches (x, y); found x alone")
+    labels = _pick(source, spec.outputs, element[1], spec.choose_targets, "outputs")
+    targets = {TARGET + name.removeprefix(TARGET): part for name, part in labels.items()}
+    return {**_pick(source, spec.names, features, spec.choose_inputs, "inputs"), **targets}
+
+
+def _pick(
+    source: str,
+    names: Sequence[str],
+    features: Any,
+    choose: Callable[[str, Mapping[str, object]], dict[str, str]],
+    what: str,
+) -> dict[str, tuple[str, Any]]:
     if isinstance(features, Mapping):
         known = {str(key): _shown(key, part) for key, part in features.items() if part is not None}
-        return {name: (key, features[key]) for name, key in spec.choose(source, known).items()}
+        return {name: (key, features[key]) for name, key in choose(source, known).items()}
     parts = list(features) if isinstance(features, list | tuple) else [features]
-    names = spec.names or ([""] if len(parts) == 1 else [str(number) for number in range(len(parts))])
+    names = names or ([""] if len(parts) == 1 else [str(number) for number in range(len(parts))])
     if len(names) != len(parts):
-        raise UnreadableError(source, f"expected batches of {len(names)} inputs; found {len(parts)}")
+        raise UnreadableError(source, f"expected batches of {len(names)} {what}; found {len(parts)}")
     return {name: (name or "batches", part) for name, part in zip(names, parts, strict=True)}
 
 
@@ -243,8 +281,7 @@ def check_rows(source: str, spec: Spec, rows: Mapping[str, tuple[str, Rows]]) ->
         expected = spec.shape_of(name)
         if spec.preprocess is None and expected is not None and not fits(array.shape, expected):
             problem = f"expected rows of shape {list(expected[1:])}; found {list(array.shape[1:])}"
-            hint = "choose the array with --bn-input, or reshape it with --bn-preprocess"
-            raise UnreadableError(source, problem, tensor=key or None, hint=hint)
+            raise UnreadableError(source, problem, tensor=key or None, hint=_hint(spec))
 
 
 def features_of(element: Any, inputs: int) -> Any:

@@ -21,13 +21,35 @@ from swa_avg.policy import has_lambda
 if TYPE_CHECKING:
     from swa_avg.batchnorm.report import RefreshReport
 
-__all__ = ["Refresh", "check_request", "refreshed_values", "with_values"]
+__all__ = [
+    "Loading",
+    "Refresh",
+    "check_request",
+    "load_model",
+    "load_weights",
+    "refresh_loaded",
+    "refreshed_values",
+    "with_values",
+]
 
 _CHUNK = 2**20
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a checkpoint becomes a live model."""
+
+    model: Any = None
+    """For weights alone: a `.keras` file, a JSON configuration, or `MODULE:FUNCTION` that returns the model;
+    or a live Keras model, which gets the averaged weights and their statistics."""
+    imports: Sequence[str] = ()
+    """Modules that register the model's own classes with Keras."""
+    unsafe: bool = False
+    """Load Lambda layers: run code that the checkpoint holds."""
+
+
 @dataclass(frozen=True)
-class Refresh:
+class Refresh(Loading):
     """What a refresh of a checkpoint is asked to do; see `refresh_batchnorm` for the first six."""
 
     data: Any
@@ -39,67 +61,66 @@ class Refresh:
     seed: int = 0
     preprocess: str | None = None
     """`MODULE:FUNCTION`, applied to each batch."""
-    model: Any = None
-    """For weights alone: a `.keras` file, a JSON configuration, or `MODULE:FUNCTION` that returns the model;
-    or a live Keras model, which gets the averaged weights and their statistics."""
-    imports: Sequence[str] = ()
-    """Modules that register the model's own classes with Keras."""
-    unsafe: bool = False
-    """Load Lambda layers: run code that the checkpoint holds."""
 
 
-def check_request(refresh: Refresh, newest: Checkpoint) -> None:
-    """Find out, before anything is read, what would keep the model from being loaded.
+def check_request(loading: Loading, newest: Checkpoint, purpose: str = "--bn-refresh") -> None:
+    """Find out, before anything is read, what would keep the model from being loaded for a purpose.
 
     Raises:
         UsageError: Keras is not installed, weights alone come without a model, or the model holds code.
     """
     if importlib.util.find_spec("keras") is None:
-        raise UsageError("--bn-refresh needs Keras: pip install 'swa-avg[tensorflow]'")
-    if newest.config is None and refresh.model is None:
+        raise UsageError(f"{purpose} needs Keras: pip install 'swa-avg[tensorflow]'")
+    if newest.config is None and loading.model is None:
         raise UsageError(
-            f"{newest.path.name} holds weights alone: --bn-refresh needs --model, a .keras file, a JSON "
+            f"{newest.path.name} holds weights alone: {purpose} needs --model, a .keras file, a JSON "
             "configuration or MODULE:FUNCTION"
         )
-    if refresh.model is None and not refresh.unsafe and has_lambda(newest.config):
+    if loading.model is None and not loading.unsafe and has_lambda(newest.config):
         raise UsageError(
             f"{newest.path.name} holds a Lambda layer, which is code: add --unsafe if you trust who wrote it"
         )
 
 
 def refreshed_values(
-    draft: Path, refresh: Refresh, scratch: Path, progress: Callable[[int | None, int], None] | None
+    draft: Path, refresh: Refresh, progress: Callable[[int | None, int], None] | None
 ) -> tuple[dict[str, bytes], RefreshReport]:
     """Return tensor name -> new bytes for each BatchNorm statistic of the checkpoint `draft`, and the report.
-
-    Keras loads the file and saves its weights before and after the refresh, into the folder `scratch`; what
-    differs between the two are the statistics, and where the first does not say what the draft says, nothing
-    is trusted.
 
     Raises:
         UsageError: the model cannot be loaded as it was asked for.
         UnreadableError: the data cannot be used.
         MismatchError: Keras does not give back the weights that it loaded.
     """
-    with _without_greeting():
-        from swa_avg.batchnorm.refresh import refresh_batchnorm
-
     with closing(open_checkpoint(draft)) as checkpoint:
-        model = _load(draft, checkpoint, refresh)
-        with closing(_saved(model, checkpoint, scratch / "before")) as before:
-            report = refresh_batchnorm(
-                model,
-                refresh.data,
-                estimator=refresh.estimator,
-                batch_size=refresh.batch_size,
-                samples=refresh.samples,
-                seed=refresh.seed,
-                inputs=refresh.inputs,
-                preprocess=import_function(refresh.preprocess) if refresh.preprocess else None,
-                progress=progress,
-            )
-            with closing(_saved(model, checkpoint, scratch / "after")) as after:
-                return _changed(checkpoint, before, after), report
+        return refresh_loaded(load_model(checkpoint, refresh), checkpoint, refresh, progress)
+
+
+def refresh_loaded(
+    model: Any, checkpoint: Checkpoint, refresh: Refresh, progress: Callable[[int | None, int], None] | None
+) -> tuple[dict[str, bytes], RefreshReport]:
+    """Refresh a model that has the weights of `checkpoint`; returns and errors as for `refreshed_values`.
+
+    Keras saves the model's weights before and after the refresh, beside the checkpoint; what differs between
+    the two are the statistics, and where the first does not say what the checkpoint says, nothing is trusted.
+    """
+    from swa_avg.batchnorm.refresh import refresh_batchnorm
+
+    scratch = checkpoint.path.parent
+    with closing(_saved(model, checkpoint, scratch / "before")) as before:
+        report = refresh_batchnorm(
+            model,
+            refresh.data,
+            estimator=refresh.estimator,
+            batch_size=refresh.batch_size,
+            samples=refresh.samples,
+            seed=refresh.seed,
+            inputs=refresh.inputs,
+            preprocess=import_function(refresh.preprocess) if refresh.preprocess else None,
+            progress=progress,
+        )
+        with closing(_saved(model, checkpoint, scratch / "after")) as after:
+            return _changed(checkpoint, before, after), report
 
 
 def with_values(
@@ -137,17 +158,43 @@ def _without_greeting() -> Iterator[None]:
         os.close(kept)
 
 
-def _load(draft: Path, checkpoint: Checkpoint, refresh: Refresh) -> Any:
-    """Return the draft as a live model, by Keras with its safe mode on."""
-    import keras
+def load_model(checkpoint: Checkpoint, loading: Loading, *, compiled: bool = False) -> Any:
+    """Return a checkpoint of ours as a live model, by Keras with its safe mode on.
 
-    for module in refresh.imports:
+    With `compiled`, as it was compiled when it was saved, if it was.
+
+    Raises:
+        UsageError: it cannot be loaded as it was asked for.
+    """
+    with _without_greeting():
+        import keras
+    for module in loading.imports:
         import_module(module)
+    with _complaints_named():
+        if checkpoint.config is not None and loading.model is None:
+            return keras.models.load_model(checkpoint.path, compile=compiled, safe_mode=not loading.unsafe)
+        model = loading.model
+        if isinstance(model, str):
+            model = _build(model, loading, keras, compiled=compiled)
+        model.load_weights(checkpoint.path)
+    return model
+
+
+def load_weights(model: Any, checkpoint: Checkpoint) -> None:
+    """Give a live model the weights of a checkpoint of ours.
+
+    Raises:
+        UsageError: they are not this model's.
+    """
+    with _complaints_named():
+        model.load_weights(checkpoint.path)
+
+
+@contextmanager
+def _complaints_named() -> Iterator[None]:
+    """Turn Keras's complaints about what it loads into ours."""
     try:
-        if checkpoint.config is not None and refresh.model is None:
-            return keras.models.load_model(draft, compile=False, safe_mode=not refresh.unsafe)
-        model = _build(refresh.model, refresh, keras) if isinstance(refresh.model, str) else refresh.model
-        model.load_weights(draft)
+        yield
     except (ValueError, TypeError, AttributeError, ImportError, KeyError, OSError) as error:
         if isinstance(error, UsageError):
             raise
@@ -155,21 +202,20 @@ def _load(draft: Path, checkpoint: Checkpoint, refresh: Refresh) -> Any:
         raise UsageError(
             f"Keras cannot load the model ({reason}); its own classes come with --import MODULE"
         ) from error
-    return model
 
 
-def _build(source: str, refresh: Refresh, keras: Any) -> Any:
+def _build(source: str, loading: Loading, keras: Any, *, compiled: bool) -> Any:
     path = Path(source)
     if not path.exists() and names_function(source):
         return import_function(source)()
     if path.suffix == ".json":
         text = path.read_text("utf-8")
-        if "Lambda" in text and not refresh.unsafe:
+        if "Lambda" in text and not loading.unsafe:
             raise UsageError(
                 f"{path} may hold a Lambda layer, which is code: add --unsafe if you trust who wrote it"
             )
         return keras.models.model_from_json(text)
-    return keras.models.load_model(path, compile=False, safe_mode=not refresh.unsafe)
+    return keras.models.load_model(path, compile=compiled, safe_mode=not loading.unsafe)
 
 
 def _saved(model: Any, checkpoint: Checkpoint, path: Path) -> Checkpoint:
@@ -178,7 +224,7 @@ def _saved(model: Any, checkpoint: Checkpoint, path: Path) -> Checkpoint:
         path = path.with_suffix(".h5")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Keras calls its own format legacy
-            model.save(path)
+            model.save(path, include_optimizer=False)
     else:
         path = path.with_suffix(".weights.h5")
         model.save_weights(path)

@@ -18,6 +18,8 @@ from swa_avg.errors import UnreadableError, UsageError
 
 __all__ = ["open_data"]
 
+_PARTS = ("x", "y", "weights")
+
 
 def open_data(source: Any, spec: Spec) -> Data:
     """Open training data.
@@ -72,13 +74,16 @@ def _chosen(source: str, spec: Spec, arrays: Mapping[str, object]) -> dict[str, 
             raise UnreadableError(
                 source, f"expected {next(iter(spec.bound.values()))}; found one unnamed array"
             )
+        if spec.purpose.targets:
+            problem = "expected inputs and targets; found a single array (.npy)"
+            raise UnreadableError(source, problem, hint="use .npz")
         return {(spec.names or [""])[0]: ""}
     return spec.choose(source, arrays)
 
 
 def _from_object(made: Any, source: str, spec: Spec) -> Data:
     if isinstance(made, tuple) and made and all(hasattr(part, "shape") or part is None for part in made):
-        made = made[0]
+        made = dict(zip(_PARTS, made, strict=False)) if spec.purpose.targets else made[0]
     if hasattr(made, "shape") and hasattr(made, "__array__"):
         made = {"array": made}
     if isinstance(made, Mapping):
@@ -91,23 +96,27 @@ def _from_object(made: Any, source: str, spec: Spec) -> Data:
         data.ignored = tuple(text for key, text in shown.items() if key not in chosen.values())
         return data
     if not hasattr(made, "__iter__") and hasattr(made, "__getitem__") and hasattr(made, "__len__"):
-        return StreamData(source, spec, _Indexed(made, spec.seed))
+        return StreamData(source, spec, _Indexed(made, spec))
     if not isinstance(made, Iterable):
         found = type(made).__name__
         raise UnreadableError(source, f"expected arrays or an iterable of batches; found {found}")
     if spec.samples is None and _endless(made):
-        raise UsageError(f"{source} never ends; say how many samples to use with --bn-samples")
+        raise UsageError(
+            f"{source} never ends; say how many samples to use with {spec.purpose.option}-samples"
+        )
     return StreamData(source, spec, made)
 
 
 class _Indexed:
-    """Batches by number, such as a PyDataset, in a seeded random order."""
+    """Batches by number, such as a PyDataset, in the order that the purpose asks for."""
 
-    def __init__(self, batches: Any, seed: int) -> None:
-        self._batches, self._seed = batches, seed
+    def __init__(self, batches: Any, spec: Spec) -> None:
+        self._batches, self._spec = batches, spec
 
     def __iter__(self) -> Iterator[Any]:
-        for number in Permutation(len(self._batches), self._seed)(0, len(self._batches)):
+        count = len(self._batches)
+        shuffled = self._spec.purpose.shuffled
+        for number in Permutation(count, self._spec.seed)(0, count) if shuffled else range(count):
             yield self._batches[int(number)]
 
 

@@ -21,7 +21,7 @@ from swa_avg.batchnorm.tally import Tally
 from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
 from swa_avg.interrupts import interrupts_held
 
-__all__ = ["Progress", "refresh_batchnorm"]
+__all__ = ["Progress", "arranger", "inputs_of", "refresh_batchnorm"]
 
 Progress = Callable[[int | None, int], None]
 """Called with (rows in all where known, rows since the last call)."""
@@ -68,7 +68,7 @@ def refresh_batchnorm(
         raise UsageError(f"the estimator is {' or '.join(ESTIMATORS)}, not {estimator}")
     if not getattr(model, "built", False):
         raise UsageError("the model is not built: call it on one batch, or load its weights first")
-    names, shapes = _inputs_of(model)
+    names, shapes = inputs_of(model)
     bind = [f"{key}={name}" for key, name in inputs.items()] if isinstance(inputs, Mapping) else inputs
     spec = Spec(
         bind=bind,
@@ -91,7 +91,7 @@ def refresh_batchnorm(
     return report
 
 
-def _inputs_of(model: Any) -> tuple[list[str], list[Shape | None]]:
+def inputs_of(model: Any) -> tuple[list[str], list[Shape | None]]:
     """Return names and shapes of the model's inputs; of a subclassed model, none are known."""
     try:
         structure = model._inputs_struct if hasattr(model, "_inputs_struct") else model.inputs
@@ -104,9 +104,8 @@ def _inputs_of(model: Any) -> tuple[list[str], list[Shape | None]]:
     return [tensor.name for tensor in tensors], [tuple(tensor.shape) for tensor in tensors]
 
 
-def _arranger(model: Any) -> Callable[[Any], Any]:
-    """Return what turns arrays by name into the structure that the model's call takes."""
-    structure = getattr(model, "_inputs_struct", None)
+def arranger(structure: Any) -> Callable[[Any], Any]:
+    """Return what turns arrays by name into the structure that a model's call takes, or its loss."""
     if isinstance(structure, Mapping):
         names = list(structure)
         return lambda batch: batch if isinstance(batch, Mapping) else {names[0]: batch}
@@ -119,7 +118,7 @@ def _arranger(model: Any) -> Callable[[Any], Any]:
 def _run(model: Any, layers: Sequence[Any], data: Data, tally: Tally, progress: Progress | None) -> None:
     """Run the model over the data; a batch's moments are fetched and merged while the next one runs."""
     step = make_step(model, layers)
-    arrange = _arranger(model)
+    arrange = arranger(getattr(model, "_inputs_struct", None))
     values = _seeded(model.variables, data.spec.seed)
     pending: tuple[Any, Any, int] | None = None
     with compiled(step, model, eager=bool(getattr(model, "run_eagerly", False))) as fast:

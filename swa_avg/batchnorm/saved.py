@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from swa_avg.batchnorm.batches import ArrayData, Data, StreamData, check_rows, features_of, pick
+from swa_avg.batchnorm.batches import ArrayData, Data, StreamData, check_rows, pick
 from swa_avg.batchnorm.rows import Rows, RowWriter
 from swa_avg.batchnorm.spec import Spec, fits
 from swa_avg.errors import UnreadableError, UsageError
@@ -36,7 +36,7 @@ def open_saved(path: Path, spec: Spec) -> Data:
         raise UsageError(f"reading the dataset in {path} needs TensorFlow: pip install tensorflow") from error
     with _readable(path):
         dataset = tf.data.Dataset.load(str(path))
-        parts = pick(str(path), spec, features_of(dataset.element_spec, len(spec.names)))
+        parts = pick(str(path), spec, dataset.element_spec)
         if _holds_rows(parts, spec):
             row_shapes = [part.shape for _, part in parts.values()]
             dataset = dataset.batch(_TOGETHER if _fixed(row_shapes) else 1)

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from swa_avg.errors import UnreadableError, UsageError
 
-__all__ = ["Batch", "Shape", "Spec", "fits"]
+__all__ = ["TARGET", "TRAINING", "VALIDATION", "Batch", "Purpose", "Shape", "Spec", "fits"]
 
 Batch = Any
 """What the model's call takes: an array, or where there are several inputs, a mapping from their names to
 arrays."""
 Shape = tuple[int | None, ...]
 
-_USUAL_KEYS = ("x", "x_train", "images")
+TARGET = "/"
+"""What the name of a target starts with, beside those of inputs: Keras lets no input be called so."""
 _BATCH_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What data are for."""
+
+    option: str
+    """How the options that describe them start."""
+    keys: tuple[str, ...]
+    """What their inputs are usually called."""
+    targets: tuple[str, ...] = ()
+    """What their targets are usually called; none where targets are not wanted."""
+    shuffled: bool = True
+    """Whether rows come in a seeded random order, or in their own."""
+
+
+TRAINING = Purpose("--bn", ("x", "x_train", "images"))
+VALIDATION = Purpose(
+    "--val", ("x", "x_val", "x_test", "images"), ("y", "y_val", "y_test", "labels"), shuffled=False
+)
 
 
 class Spec:
@@ -31,6 +53,9 @@ class Spec:
         samples: int | None = None,
         seed: int = 0,
         preprocess: Callable[[Batch], Batch] | None = None,
+        purpose: Purpose = TRAINING,
+        bind_targets: Sequence[str] = (),
+        output_names: Sequence[str] = (),
     ) -> None:
         if samples is not None and samples < 1:
             raise UsageError(f"the number of samples must be at least 1, not {samples}")
@@ -46,48 +71,84 @@ class Spec:
         self.samples = samples
         self.seed = seed
         self.preprocess = preprocess
-        self.bound = self._parse(bind)
+        self.purpose = purpose
+        self.outputs = list(output_names)
+        self.bound = self._parse(bind, self.names, "input")
+        self.bound_targets = self._parse(bind_targets, self.outputs, "target")
 
-    def _parse(self, bind: Sequence[str]) -> dict[str, str]:
-        """Return input -> key from `KEY[=INPUT]`."""
+    def _parse(self, bind: Sequence[str], names: Sequence[str], what: str) -> dict[str, str]:
+        """Return input or output -> key from `KEY[=NAME]`."""
         bound: dict[str, str] = {}
         for entry in bind:
             key, _, name = entry.rpartition("=") if "=" in entry else (entry, "", "")
             if not name:
-                name = self.names[0] if len(self.names) == 1 else key if key in self.names else ""
-            if not key or (self.names and name not in self.names) or name in bound:
-                expected = ", ".join(f"{key or 'KEY'}={name}" for name in self.names)
+                name = names[0] if len(names) == 1 else key if key in names else ""
+            if not key or (names and name not in names) or name in bound:
+                expected = ", ".join(f"{key or 'KEY'}={name}" for name in names)
+                side = {"input": "input", "target": "output"}[what]
                 raise UsageError(
-                    f"--bn-input {entry} names no input of the model, or one twice; use {expected}"
+                    f"{self.purpose.option}-{what} {entry} names no {side} of the model, or one twice; "
+                    f"use {expected}"
                 )
             bound[name] = key
         return bound
 
     def choose(self, source: str, arrays: Mapping[str, object]) -> dict[str, str]:
-        """Return input of the model ("" where it has no names) -> key.
+        """Return input of the model ("" where it has no names), and target, -> key.
 
         Raises:
             UnreadableError: a key is unknown, or it is not clear which to take; all keys are listed.
         """
-        chosen = dict(self.bound)
-        names = self.names or list(chosen) or [""]
+        targets = self.choose_targets(source, arrays) if self.purpose.targets else {}
+        return {**self.choose_inputs(source, arrays, set(targets.values())), **targets}
+
+    def choose_inputs(
+        self, source: str, arrays: Mapping[str, object], taken: Collection[str] = ()
+    ) -> dict[str, str]:
+        """Return input -> key, if need be of those that are not `taken`; errors as for `choose`."""
+        names = self.names or list(self.bound) or [""]
+        return self._choose(source, arrays, names, self.bound, self.purpose.keys, "input", taken)
+
+    def choose_targets(self, source: str, arrays: Mapping[str, object]) -> dict[str, str]:
+        """Return target, an output's name after TARGET, -> key; errors as for `choose`."""
+        names = self.outputs or list(self.bound_targets) or [""]
+        chosen = self._choose(
+            source, arrays, names, self.bound_targets, self.purpose.targets, "target", list(arrays)
+        )
+        return {TARGET + name: key for name, key in chosen.items()}
+
+    def _choose(
+        self,
+        source: str,
+        arrays: Mapping[str, object],
+        names: Sequence[str],
+        bound: Mapping[str, str],
+        usual: Sequence[str],
+        what: str,
+        taken: Collection[str],
+    ) -> dict[str, str]:
+        """Choose as bound, by name, by what is usual, and else what alone is left of those not `taken`."""
+        chosen = dict(bound)
         for name in names:
             if name not in chosen and name in arrays:
                 chosen[name] = name
         if len(names) == 1 and names[0] not in chosen:
-            usual = [key for key in _USUAL_KEYS if key in arrays] or list(arrays)
-            if len(usual) == 1 or (usual and usual[0] in _USUAL_KEYS):
-                chosen[names[0]] = usual[0]
+            found = [key for key in usual if key in arrays] or [key for key in arrays if key not in taken]
+            if len(found) == 1 or (found and found[0] in usual):
+                chosen[names[0]] = found[0]
         missing = [name for name in names if name not in chosen]
         unknown = [key for key in chosen.values() if key not in arrays]
         if missing or unknown:
-            expected = unknown[0] if unknown else " and ".join(missing) or "one array for the model's input"
-            found = ", ".join(map(str, arrays.values())) or "no numeric array"
-            hint = "choose with --bn-input KEY" + ("=INPUT" if len(names) > 1 else "")
-            raise UnreadableError(source, f"expected {expected or 'one array'}; found {found}", hint=hint)
+            expected = unknown[0] if unknown else " and ".join(missing) or f"one array for the model's {what}"
+            shown = ", ".join(map(str, arrays.values())) or "no numeric array"
+            side = {"input": "INPUT", "target": "OUTPUT"}[what]
+            hint = f"choose with {self.purpose.option}-{what} KEY" + (f"={side}" if len(names) > 1 else "")
+            raise UnreadableError(source, f"expected {expected or 'one array'}; found {shown}", hint=hint)
         return {name: chosen[name] for name in names}
 
     def shape_of(self, name: str) -> Shape | None:
+        if name.startswith(TARGET):
+            return None  # the model's loss knows, and says so
         return self.shapes[self.names.index(name)] if name in self.names else self.shapes[0]
 
 

@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from swa_avg.commands.options import Size, method_options, selection_options
-from swa_avg.commands.terminal import progress_bar, say, size_text
+from swa_avg.commands.options import (
+    cluster_option,
+    method_options,
+    refresh_options,
+    resource_options,
+    selection_options,
+    take_refresh,
+)
+from swa_avg.commands.terminal import batchnorm_warning, progress_bar, say
+from swa_avg.words import size_text
 
 if TYPE_CHECKING:
-    from swa_avg.batchnorm.checkpoint import Refresh
     from swa_avg.run import Report
 
 __all__ = ["average"]
@@ -32,26 +39,7 @@ __all__ = ["average"]
     help="Copy the newest checkpoint's optimizer state, or leave it out.",
 )
 @click.option("--dtype", type=click.Choice(["bfloat16"]), help="What untagged 2-byte tensors hold.")
-@click.option("--bn-refresh", metavar="DATA", help="Re-estimate BatchNorm statistics on these training data.")
-@click.option(
-    "--bn-input", multiple=True, metavar="KEY[=INPUT]", help="Which array of DATA, for which input."
-)
-@click.option("--bn-batch-size", type=click.IntRange(1), metavar="N", help="Rows a batch.  [default: 128]")
-@click.option("--bn-samples", type=click.IntRange(1), metavar="N", help="Use N rows.  [default: all]")
-@click.option(
-    "--bn-estimator",
-    type=click.Choice(["pooled", "batch-mean"]),
-    default="pooled",
-    show_default=True,
-    help="All rows as one population, or the mean of the batches.",
-)
-@click.option("--bn-seed", type=int, default=0, metavar="N", help="Of the order of rows.  [default: 0]")
-@click.option("--bn-preprocess", metavar="MODULE:FUNCTION", help="Applied to each batch.")
-@click.option("--model", metavar="PATH", help="For weights alone: .keras, JSON config or MODULE:FUNCTION.")
-@click.option(
-    "--import", "imports", multiple=True, metavar="MODULE", help="Registers the model's own classes."
-)
-@click.option("--unsafe", is_flag=True, help="Load Lambda layers: run code that the checkpoint holds.")
+@refresh_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option(
     "--no-verify", is_flag=True, help="Do not check the inputs' checksums; reads only what is averaged."
@@ -59,11 +47,8 @@ __all__ = ["average"]
 @click.option(
     "--expect-sha256", type=click.Path(), metavar="FILE", help="Hold the inputs against a list by sha256sum."
 )
-@click.option("--max-memory", type=Size(), help="Stay under this much memory, such as 150M.")
-@click.option(
-    "--threads", type=click.IntRange(1, 64), metavar="N", help="Worker threads.  [default: cores, up to 4]"
-)
-@click.option("--cluster", metavar="ADDRESS", help="Let the workers of this Dask scheduler read and average.")
+@resource_options
+@cluster_option
 @click.option("--dry-run", is_flag=True, help="Show what would be done, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -88,7 +73,7 @@ def average(
     """
     from swa_avg.run import average as run
 
-    refresh = _refresh(options)
+    refresh, _ = take_refresh(options)
     with (
         progress_bar(quiet, "averaging", in_bytes=True) as progress,
         progress_bar(quiet, "refreshing") as rows,
@@ -107,28 +92,6 @@ def average(
         import json
 
         click.echo(json.dumps(_as_json(report, options["dry_run"])))
-
-
-def _refresh(options: dict[str, Any]) -> Refresh | None:
-    """Take the options of a refresh out of `options`."""
-    from swa_avg.batchnorm.checkpoint import Refresh
-
-    taken = {
-        field: options.pop(option)
-        for option, field in (
-            ("bn_refresh", "data"),
-            ("bn_input", "inputs"),
-            ("bn_batch_size", "batch_size"),
-            ("bn_samples", "samples"),
-            ("bn_estimator", "estimator"),
-            ("bn_seed", "seed"),
-            ("bn_preprocess", "preprocess"),
-            ("model", "model"),
-            ("imports", "imports"),
-            ("unsafe", "unsafe"),
-        )
-    }
-    return Refresh(**taken) if taken["data"] is not None else None
 
 
 def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
@@ -152,11 +115,7 @@ def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
     if report.refresh is not None:
         lines.extend(report.refresh.lines(verbose=verbose))
     elif layers:
-        shown = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
-        lines.append(
-            f"warning: BatchNorm statistics are averaged, not re-estimated ({shown}); the model may be far "
-            "worse than its weights: refresh them on training data with --bn-refresh DATA"
-        )
+        lines.append(batchnorm_warning(layers))
     verb = "would write" if dry_run else "wrote"
     lines.append(f"{verb} {report.output}: the {report.method} average of {len(plan.inputs)} checkpoints")
     say(lines)

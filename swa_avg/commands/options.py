@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-__all__ = ["Numbers", "Size", "method_options", "selection_options"]
+if TYPE_CHECKING:
+    from swa_avg.batchnorm.checkpoint import Loading, Refresh
+
+__all__ = [
+    "Numbers",
+    "Size",
+    "cluster_option",
+    "method_options",
+    "place_options",
+    "refresh_options",
+    "resource_options",
+    "selection_options",
+    "take_refresh",
+]
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -42,16 +55,55 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value!r} is not a list of numbers; expected such as 0.2,0.3,0.5", param, ctx)
 
 
-_SELECTION = (
-    click.option("--epochs", metavar="A:B[:STEP]", help="Only these epochs, both ends included."),
+_EPOCHS = click.option("--epochs", metavar="A:B[:STEP]", help="Only these epochs, both ends included.")
+_BY_METRIC = (
     click.option(
         "--best", type=int, metavar="N", help="Of these, the best N by a metric in checkpoints.json."
     ),
     click.option("--monitor", metavar="NAME", help="That metric.  [default: the monitored one]"),
     click.option("--mode", type=click.Choice(["min", "max"]), help="Whether less or more of it is better."),
+)
+_BY_PLACE = (
     click.option("--last", type=int, metavar="N", help="Of these, the last N."),
     click.option(
         "--every", type=int, metavar="K", help="Of these, every K-th, counted back from the newest."
+    ),
+)
+_REFRESH = (
+    click.option(
+        "--bn-refresh", metavar="DATA", help="Re-estimate BatchNorm statistics on these training data."
+    ),
+    click.option(
+        "--bn-input", multiple=True, metavar="KEY[=INPUT]", help="Which array of DATA, for which input."
+    ),
+    click.option(
+        "--bn-batch-size", type=click.IntRange(1), metavar="N", help="Rows a batch.  [default: 128]"
+    ),
+    click.option("--bn-samples", type=click.IntRange(1), metavar="N", help="Use N rows.  [default: all]"),
+    click.option(
+        "--bn-estimator",
+        type=click.Choice(["pooled", "batch-mean"]),
+        default="pooled",
+        show_default=True,
+        help="All rows as one population, or the mean of the batches.",
+    ),
+    click.option("--bn-seed", type=int, default=0, metavar="N", help="Of the order of rows.  [default: 0]"),
+    click.option("--bn-preprocess", metavar="MODULE:FUNCTION", help="Applied to each batch."),
+    click.option(
+        "--model", metavar="PATH", help="For weights alone: .keras, JSON config or MODULE:FUNCTION."
+    ),
+    click.option(
+        "--import", "imports", multiple=True, metavar="MODULE", help="Registers the model's own classes."
+    ),
+    click.option("--unsafe", is_flag=True, help="Load Lambda layers: run code that the checkpoint holds."),
+)
+_RESOURCES = (
+    click.option("--max-memory", type=Size(), help="Stay under this much memory, such as 150M."),
+    click.option(
+        "--threads",
+        type=click.IntRange(1, 64),
+        metavar="N",
+        help="Worker threads.  [default: cores, up to 4]",
     ),
 )
 _METHOD = (
@@ -72,7 +124,48 @@ _METHOD = (
 
 def selection_options(command: Command) -> Command:
     """Add the options that choose among the checkpoints, named as `selection.select` takes them."""
-    return _with(command, _SELECTION)
+    return _with(command, (_EPOCHS, *_BY_METRIC, *_BY_PLACE))
+
+
+def place_options(command: Command) -> Command:
+    """Add those that go by the checkpoints' places in training alone."""
+    return _with(command, (_EPOCHS, *_BY_PLACE))
+
+
+def refresh_options(command: Command) -> Command:
+    """Add the options of a refresh and of loading the model; `take_refresh` reads them."""
+    return _with(command, _REFRESH)
+
+
+def resource_options(command: Command) -> Command:
+    """Add the options that bound what the machine gives."""
+    return _with(command, _RESOURCES)
+
+
+def cluster_option(command: Command) -> Command:
+    """Add the option that names a cluster."""
+    option = click.option("--cluster", metavar="ADDRESS", help="Work on the workers of this Dask scheduler.")
+    return option(command)
+
+
+def take_refresh(options: dict[str, Any]) -> tuple[Refresh | None, Loading]:
+    """Take the options of a refresh out of `options`; the second value says how the model is loaded."""
+    from swa_avg.batchnorm.checkpoint import Loading, Refresh
+
+    loading = {name: options.pop(name) for name in ("model", "imports", "unsafe")}
+    taken = {
+        field: options.pop(option)
+        for option, field in (
+            ("bn_refresh", "data"),
+            ("bn_input", "inputs"),
+            ("bn_batch_size", "batch_size"),
+            ("bn_samples", "samples"),
+            ("bn_estimator", "estimator"),
+            ("bn_seed", "seed"),
+            ("bn_preprocess", "preprocess"),
+        )
+    }
+    return Refresh(**taken, **loading) if taken["data"] is not None else None, Loading(**loading)
 
 
 def method_options(command: Command) -> Command:

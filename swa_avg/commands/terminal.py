@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import click
 
 from swa_avg.errors import escape
 
-__all__ = ["progress_bar", "say", "size_text"]
+__all__ = ["batchnorm_warning", "first_few", "progress_bar", "say"]
 
 
 def say(lines: Iterable[str]) -> None:
@@ -19,18 +19,22 @@ def say(lines: Iterable[str]) -> None:
         click.echo(escape(line), err=True)
 
 
-def size_text(count: float) -> str:
-    """Return a number of bytes as text, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """Return some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def batchnorm_warning(layers: Sequence[str]) -> str:
+    """Return the warning that an average whose BatchNorm was not refreshed gets."""
+    return (
+        f"warning: BatchNorm statistics are averaged, not re-estimated ({first_few(layers)}); the model may "
+        "be far worse than its weights: refresh them on training data with --bn-refresh DATA"
+    )
 
 
 @contextlib.contextmanager
 def progress_bar(
-    quiet: bool, title: str, *, in_bytes: bool = False
+    quiet: bool, title: str, *, in_bytes: bool = False, unit: str = "rows"
 ) -> Iterator[Callable[[int | None, int], None] | None]:
     """Show a bar on a terminal, from the first time that there is progress."""
     if quiet or sys.stderr is None or not sys.stderr.isatty():
@@ -50,7 +54,7 @@ def progress_bar(
     amounts = (
         (DownloadColumn(binary_units=True), TransferSpeedColumn())
         if in_bytes
-        else (MofNCompleteColumn(), TextColumn("{task.speed:.0f} rows/s"))
+        else (MofNCompleteColumn(), TextColumn("{task.speed:.0f} " + f"{unit}/s"))
     )
     columns = (TextColumn(title), BarColumn(), *amounts, TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)

@@ -21,7 +21,7 @@ from swa_avg.formats.base import (
     Stage,
     open_file,
 )
-from swa_avg.formats.hdf5 import Hdf5Checkpoint, is_keras_store, layer_names
+from swa_avg.formats.hdf5 import WEIGHTS, Hdf5Checkpoint, is_keras_store, layer_names
 from swa_avg.formats.layout import read_layout
 from swa_avg.formats.stored_zip import StoredZip
 from swa_avg.strict_json import MAX_JSON, parse_json
@@ -75,13 +75,28 @@ class ArchiveCheckpoint(Checkpoint):
         """Return the model's weights alone, as the `.weights.h5` that the archive holds."""
         return Hdf5Checkpoint(
             self.path,
-            "Keras weights",
+            WEIGHTS,
             (".weights.h5",),
             self.images,
             self.tensors,
             self.config,
             self.layer_names,
         )
+
+    def others(self) -> dict[str, int]:
+        """Return the members besides weights and JSON, the assets, each with its CRC-32.
+
+        Raises:
+            UnreadableError: one is damaged.
+        """
+        assert self.archive is not None
+        found = {}
+        for member in self.archive.infolist():
+            if member.filename not in (_WEIGHTS, _CONFIG, _METADATA):
+                for _ in _contents(self.path, self.archive, member):
+                    pass  # the end of reading is where zipfile holds the CRC-32 against the data
+                found[member.filename] = member.CRC
+        return found
 
     def close(self) -> None:
         if self.archive is not None:
@@ -147,6 +162,7 @@ def _checkpoint(
         "config": config,
         "metadata": metadata,
         "is_average": PROVENANCE in metadata,
+        "writer": _writer(metadata.get("keras_version")),
     }
     if isinstance(like, ArchiveCheckpoint) and like.shares_layout((image,)):
         return replace(like, **own)
@@ -160,6 +176,10 @@ def _checkpoint(
         layer_names=layer_names(image, layout),
         **own,
     )
+
+
+def _writer(version: Any) -> str | None:
+    return f"Keras {version}" if isinstance(version, str) else None
 
 
 def _contents(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:

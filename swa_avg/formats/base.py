@@ -305,6 +305,8 @@ class Checkpoint(ABC):
     """Path of a layer's group -> the name that the model gives the layer, where the checkpoint says so."""
     is_average: bool = False
     """Whether swa-avg wrote it."""
+    writer: str | None = None
+    """What wrote it, such as `Keras 3.15.1`, where the checkpoint says so."""
 
     @property
     def size(self) -> int:

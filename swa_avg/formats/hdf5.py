@@ -26,12 +26,14 @@ __all__ = [
     "LEGACY_MODEL",
     "LEGACY_WEIGHTS",
     "SIGNATURE",
+    "WEIGHTS",
     "Hdf5Checkpoint",
     "is_keras_store",
     "layer_names",
     "open_hdf5",
 ]
 
+WEIGHTS = "Keras weights"
 LEGACY_MODEL = "legacy HDF5 model"
 LEGACY_WEIGHTS = "legacy HDF5 weights"
 
@@ -39,6 +41,9 @@ LEGACY_WEIGHTS = "legacy HDF5 weights"
 @dataclass(frozen=True)
 class Hdf5Checkpoint(Checkpoint):
     """A checkpoint that is one HDF5 file; the provenance is a root attribute."""
+
+    record: bytes = b""
+    """The provenance as it is stored, JSON; empty where there is none."""
 
     def write(
         self,
@@ -88,8 +93,10 @@ def open_hdf5(path: Path, like: Checkpoint | None = None) -> Hdf5Checkpoint:
 
 def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoint:
     reader = AttributeReader(image)
-    root = _strings(reader, layout.groups[""], "layer_names", "model_config", PROVENANCE)
-    kind, suffixes = "Keras weights", [".weights.h5"]
+    root = _strings(
+        reader, layout.groups[""], "layer_names", "model_config", "keras_version", "backend", PROVENANCE
+    )
+    kind, suffixes = WEIGHTS, [".weights.h5"]
     tensors, names, config = layout.tensors, dict[str, str](), None
     if "model_weights" in layout.groups:
         kind, suffixes = LEGACY_MODEL, [".h5", ".hdf5"]
@@ -107,7 +114,26 @@ def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoin
         raise UnreadableError(
             path, "an HDF5 file, but not one that Keras wrote: no `vars` groups, no `layer_names`"
         )
-    return Hdf5Checkpoint(path, kind, tuple(suffixes), (image,), tensors, config, names, PROVENANCE in root)
+    record = b"".join(root.get(PROVENANCE, []))
+    return Hdf5Checkpoint(
+        path,
+        kind,
+        tuple(suffixes),
+        (image,),
+        tensors,
+        config,
+        names,
+        PROVENANCE in root,
+        _writer(root.get("keras_version"), root.get("backend")),
+        record,
+    )
+
+
+def _writer(version: list[bytes] | None, backend: list[bytes] | None) -> str | None:
+    if not version:
+        return None
+    on = f" with {backend[0].decode('utf-8', 'backslashreplace')}" if backend else ""
+    return f"Keras {version[0].decode('utf-8', 'backslashreplace')}{on}"
 
 
 def is_keras_store(groups: Iterable[str]) -> bool:

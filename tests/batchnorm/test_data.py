@@ -18,7 +18,7 @@ from swa_avg.batchnorm.batches import Data
 from swa_avg.batchnorm.data import open_data
 from swa_avg.batchnorm.draw import Permutation
 from swa_avg.batchnorm.functions import import_function
-from swa_avg.batchnorm.spec import Spec
+from swa_avg.batchnorm.spec import VALIDATION, Spec
 from swa_avg.errors import SystemRefusalError, UnreadableError, UsageError
 
 IMAGES = np.random.default_rng(0).normal(size=(50, 4, 3)).astype("float32")
@@ -536,3 +536,118 @@ def test_datasets_without_end_ask_for_a_number_of_samples():
     with pytest.raises(UsageError, match="never ends"):
         rows_of(endless)
     assert len(rows_of(endless, samples=75)[0]) == 75
+
+
+# --- targets ------------------------------------------------------------------------------------------------------
+
+
+def labelled(source, **options) -> tuple[np.ndarray, np.ndarray]:
+    with open_data(source, Spec(purpose=VALIDATION, batch_size=16, **options)) as data:
+        parts = list(data.labelled())
+    assert sum(rows for _, _, rows in parts) == sum(len(x) for x, _, _ in parts)
+    return tuple(np.concatenate(column) for column in list(zip(*parts, strict=True))[:2])
+
+
+ONE_HOT = np.eye(50, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "labels", [LABELS, LABELS[:, None], ONE_HOT, LABELS.astype("uint8")], ids=lambda y: f"{y.dtype}{y.ndim}"
+)
+@pytest.mark.parametrize(
+    "kind", ["stored", "compressed", "arrays", "mapping", "batches", "lists", "indexed", "fortran"]
+)
+def test_targets_stay_beside_their_rows(kind, labels, saved):
+    class Indexed:
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, number):
+            return IMAGES[10 * number : 10 * number + 10], labels[10 * number : 10 * number + 10]
+
+    batches = [(IMAGES[start : start + 20], labels[start : start + 20]) for start in range(0, 50, 20)]
+    source = {
+        "stored": lambda: saved(x=IMAGES, y=labels),
+        "compressed": lambda: saved(compressed=True, x_val=IMAGES, y_val=labels),
+        "fortran": lambda: saved(x_test=np.asfortranarray(IMAGES), y_test=np.asfortranarray(labels)),
+        "arrays": lambda: (IMAGES, labels),
+        "mapping": lambda: {"images": IMAGES, "labels": labels},
+        "batches": lambda: iter(batches),
+        "lists": lambda: [list(batch) for batch in batches],
+        "indexed": Indexed,
+    }[kind]()
+    x, y = labelled(source)
+    np.testing.assert_array_equal(x, IMAGES)  # in their own order
+    np.testing.assert_array_equal(y, labels)
+    assert y.dtype == labels.dtype
+
+
+def test_targets_of_a_saved_dataset_stay_beside_their_rows(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    tf.data.Dataset.from_tensor_slices((IMAGES, LABELS)).save(str(tmp_path / "rows"))
+    tf.data.Dataset.from_tensor_slices((IMAGES, LABELS)).batch(7).save(str(tmp_path / "batches"))
+    for name in ("rows", "batches"):
+        x, y = labelled(tmp_path / name, input_names=["image"], input_shapes=[(None, 4, 3)])
+        np.testing.assert_array_equal(x, IMAGES)
+        np.testing.assert_array_equal(y, LABELS)
+
+
+def test_only_inputs_are_preprocessed(saved):
+    x, y = labelled(saved(x=IMAGES, y=LABELS), preprocess=lambda batch: batch * 0 + 1)
+    assert (x == 1).all()
+    np.testing.assert_array_equal(y, LABELS)
+
+
+def test_targets_are_chosen_by_name(saved):
+    path = saved(left=IMAGES, right=IMAGES + 1, kind=LABELS, other=-LABELS)
+    names = {"input_names": ["left", "right"], "output_names": ["kind", "size"]}
+    spec = Spec(purpose=VALIDATION, bind_targets=["other=size"], **names)
+    with open_data(path, spec) as data:
+        ((x, y, rows),) = data.labelled()
+    assert rows == 50
+    assert set(x) == {"left", "right"}
+    np.testing.assert_array_equal(y["kind"], LABELS)
+    np.testing.assert_array_equal(y["size"], -LABELS)
+    with pytest.raises(UsageError, match="--val-target other=none names no output of the model"):
+        Spec(purpose=VALIDATION, bind_targets=["other=none"], **names)
+
+
+def test_the_only_other_array_is_the_input(saved):
+    x, y = labelled(saved(digits=IMAGES, y=LABELS))
+    np.testing.assert_array_equal(x, IMAGES)
+    np.testing.assert_array_equal(y, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (
+            {"x": IMAGES},
+            "expected one array for the model's target; found x float32[50, 4, 3]; choose with --val-target KEY",
+        ),
+        (
+            {"y": LABELS},
+            "expected one array for the model's input; found y int64[50]; choose with --val-input KEY",
+        ),
+        ({"x": IMAGES, "y": LABELS[:9]}, "expected arrays of one length; found x 50, y 9"),
+        (
+            {"x": IMAGES, "y": np.full(50, np.nan)},
+            "y: expected finite numbers; found NaN or infinity in row 0",
+        ),
+        ([IMAGES], "expected batches (x, y); found x alone"),
+        ([(IMAGES, LABELS[:9])], "expected equal numbers of rows"),
+        ([(IMAGES, (LABELS, LABELS, LABELS))], "expected batches of 2 outputs; found 3"),
+    ],
+    ids=str,
+)
+def test_targets_that_do_not_fit_are_refused(source, expected):
+    outputs = ["a", "b"] if "outputs" in expected else []
+    with pytest.raises(UnreadableError) as info:
+        labelled(source, output_names=outputs)
+    assert expected in str(info.value)
+
+
+def test_a_single_array_has_no_targets(tmp_path):
+    np.save(tmp_path / "x.npy", IMAGES)
+    with pytest.raises(UnreadableError, match=r"expected inputs and targets; found a single array \(.npy\)"):
+        labelled(tmp_path / "x.npy")

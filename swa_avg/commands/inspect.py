@@ -1,0 +1,89 @@
+"""`swa-avg inspect`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from swa_avg.commands.options import method_options, selection_options
+from swa_avg.commands.terminal import progress_bar, say
+from swa_avg.errors import MismatchError
+
+if TYPE_CHECKING:
+    from swa_avg.inspection import Inspection
+
+__all__ = ["inspect"]
+
+
+@click.command()
+@click.argument("checkpoints", nargs=-1, type=click.Path())
+@selection_options
+@method_options
+@click.option("--dtype", type=click.Choice(["bfloat16"]), help="What untagged 2-byte tensors hold.")
+@click.option("--plot", type=click.Path(), metavar="OUT.png", help="Draw the pictures (.png, .svg or .pdf).")
+@click.option(
+    "--report", type=click.Path(), metavar="OUT.html", help="Write a page with pictures and tables."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing picture or page.")
+@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON on standard output.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("-v", "--verbose", is_flag=True, help="List every tensor, and the distances.")
+def inspect(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+    """Tell what is inside checkpoints, whether they fit, and how far apart they lie.
+
+    CHECKPOINTS are named, and chosen, as for averaging. The average that --method would make is told of too:
+    its coefficients, and how far each checkpoint lies from it. An outlier is a checkpoint that lies in
+    another basin than the others; whether to leave it out is up to you.
+
+    \b
+    swa-avg inspect ckpt_*.keras
+    swa-avg inspect ckpt_*.keras --last 10 --report run.html
+    """
+    # Before NumPy is loaded: the threads of its BLAS wait spinning, and on a machine that has other work, ten
+    # times slower. One of them keeps up with the disk.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from swa_avg.inspection import inspect_checkpoints
+
+    with progress_bar(quiet, "inspecting", in_bytes=True) as progress:
+        inspection = inspect_checkpoints(checkpoints, progress=progress, **options)
+    if not quiet:
+        say(_lines(inspection, verbose=verbose))
+        say(f"wrote {options[kind]}" for kind in ("plot", "report") if options[kind] is not None)
+    if as_json:
+        click.echo(json.dumps(inspection.as_json()))
+    if inspection.findings:
+        raise MismatchError(inspection.findings)
+
+
+def _lines(inspection: Inspection, *, verbose: bool) -> list[str]:
+    from swa_avg import words
+
+    lines = [*_aligned(*words.contents_table(inspection)), "", *_aligned(*words.checkpoint_table(inspection))]
+    geometry = inspection.geometry
+    if geometry is not None and verbose:
+        labels, axis = words.epoch_labels(inspection)
+        cells = [[words.number_text(value) for value in row] for row in geometry.distances.tolist()]
+        rows = [[*row, label] for row, label in zip(cells, labels, strict=True)]
+        lines += ["", f"distances, by {axis}", *_aligned([*labels, ""], rows)]
+    if verbose:
+        for title, names in inspection.treatments.items():
+            lines += ["", f"{title}: {len(names)} tensors", *(f"  {name}" for name in names)]
+        layers = inspection.checkpoints[-1].batchnorm_layers
+        lines += ["", f"BatchNorm layers: {', '.join(layers) or 'none'}"]
+    sentences = words.observations(inspection)
+    sentences += [f"warning: {sentence}" for sentence in words.warnings(inspection)]
+    return [*lines, "", *sentences] if sentences else lines
+
+
+def _aligned(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table as lines: numbers to the right, the last column, names, to the left."""
+    table = [headers, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(headers) - 1)]
+    return [
+        "  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        for row in table
+    ]

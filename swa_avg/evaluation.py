@@ -1,0 +1,254 @@
+"""Score checkpoints with one live Keras model, on validation data that are read in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swa_avg.batchnorm.checkpoint import Loading, Refresh, load_model, load_weights, refresh_loaded
+from swa_avg.batchnorm.data import open_data
+from swa_avg.batchnorm.functions import import_function
+from swa_avg.batchnorm.report import RefreshReport
+from swa_avg.batchnorm.spec import VALIDATION, Spec
+from swa_avg.errors import SwaAvgError, UnreadableError, UsageError
+from swa_avg.formats import open_checkpoint
+from swa_avg.metrics import direction, main_metric
+
+__all__ = ["Evaluator", "Score", "Validation"]
+
+Metric = Callable[[Any, Any], float]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What checkpoints are scored on, and by what."""
+
+    data: Any
+    """What `refresh_batchnorm` takes, with targets: arrays x and y in a `.npz`, batches (x, y), ...
+
+    Read again for each checkpoint that is scored."""
+    inputs: Sequence[str] = ()
+    """`KEY` or `KEY=INPUT`, where the data's names do not say which array goes where."""
+    targets: Sequence[str] = ()
+    """`KEY` or `KEY=OUTPUT`; by default y, y_val, y_test or labels, or the outputs' names."""
+    batch_size: int | None = None
+    samples: int | None = None
+    """Rows to use, the first ones; all by default."""
+    preprocess: str | None = None
+    """`MODULE:FUNCTION`, applied to the inputs of each batch."""
+    metric: str | Metric | None = None
+    """f(targets, predictions) -> number, over all rows at once, or its `MODULE:FUNCTION`; by default, the
+    metrics that the model was compiled with."""
+    monitor: str | None = None
+    """The compiled metric that decides; by default the first accuracy, else the loss."""
+    mode: str | None = None
+    """`min` or `max`: which of its values are better; by default as for CheckpointSaver."""
+
+    @property
+    def metric_name(self) -> str | None:
+        if self.metric is None or isinstance(self.metric, str):
+            return self.metric
+        return str(getattr(self.metric, "__name__", "metric"))
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one checkpoint achieves."""
+
+    metrics: Mapping[str, float]
+    values: Mapping[str, bytes] | None
+    """Its refreshed BatchNorm statistics, by tensor."""
+    refresh: RefreshReport | None
+
+
+class Evaluator:
+    """One live model that takes the weights of one checkpoint after the other."""
+
+    def __init__(
+        self, model: Any, validation: Validation, refresh: Refresh | None, *, compiled: bool
+    ) -> None:
+        self._model = model
+        self._validation = validation
+        self._refresh = refresh
+        if compiled and not getattr(model, "compiled", False):
+            raise UsageError(
+                "the model does not say how it was compiled: name what to go by with --metric MODULE:FUNCTION"
+            )
+        if compiled:
+            model.optimizer = None  # no part of a score, and up to twice as large as the weights
+        self.digest = ""
+        """BLAKE2b-256 of the validation rows."""
+        self.rows = 0
+        self.source = ""
+
+    @classmethod
+    def load(
+        cls, draft: Path, validation: Validation, loading: Loading, refresh: Refresh | None
+    ) -> Evaluator:
+        """Build the model, once, from the first checkpoint that is scored or from what `loading` names.
+
+        Raises:
+            UsageError: it cannot be loaded as it was asked for, or says nothing of metrics.
+        """
+        compiled = validation.metric is None
+        with closing(open_checkpoint(draft)) as checkpoint:
+            model = load_model(checkpoint, loading, compiled=compiled)
+        return cls(model, validation, refresh, compiled=compiled)
+
+    def score(self, draft: Path) -> Score:
+        """Give the model the weights of `draft`, refresh its BatchNorm if that was asked for, and evaluate.
+
+        Raises:
+            UsageError: the weights, or the metric, cannot be used.
+            UnreadableError: the data cannot be used.
+            MismatchError: statistics came out that are not finite.
+        """
+        values, report = None, None
+        with closing(open_checkpoint(draft)) as checkpoint:
+            load_weights(self._model, checkpoint)
+            if self._refresh is not None:
+                values, report = refresh_loaded(self._model, checkpoint, self._refresh, None)
+        return Score(self._evaluate(), values, report)
+
+    def monitor(self, score: Score) -> tuple[str, str]:
+        """Return which metric decides, and which of its values are better.
+
+        Raises:
+            UsageError: there is no such metric, or it is not known which are.
+        """
+        name = self._validation.monitor or self._validation.metric_name or main_metric(score.metrics)
+        if name not in score.metrics:
+            raise UsageError(f"--monitor {name}: the model has {', '.join(score.metrics)}")
+        return name, self._validation.mode or direction(self._model, name.rpartition(":")[2])
+
+    def _evaluate(self) -> dict[str, float]:
+        from swa_avg.batchnorm.refresh import arranger
+
+        inputs = arranger(getattr(self._model, "_inputs_struct", None))
+        meter = _Compiled(self._model) if self._metric is None else _Whole(self._model, self._metric)
+        with open_data(self._validation.data, self._spec) as data:
+            for x, y, _ in data.labelled():
+                try:
+                    meter.add(inputs(x), _arranged(self._model, y))
+                except SwaAvgError:
+                    raise
+                except Exception as error:  # of whichever class the backend has for shapes and types
+                    reason = next((line for line in str(error).splitlines() if line.strip()), "")
+                    problem = (
+                        f"the model cannot be evaluated on these data ({reason or type(error).__name__})"
+                    )
+                    raise UnreadableError(data.source, problem) from error
+            self.digest, self.rows, self.source = data.digest, data.samples, data.source
+        metrics = meter.result()
+        if self._metric is None:
+            return metrics
+        return {self._validation.metric_name or "metric": metrics["metric"]}
+
+    @cached_property
+    def _metric(self) -> Metric | None:
+        metric = self._validation.metric
+        return import_function(metric) if isinstance(metric, str) else metric
+
+    @property
+    def _spec(self) -> Spec:
+        from swa_avg.batchnorm.refresh import inputs_of
+
+        validation = self._validation
+        names, shapes = inputs_of(self._model)
+        return Spec(
+            bind=validation.inputs,
+            input_names=names,
+            input_shapes=shapes,
+            batch_size=validation.batch_size,
+            samples=validation.samples,
+            preprocess=import_function(validation.preprocess) if validation.preprocess else None,
+            purpose=VALIDATION,
+            bind_targets=validation.targets,
+            output_names=_outputs_of(self._model),
+        )
+
+
+def _outputs_of(model: Any) -> list[str]:
+    """Return the names of the outputs where there are several; of a subclassed model, none are known."""
+    structure = getattr(model, "_outputs_struct", None)
+    if isinstance(structure, Mapping):
+        return list(structure)
+    names = list(getattr(model, "output_names", None) or [])
+    return names if len(names) > 1 else []
+
+
+def _arranged(model: Any, targets: Any) -> Any:
+    """Put targets by name into the structure of the model's outputs."""
+    if isinstance(targets, Mapping) and isinstance(getattr(model, "_outputs_struct", None), list | tuple):
+        return [targets[name] for name in _outputs_of(model)]
+    return targets
+
+
+class _Compiled:
+    """The metrics that a model was compiled with, its loss among them, as `model.evaluate` adds them up."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._logs: Mapping[str, Any] = {}
+        model.reset_metrics()
+
+    def add(self, x: Any, y: Any) -> None:
+        with _metrics_kept(self._model) if self._logs else nullcontext():
+            self._logs = self._model.test_on_batch(x, y, return_dict=True)
+
+    def result(self) -> dict[str, float]:
+        return {name: float(np.asarray(value)) for name, value in self._logs.items() if np.ndim(value) == 0}
+
+
+@contextmanager
+def _metrics_kept(model: Any) -> Iterator[None]:
+    """Have metrics go on from the batch before: some versions of Keras reset them in `test_on_batch`.
+
+    `model.evaluate` would take the batches as a generator, but loses what it raises, and lists of inputs.
+    """
+    model.__dict__["reset_metrics"] = _nothing  # straight into the instance: Keras's __setattr__ tracks
+    try:
+        yield
+    finally:
+        del model.__dict__["reset_metrics"]
+
+
+def _nothing() -> None:
+    pass
+
+
+class _Whole:
+    """A function of all targets and all predictions."""
+
+    def __init__(self, model: Any, metric: Metric) -> None:
+        self._model = model
+        self._metric = metric
+        self._targets: list[Any] = []
+        self._predictions: list[Any] = []
+
+    def add(self, x: Any, y: Any) -> None:
+        self._targets.append(y)
+        self._predictions.append(self._model.predict_on_batch(x))
+
+    def result(self) -> dict[str, float]:
+        value = self._metric(_joined(self._targets), _joined(self._predictions))
+        try:
+            return {"metric": float(value)}
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"--metric returned {type(value).__name__}; expected a number") from error
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Put batches together, whatever structure of arrays they are."""
+    first = parts[0]
+    if isinstance(first, Mapping):
+        return {key: _joined([part[key] for part in parts]) for key in first}
+    if isinstance(first, list | tuple):
+        return [_joined(column) for column in zip(*parts, strict=True)]
+    return np.concatenate([np.asarray(part) for part in parts])

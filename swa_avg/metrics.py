@@ -1,0 +1,41 @@
+"""Names of metrics: which to go by, and which of their values are better."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from swa_avg.errors import UsageError
+
+__all__ = ["direction", "main_metric"]
+
+_ACCURACY = re.compile(r"(^|_)(acc|accuracy)(_|$)")
+_GREATER = re.compile(r"(^|_)(acc|accuracy|auc|f1|f1_score|fmeasure|precision|recall)(_|$)")
+_LOWER = re.compile(r"(^|_)(loss|error|mse|mae|rmse|mape|msle)$")
+
+
+def main_metric(names: Iterable[str]) -> str:
+    """Return the first accuracy among the names of metrics, else `loss`."""
+    return next((name for name in names if _ACCURACY.search(name)), "loss")
+
+
+def direction(model: Any, monitor: str) -> str:
+    """Return which values of a metric are better, `min` or `max`.
+
+    As the metric of that name says that the Keras model was compiled with, else as its name does.
+
+    Raises:
+        UsageError: neither does.
+    """
+    name = monitor.removeprefix("val_")
+    for group in getattr(model, "metrics", []):
+        for metric in getattr(group, "metrics", [group]):
+            own = getattr(metric, "_direction", None)
+            if metric.name == name and own is not None:
+                return "max" if own == "up" else "min"
+    if _LOWER.search(name):
+        return "min"
+    if _GREATER.search(name):
+        return "max"
+    raise UsageError(f"monitor={monitor!r}: say which values are better, with mode='min' or mode='max'")

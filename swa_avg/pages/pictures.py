@@ -1,0 +1,296 @@
+"""Pictures for light and dark paper, legible on a phone and with any colour vision."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from swa_avg.errors import escape
+from swa_avg.geometry import Geometry
+
+__all__ = ["DARK", "LIGHT", "Picture", "Theme", "distance_matrix", "lines", "picture", "save", "trajectory"]
+
+Array = NDArray[np.float64]
+Draw = Callable[[Axes, "Theme"], None]
+
+_LABELS = 8
+_WRITTEN_OUT = 10  # checkpoints up to which the matrix shows numbers
+_LOGARITHMIC = 30.0
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours; those of series are Okabe and Ito's (2008), lightened or darkened for the paper."""
+
+    paper: str
+    ink: str
+    muted: str
+    grid: str
+    series: tuple[str, ...]
+    accent: str
+    alert: str
+    ramp: tuple[str, ...]
+    """From the first checkpoint to the last."""
+
+    def settings(self) -> Any:
+        """Return matplotlib's rcParams."""
+        return {
+            "figure.facecolor": self.paper,
+            "axes.facecolor": self.paper,
+            "savefig.facecolor": self.paper,
+            "text.color": self.ink,
+            "axes.labelcolor": self.ink,
+            "axes.edgecolor": self.muted,
+            "xtick.color": self.muted,
+            "ytick.color": self.muted,
+            "xtick.labelcolor": self.ink,
+            "ytick.labelcolor": self.ink,
+            "axes.grid": False,
+            "grid.color": self.grid,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "font.size": 10,
+            "font.family": ["DejaVu Sans"],
+            "legend.frameon": False,
+            "legend.fontsize": 9,
+            "axes.axisbelow": True,
+            "svg.hashsalt": "swa-avg",
+        }
+
+
+LIGHT = Theme(
+    paper="#ffffff",
+    ink="#1b1f24",
+    muted="#59636e",
+    grid="#e3e7eb",
+    series=("#0072b2", "#d55e00", "#007a5a", "#b0558a"),
+    accent="#d55e00",
+    alert="#a13800",
+    ramp=("#9ec7e8", "#0072b2", "#00263f"),
+)
+DARK = Theme(
+    paper="#14171b",
+    ink="#e7eaee",
+    muted="#a3adb8",
+    grid="#2b3138",
+    series=("#56b4e9", "#ff9d4d", "#3fd0a0", "#e79ac4"),
+    accent="#ff9d4d",
+    alert="#ffb086",
+    ramp=("#2c5678", "#56b4e9", "#e4f4ff"),
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as two SVG images."""
+
+    caption: str
+    light: bytes
+    dark: bytes
+    width: int
+    """CSS pixels."""
+    height: int
+
+
+def picture(caption: str, draw: Draw, size: tuple[float, float] = (4.7, 3.8)) -> Picture:
+    """Draw on light and on dark paper; `size` in inches."""
+    light, dark = (_rendered([draw], theme, size, ".svg") for theme in (LIGHT, DARK))
+    return Picture(caption, light, dark, round(96 * size[0]), round(96 * size[1]))
+
+
+def save(draws: Sequence[Draw], suffix: str) -> bytes:
+    """Return all drawings as one file, two to a row, on light paper; `suffix` is .png, .svg or .pdf."""
+    rows = -(-len(draws) // 2)
+    columns = min(2, len(draws))
+    return _rendered(draws, LIGHT, (5.6 * columns, 4.4 * rows), suffix)
+
+
+def _rendered(draws: Sequence[Draw], theme: Theme, size: tuple[float, float], suffix: str) -> bytes:
+    stream = io.BytesIO()
+    with mpl.rc_context(theme.settings()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # names in scripts that the font lacks become boxes
+        figure = Figure(figsize=size, layout="constrained")
+        columns = min(2, len(draws))
+        for number, draw in enumerate(draws, 1):
+            draw(figure.add_subplot(-(-len(draws) // columns), columns, number), theme)
+        metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(suffix)
+        figure.savefig(stream, format=suffix.removeprefix("."), dpi=160, metadata=metadata)
+    return stream.getvalue()
+
+
+def trajectory(geometry: Geometry, labels: Sequence[str], average: str) -> Draw:
+    """Draw the checkpoints in the plane of their two main directions, with the average marked.
+
+    `labels`: one a checkpoint, of which a few are shown; `average`: what the mean is called.
+    """
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        plane = geometry.plane
+        points, count = plane.points, len(labels)
+        ramp = LinearSegmentedColormap.from_list("order", list(theme.ramp))
+        axes.plot(points[:, 0], points[:, 1], color=theme.muted, linewidth=0.9, zorder=2)
+        size = 36 if count <= 30 else 16 if count <= 200 else 8
+        edge = 0.5 if count <= 30 else 0.0
+        colors = ramp(np.linspace(0.0, 1.0, count))
+        axes.scatter(
+            points[:, 0], points[:, 1], c=colors, s=size, edgecolors=theme.muted, linewidths=edge, zorder=3
+        )
+        axes.scatter(
+            plane.average[0],
+            plane.average[1],
+            marker="*",
+            s=190,
+            color=theme.accent,
+            edgecolors=theme.paper,
+            zorder=5,
+            label=average,
+        )
+        outliers = list(geometry.outliers)
+        if outliers:
+            axes.scatter(
+                points[outliers, 0],
+                points[outliers, 1],
+                s=150,
+                facecolors="none",
+                edgecolors=theme.alert,
+                linewidths=1.6,
+                zorder=4,
+                label="outlier",
+            )
+        for row in _spread_out(points, outliers):
+            axes.annotate(
+                _plain(labels[row]),
+                points[row],
+                xytext=(6, 5),
+                textcoords="offset points",
+                fontsize=9,
+                zorder=6,
+                parse_math=False,
+                bbox={"facecolor": theme.paper, "edgecolor": "none", "pad": 0.5, "alpha": 0.7},
+            )
+        first, second = (f"{100 * share:.0f} % of the scatter" for share in plane.explained)
+        axes.set(
+            title="Trajectory", xlabel=f"first direction ({first})", ylabel=f"second direction ({second})"
+        )
+        axes.margins(0.12)
+        if plane.explained[1] > 0.0:
+            axes.set_aspect("equal", adjustable="datalim")
+        axes.grid(True)
+        _legend(axes, "Trajectory")
+
+    return draw
+
+
+def _spread_out(points: Array, always: Sequence[int]) -> list[int]:
+    """Choose checkpoints whose labels do not fall on each other: the last, the first, then evenly."""
+    count = len(points)
+    few, many = (
+        np.linspace(0, count - 1, number).round().astype(int).tolist() for number in (_LABELS, 4 * _LABELS)
+    )
+    least = 0.09 * float(np.ptp(points, axis=0).max(initial=0.0))
+    chosen: list[int] = []
+    for row in (*always, count - 1, 0, *few, *many):
+        away = all(float(np.linalg.norm(points[row] - points[other])) > least for other in chosen)
+        if row in always or (away and row not in chosen and len(chosen) < _LABELS + len(always)):
+            chosen.append(row)
+    return chosen
+
+
+def distance_matrix(geometry: Geometry, labels: Sequence[str], axis: str) -> Draw:
+    """Draw the distances between all pairs; `axis`: what the labels are."""
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        distances, count = geometry.distances, len(labels)
+        image = axes.imshow(distances, cmap="viridis", vmin=0.0, interpolation="nearest")
+        bar = axes.get_figure().colorbar(image, ax=axes, shrink=0.9)  # type: ignore[union-attr]
+        bar.set_label("Euclidean distance of the weights")
+        bar.outline.set_visible(False)
+        shown = list(range(0, count, -(-count // _WRITTEN_OUT)))
+        names = [_plain(labels[row]) for row in shown]
+        rotation = 90 if max(map(len, names)) > 4 else 0
+        axes.set_xticks(shown, names, rotation=rotation, parse_math=False)
+        axes.set_yticks(shown, names, parse_math=False)
+        axes.set(title="Distances", xlabel=axis, ylabel=axis)
+        axes.spines[:].set_visible(False)
+        if count <= _WRITTEN_OUT:
+            half = distances.max() / 2.0
+            for (row, column), value in np.ndenumerate(distances):
+                color = "#ffffff" if value <= 1.1 * half else "#111111"
+                axes.text(column, row, f"{value:.2g}", color=color, ha="center", va="center", fontsize=8)
+
+    return draw
+
+
+def lines(
+    title: str, axis: str, unit: str, positions: Sequence[float], values: Mapping[str, Sequence[float]]
+) -> Draw:
+    """Draw series over epochs or another axis; those that start with `val_` are dashed with other markers.
+
+    Values that are not finite leave gaps. Positive values that span more than a factor of 30 are drawn on a
+    logarithmic axis.
+    """
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        finite = [value for series in values.values() for value in series if np.isfinite(value)]
+        for number, (name, series) in enumerate(values.items()):
+            held_out = name.startswith("val_")
+            axes.plot(
+                positions,
+                np.where(np.isfinite(series), series, np.nan),
+                color=theme.series[number % len(theme.series)],
+                linestyle="--" if held_out else "-",
+                marker=("s" if held_out else "o") if len(positions) <= 60 else "",
+                markersize=4,
+                linewidth=1.6,
+                label=_legend_text(name),
+            )
+        if finite and min(finite) > 0.0 and max(finite) > _LOGARITHMIC * min(finite):
+            axes.set_yscale("log")
+        axes.set_xlabel(_plain(axis), parse_math=False)
+        axes.set_ylabel(_plain(unit), parse_math=False)
+        axes.set_title(_plain(title), parse_math=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(True)
+        if len(values) > 1:
+            _legend(axes, title)
+
+    return draw
+
+
+def _legend(axes: Axes, title: str) -> None:
+    """Put the legend between the title and the axes, where it covers no data."""
+    legend = axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=2,
+        borderaxespad=0.0,
+        borderpad=0.2,
+        handletextpad=0.5,
+    )
+    rows = -(-len(legend.get_texts()) // 2)
+    axes.set_title(_plain(title), pad=6 + 16 * rows, parse_math=False)
+
+
+def _legend_text(name: str) -> str:
+    """Return a name as matplotlib's legend takes it: `$` would start a formula, a leading `_` hide it."""
+    text = _plain(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def _plain(name: str) -> str:
+    text = escape(name)
+    return text if len(text) <= 24 else text[:11] + "…" + text[-12:]

@@ -1,0 +1,62 @@
+"""Averages of several rows of coefficients, on disk: memory does not grow with their number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swa_avg.blocks import Block, Piece, blocks_of
+from swa_avg.combine import Combiner
+
+__all__ = ["Spill"]
+
+
+class Spill:
+    """What a combiner averages, row after row in one file; nothing else of the images is stored."""
+
+    def __init__(self, combiner: Combiner, file: IO[bytes]) -> None:
+        """Combine everything, and keep it in `file`.
+
+        Raises:
+            OSError: the disk is full.
+            MismatchError, UnreadableError, SystemRefusalError: as for `Combiner.blocks`.
+        """
+        self._plan = combiner.plan
+        self._block_bytes = combiner.block_bytes
+        self._file = file
+        self._starts: dict[str, int] = {}
+        self.row_bytes = 0
+        for tensor in self._plan.averaged:
+            self._starts[tensor.name] = self.row_bytes
+            self.row_bytes += tensor.nbytes
+        for index in range(len(self._plan.template.images)):
+            for block, averages in combiner.blocks(index):
+                self._add(block, averages)
+        file.flush()
+
+    def image(self, row: int, index: int, file: IO[bytes] | None = None) -> Iterator[memoryview]:
+        """Yield the bytes of the template's image `index` with the averages of `row` in their places."""
+        image = self._plan.template.images[index]
+        for block in blocks_of(self._plan, index, self._block_bytes):
+            data = bytearray(block.size)
+            image.read_into(memoryview(data), block.start)
+            for piece in block.pieces:
+                if piece.average:
+                    self._file.seek(self._place(row, piece))
+                    data[piece.start - block.start : piece.stop - block.start] = self._file.read(
+                        piece.stop - piece.start
+                    )
+            yield memoryview(data)
+
+    def _add(self, block: Block, averages: NDArray[np.uint8]) -> None:
+        for row, values in enumerate(averages):
+            for piece in block.pieces:
+                if piece.average:
+                    self._file.seek(self._place(row, piece))
+                    self._file.write(values[piece.start - block.start : piece.stop - block.start].data)
+
+    def _place(self, row: int, piece: Piece) -> int:
+        return row * self.row_bytes + self._starts[piece.tensor.name] + piece.start - piece.tensor.offset

@@ -1,0 +1,213 @@
+"""Results in words and tables of text: what the terminal and the page say alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from swa_avg.inspection import Contents, Inspection
+
+__all__ = [
+    "checkpoint_table",
+    "contents_table",
+    "epoch_labels",
+    "number_text",
+    "observations",
+    "size_text",
+    "warnings",
+]
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Headers and rows; the last column holds text, the others numbers."""
+
+_FEW = 5
+
+
+def size_text(count: float) -> str:
+    """Return a number of bytes as text, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def number_text(value: float | None, digits: int = 4) -> str:
+    """Return a number with so many significant digits; nothing for one that is missing or NaN."""
+    if value is None or math.isnan(value):
+        return ""
+    return f"{value:.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:.{digits}g}"
+
+
+def contents_table(inspection: Inspection) -> Table:
+    """Return what is inside; neighbours that hold the same share a row."""
+    headers = (
+        "tensors",
+        "parameters",
+        "types",
+        "weights",
+        "optimizer",
+        "BatchNorm layers",
+        "format",
+        "writer",
+        "checkpoints",
+    )
+    rows = []
+    for _, group in groupby(inspection.checkpoints, key=_sameness):
+        alike = list(group)
+        one = alike[0]
+        names = one.path.name
+        if len(alike) > 1:
+            names = f"{len(alike)}: {names} to {alike[-1].path.name}"
+        average = ", an average" if one.is_average else ""
+        rows.append(
+            (
+                f"{one.tensors:,}",
+                f"{one.parameters:,}",
+                ", ".join(one.dtypes) or "none",
+                size_text(one.weight_bytes),
+                f"{size_text(one.optimizer_bytes)} ({100 * one.optimizer_share:.0f} %)",
+                str(len(one.batchnorm_layers)),
+                one.kind,
+                (one.writer or "not stated") + average,
+                names,
+            )
+        )
+    return headers, rows
+
+
+def _sameness(contents: Contents) -> tuple[object, ...]:
+    return (
+        contents.kind,
+        contents.writer,
+        contents.tensors,
+        tuple(contents.dtypes.items()),
+        contents.weight_bytes,
+        contents.optimizer_bytes,
+        len(contents.batchnorm_layers),
+        contents.is_average,
+    )
+
+
+def checkpoint_table(inspection: Inspection) -> Table:
+    """Return a row a checkpoint: its part in the average, and where it lies."""
+    headers = ["epoch", "coefficient", "size", "checkpoint"]
+    rows = [
+        [
+            "" if contents.epoch is None else str(contents.epoch),
+            number_text(coefficient),
+            size_text(contents.size),
+            str(contents.path),
+        ]
+        for contents, coefficient in zip(inspection.checkpoints, inspection.coefficients, strict=True)
+    ]
+    geometry = inspection.geometry
+    if geometry is None:
+        return headers, rows
+    headers[3:3] = ["norm", "step", "turn", "to average", "similarity"]
+    measured = {row: number for number, row in enumerate(inspection.measured)}
+    for row, cells in enumerate(rows):
+        number = measured.get(row)
+        values: list[str] = [""] * 5
+        if number is not None:
+            turn = geometry.turns[number - 1] if 0 < number <= len(geometry.turns) else math.nan
+            values = [
+                number_text(geometry.norms[number]),
+                number_text(geometry.steps[number - 1]) if number else "",
+                "" if math.isnan(turn) else f"{turn:.0f}°",
+                number_text(geometry.to_mean[number]),
+                f"{_nearest(inspection, number):.3f}",
+            ]
+        cells[3:3] = values
+    return headers, rows
+
+
+def epoch_labels(inspection: Inspection) -> tuple[list[str], str]:
+    """Return what to call the measured checkpoints in a picture, and what these names are."""
+    checkpoints = [inspection.checkpoints[row] for row in inspection.measured]
+    epochs = [contents.epoch for contents in checkpoints]
+    if None in epochs or len(set(epochs)) < len(epochs):
+        return [str(row + 1) for row in inspection.measured], "checkpoint, in training order"
+    return list(map(str, epochs)), "epoch"
+
+
+def observations(inspection: Inspection) -> list[str]:
+    """Return what can be said of all of them together, a sentence each."""
+    count = len(inspection.checkpoints)
+    sentences = []
+    if inspection.findings:
+        some = len(inspection.findings)
+        sentences.append(f"cannot be averaged: {some} finding{'s' if some > 1 else ''}")
+    elif count > 1:
+        averaged, copied = len(inspection.treatments["averaged"]), len(inspection.treatments["copied"])
+        sentences.append(f"they fit together; tensors averaged: {averaged}, copied: {copied}")
+    geometry = inspection.geometry
+    if geometry is None:
+        return sentences
+    names = [inspection.checkpoints[row].path.name for row in inspection.measured]
+    pairs = [
+        (float(geometry.distances[i, j]), names[i], names[j]) for j in range(len(names)) for i in range(j)
+    ]
+    least, most = min(pairs), max(pairs)
+    sentences.append(
+        f"distances: {number_text(least[0])} ({least[1]}, {least[2]}) to {number_text(most[0])} "
+        f"({most[1]}, {most[2]})"
+    )
+    sentences.append(
+        f"the {inspection.method} average has norm {number_text(geometry.mean_norm)}, lies "
+        f"{number_text(geometry.to_mean[-1])} from {names[-1]}, and is worth "
+        f"{number_text(geometry.effective_count)} equally weighted checkpoints"
+    )
+    if len(geometry.groups) == 1:
+        nearest = min(_nearest(inspection, number) for number in range(len(names)))
+        sentences.append(
+            f"one basin: each is related to the others (similarity to the nearest {nearest:.3f} or more)"
+        )
+    return sentences
+
+
+def warnings(inspection: Inspection) -> list[str]:
+    """Return what speaks against averaging them, a sentence each."""
+    geometry = inspection.geometry
+    averages = [contents.path.name for contents in inspection.checkpoints if contents.is_average]
+    sentences = [f"{name} is itself an average that swa-avg wrote" for name in averages]
+    if geometry is None:
+        if len(inspection.measured) > 1:
+            sentences.append("no distances: their squares do not fit into float64")
+        return sentences
+    groups = [group for group in inspection.groups if len(group) > 1]
+    if not groups:
+        sentences.append(
+            f"no two of the {len(inspection.measured)} checkpoints are related (similarity below "
+            f"{geometry.threshold:.2f}): each lies in a basin of its own, and an average is meaningless"
+        )
+    for row, outlier in zip(geometry.outliers, inspection.outliers, strict=True):
+        sentences.append(
+            f"outlier: {outlier.path.name} lies in another basin than the other checkpoints (similarity "
+            f"{_nearest(inspection, row):.3f}, unrelated below {geometry.threshold:.2f}); an average with it "
+            "is meaningless"
+        )
+    if len(groups) > 1:
+        each = "; ".join(_listed(group) for group in groups)
+        sentences.append(
+            f"{len(groups)} groups that are unrelated to each other, as if of {len(groups)} runs: {each}; "
+            "average each by itself"
+        )
+    return sentences
+
+
+def _nearest(inspection: Inspection, number: int) -> float:
+    """Return the largest similarity of a measured checkpoint to another one."""
+    assert inspection.geometry is not None
+    row: list[float] = inspection.geometry.similarities[number].tolist()
+    return max(value for other, value in enumerate(row) if other != number)
+
+
+def _listed(group: Sequence[Contents]) -> str:
+    names = [contents.path.name for contents in group]
+    if len(names) <= _FEW:
+        return ", ".join(names)
+    return f"{len(names)} checkpoints, {names[0]}, {names[1]} ... {names[-1]}"
