@@ -253,8 +253,7 @@ def _lost(error: BaseException, file: str, executor: ClusterExecutor) -> BaseExc
 
 def _file_of(thing: object) -> str:
     """Return the file that a call is about, for messages."""
-    template = getattr(thing, "template", None)
-    return str(getattr(template, "path", "the data"))
+    return str(getattr(thing, "subject", "the data"))
 
 
 _INSTALL = "install the same versions on the client and on all workers"

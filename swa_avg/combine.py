@@ -229,6 +229,11 @@ class BlockWorker:
     def __reduce__(self) -> tuple[Any, ...]:
         return BlockWorker, (self.inputs, self.template, self.rows, self.block_bytes, self.verify)
 
+    @property
+    def subject(self) -> str:
+        """The file that it is about, for messages."""
+        return str(self.template.path)
+
     def checked(self) -> list[int]:
         """Return the inputs whose bytes are all read and checked block by block: their tensors lie where the
         template's do."""

@@ -174,7 +174,13 @@ def average(
         if refresh is not None:
             refresh = _with_model(refresh, plan)
             check_request(refresh, plan.template)
-            refreshed = partial(refreshed_values, refresh=refresh, progress=refresh_progress)
+            refreshed = partial(
+                refreshed_values,
+                refresh=refresh,
+                progress=refresh_progress,
+                executor=crew.executor if crew.together else None,
+                at_once=crew.threads,
+            )
         if dry_run:
             return report
         statistics = write_average(

@@ -27,6 +27,7 @@ distributed = pytest.importorskip("distributed")
 
 from swa_avg import cluster as module  # noqa: E402
 from swa_avg import combine, run  # noqa: E402
+from swa_avg.batchnorm.checkpoint import Refresh  # noqa: E402
 from swa_avg.combine import BlockWorker  # noqa: E402
 from swa_avg.formats.base import Written  # noqa: E402
 
@@ -34,6 +35,7 @@ pytestmark = [
     # Of Dask's own: sockets and processes that it leaves to the garbage collector.
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # Keras's own
 ]
 
 COUNT = 5
@@ -435,3 +437,123 @@ def test_without_dask_the_command_to_install_it_is_shown(tmp_path: Path) -> None
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 2
     assert ended.stderr == "swa-avg: error: --cluster needs Dask: pip install 'swa-avg[dask]'\n"
+
+
+# --- refresh ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two checkpoints of a model with dropout and BatchNorm, and data for it."""
+    keras = pytest.importorskip("keras")
+    layers = keras.layers
+    folder = tmp_path_factory.mktemp("trained")
+    model = keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            layers.Conv2D(4, 3),
+            layers.BatchNormalization(),
+            layers.Dropout(0.3),
+            layers.Flatten(),
+            layers.Dense(5),
+            layers.BatchNormalization(),
+        ]
+    )
+    rng = np.random.default_rng(3)
+    for number in range(2):
+        for variable in model.trainable_variables:
+            variable.assign(rng.standard_normal(variable.shape))
+        model.save(folder / f"ckpt_{number}.keras")
+    np.savez(folder / "x.npz", x=rng.standard_normal((333, 6, 6, 2)).astype("float32"))
+    return folder
+
+
+def refresh_of(folder: Path, **options: Any) -> Any:
+    return Refresh(str(folder / "x.npz"), batch_size=20, **options)
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize("estimator", ["pooled", "batch-mean"])
+def test_a_refresh_is_that_of_one_machine(
+    estimator: str, cluster: Any, trained: Path, tmp_path: Path
+) -> None:
+    paths = [trained / "ckpt_0.keras", trained / "ckpt_1.keras"]
+    refresh = refresh_of(trained, estimator=estimator, samples=310)
+    rows = []
+    both(
+        paths,
+        tmp_path,
+        cluster.scheduler_address,
+        refresh=refresh,
+        refresh_progress=lambda total, count: rows.append((total, count)),
+    )
+    assert rows == [(310, 20)] * 15 + [(310, 10)] + [(310, 20)] * 15 + [(310, 10)]
+
+
+@pytest.mark.keras
+def test_a_worker_killed_during_a_refresh_changes_nothing(
+    cluster: Any, trained: Path, tmp_path: Path
+) -> None:
+    killed = []
+
+    def kill(total: int | None, count: int) -> None:
+        if len(killed) == 3:
+            os.kill(next(iter(cluster.workers.values())).pid, signal.SIGKILL)
+        killed.append(count)
+
+    paths, refresh = [trained / "ckpt_0.keras", trained / "ckpt_1.keras"], refresh_of(trained)
+    average(paths, tmp_path / "here.keras", refresh=refresh)
+    address = cluster.scheduler_address
+    average(paths, tmp_path / "swa.keras", refresh=refresh, cluster=address, refresh_progress=kill)
+    assert len(killed) == 17
+    assert (tmp_path / "swa.keras").read_bytes() == (tmp_path / "here.keras").read_bytes()
+    with distributed.Client(address, set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=60)
+
+
+@pytest.mark.keras
+def test_data_in_memory_are_used_on_this_machine_and_the_report_says_so(
+    lonely: Any, trained: Path, tmp_path: Path
+) -> None:
+    data = np.load(trained / "x.npz")["x"]
+    report = average(
+        trained / "ckpt_0.keras",
+        tmp_path / "swa.keras",
+        refresh=Refresh({"x": data}),
+        cluster=lonely.scheduler_address,
+    )
+    assert report.refresh is not None
+    assert report.refresh.notes == (
+        "refreshed on this machine alone, since its memory holds the data or the model",
+    )
+
+
+@pytest.mark.keras
+def test_data_that_a_worker_sees_differently_are_named(
+    cluster: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from swa_avg.batchnorm import elsewhere
+
+    data = tmp_path / "x.npz"
+    data.write_bytes((trained / "x.npz").read_bytes())
+    of = elsewhere.BatchWorker.of
+
+    def then_changed(*args: Any) -> Any:
+        worker = of(*args)
+        os.utime(data, (1, 1))
+        return worker
+
+    monkeypatch.setattr(elsewhere.BatchWorker, "of", then_changed)
+    with pytest.raises(UnreadableError) as error:
+        average(
+            trained / "ckpt_0.keras",
+            tmp_path / "swa.keras",
+            refresh=Refresh(str(data), batch_size=20),
+            cluster=cluster.scheduler_address,
+        )
+    size = data.stat().st_size
+    assert str(error.value) in [
+        f"worker {worker}: {data}: another file here: expected {size} bytes, found {size}; "
+        "mount one file system everywhere, and change nothing"
+        for worker in cluster.scheduler.workers
+    ]

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ from swa_avg.formats.hdf5 import LEGACY_MODEL, LEGACY_WEIGHTS
 from swa_avg.policy import has_lambda
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from swa_avg.batchnorm.elsewhere import Elsewhere
     from swa_avg.batchnorm.report import RefreshReport
 
 __all__ = [
@@ -83,9 +86,15 @@ def check_request(loading: Loading, newest: Checkpoint, purpose: str = "--bn-ref
 
 
 def refreshed_values(
-    draft: Path, refresh: Refresh, progress: Callable[[int | None, int], None] | None
+    draft: Path,
+    refresh: Refresh,
+    progress: Callable[[int | None, int], None] | None,
+    executor: Executor | None = None,
+    at_once: int = 0,
 ) -> tuple[dict[str, bytes], RefreshReport]:
     """Return tensor name -> new bytes for each BatchNorm statistic of the checkpoint `draft`, and the report.
+
+    Batches run on an executor of other machines, where one is given, so many at a time.
 
     Raises:
         UsageError: the model cannot be loaded as it was asked for.
@@ -93,11 +102,26 @@ def refreshed_values(
         MismatchError: Keras does not give back the weights that it loaded.
     """
     with closing(open_checkpoint(draft)) as checkpoint:
-        return refresh_loaded(load_model(checkpoint, refresh), checkpoint, refresh, progress)
+        model = load_model(checkpoint, refresh)
+        if executor is None:
+            return refresh_loaded(model, checkpoint, refresh, progress)
+        from swa_avg.batchnorm.elsewhere import BatchWorker, Elsewhere
+
+        worker = BatchWorker.of(checkpoint, refresh)
+        if worker is not None:
+            elsewhere = Elsewhere(executor, worker, at_once)
+            return refresh_loaded(model, checkpoint, refresh, progress, elsewhere)
+        values, report = refresh_loaded(model, checkpoint, refresh, progress)
+        note = "refreshed on this machine alone, since its memory holds the data or the model"
+        return values, replace(report, notes=(*report.notes, note))
 
 
 def refresh_loaded(
-    model: Any, checkpoint: Checkpoint, refresh: Refresh, progress: Callable[[int | None, int], None] | None
+    model: Any,
+    checkpoint: Checkpoint,
+    refresh: Refresh,
+    progress: Callable[[int | None, int], None] | None,
+    elsewhere: Elsewhere | None = None,
 ) -> tuple[dict[str, bytes], RefreshReport]:
     """Refresh a model that has the weights of `checkpoint`; returns and errors as for `refreshed_values`.
 
@@ -118,6 +142,7 @@ def refresh_loaded(
             inputs=refresh.inputs,
             preprocess=import_function(refresh.preprocess) if refresh.preprocess else None,
             progress=progress,
+            elsewhere=elsewhere,
         )
         with closing(_saved(model, checkpoint, scratch / "after")) as after:
             return _changed(checkpoint, before, after), report
