@@ -35,7 +35,6 @@ __all__ = [
     "block_memory",
     "checksum_of",
     "round_to_bfloat16",
-    "sent_memory",
     "stream_values",
     "unfit",
 ]
@@ -78,10 +77,15 @@ class Combiner:
     """Told how many more bytes have been read."""
     together: int = 0
     """Blocks a task, where workers have memory of their own; 0: they are threads, and fill buffers here."""
+    sent: int = 0
+    """Tasks under way at most while averages are sent back: they may all arrive at once."""
     checksums: list[list[int | None]] = field(init=False)
     """CRC-32 of each input's images: as declared by its container, and as computed once an image is done."""
 
     def __post_init__(self) -> None:
+        self._written = not self.together
+        """Whether averages take no memory here but buffers of ours: threads fill these, or workers have
+        written to the output."""
         self.checksums = [[image.crc32 for image in source.images] for source in self.plan.inputs]
         self._worker = BlockWorker(
             tuple(map(Source.of, self.plan.inputs)),
@@ -125,13 +129,12 @@ class Combiner:
     ) -> Iterator[tuple[Block, NDArray[np.uint8] | Written]]:
         checked = self._worker.checked()
         running = [0] * len(checked)
-        limit = _PENDING * self.threads
         shape = (len(self.rows), self.block_bytes + _SLACK)
-        free = [None if self.together else np.empty(shape, np.uint8) for _ in range(limit)]
+        free = [None if self.together else np.empty(shape, np.uint8) for _ in range(self.limit)]
         under_way: deque[_Underway] = deque()
         try:
-            for blocks in self._tasks(index):
-                if not free:
+            for blocks in self.tasks(index):
+                while len(under_way) >= (self.limit if self._written else min(self.limit, self.sent)):
                     yield from self._take(under_way, free, running)
                 buffer = free.pop()
                 under_way.append((blocks, buffer, self._submit(blocks, buffer, target)))
@@ -145,7 +148,12 @@ class Combiner:
         if self.verify and index == 0:
             self._verify_others(checked)
 
-    def _tasks(self, index: int) -> Iterator[tuple[Block, ...]]:
+    @property
+    def limit(self) -> int:
+        """Tasks under way at most."""
+        return _PENDING * self.threads
+
+    def tasks(self, index: int) -> Iterator[tuple[Block, ...]]:
         """Yield what is handed out at a time: one block, or several, all with pieces or all without."""
         blocks = blocks_of(self.plan, index, self.block_bytes)
         for _, alike in groupby(blocks, key=lambda block: bool(block.pieces)):
@@ -181,6 +189,7 @@ class Combiner:
             self.progress(block.cost(self.plan, self.verify))
             for position, checksum in enumerate(checksums):
                 running[position] = crc32_combine(running[position], checksum, block.size)
+            self._written = not self.together or isinstance(averages, Written)
             yield block, averages
         free.append(buffer)
 
@@ -507,11 +516,6 @@ def block_memory(block_bytes: int, threads: int, rows: int = 1) -> int:
     two-byte values), and as much again while converting.
     """
     return block_bytes * threads * (1 + 4 + rows * (4 + _PENDING))
-
-
-def sent_memory(task_bytes: int, threads: int, rows: int = 1) -> int:
-    """Return the bytes of averages under way that a Combiner takes at most where workers send them back."""
-    return task_bytes * threads * rows * _PENDING
 
 
 def stream_values(plan: Plan, block_bytes: int) -> Iterator[Iterator[list[tuple[Tensor, NDArray[Any]]]]]:

@@ -17,7 +17,7 @@ from swa_avg import methods
 from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_values, with_values
 from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.blocks import bytes_to_read
-from swa_avg.combine import Combiner, block_memory, sent_memory
+from swa_avg.combine import Combiner, block_memory
 from swa_avg.digests import check_digests, read_digests
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.formats import Checkpoint, open_checkpoint
@@ -58,7 +58,7 @@ _MOST_FOR_ROWS = 2**26
 _PROCESS_MEMORY = 64 * 2**20  # the interpreter with numpy and h5py, before anything is averaged
 _CLUSTER_MEMORY = 160 * 2**20  # with Dask
 _CLUSTER_ROOM = 2**30  # for what workers send back
-_SENT_BYTES = 2**23  # what they send at a time
+_TASK_BYTES = 2**24  # of averages
 
 
 @dataclass(frozen=True)
@@ -320,6 +320,8 @@ class Crew:
     """Predicted peak of this process's resident memory, in bytes."""
     together: int = 0
     """Blocks a task, on a cluster."""
+    sent: int = 0
+    """Tasks under way at most while workers send averages back."""
 
     def combiner(
         self,
@@ -329,7 +331,15 @@ class Crew:
         progress: Callable[[int], None] = lambda count: None,
     ) -> Combiner:
         return Combiner(
-            plan, rows, self.executor, self.block_bytes, self.threads, verify, progress, self.together
+            plan,
+            rows,
+            self.executor,
+            self.block_bytes,
+            self.threads,
+            verify,
+            progress,
+            self.together,
+            self.sent,
         )
 
     def scratch(self, publication: Publication, stack: ExitStack) -> Callable[[], IO[bytes]]:
@@ -355,25 +365,25 @@ def hired(cluster: str | None, threads: int | None, max_memory: int | None, rows
     from swa_avg.cluster import connected
 
     with connected(cluster) as remote:
-        yield _fit_cluster(remote, remote.threads, max_memory, rows)
+        yield fit_cluster(remote, remote.threads, max_memory, rows)
 
 
-def _fit_cluster(executor: Executor, threads: int, max_memory: int | None, rows: int) -> Crew:
-    """Return how much is sent back at a time, such that all that is under way fits here.
+def fit_cluster(executor: Executor, threads: int, max_memory: int | None = None, rows: int = 1) -> Crew:
+    """Return how the work is cut for a cluster of so many threads.
 
     Blocks are those of one machine, and stay in a core's cache; a task is many of them, next to each other,
     since each task costs the scheduler and this process milliseconds.
     """
-    threads *= 2  # that a task is done is noticed some time later: another one waits at the worker
-    least = sent_memory(_BLOCK_BYTES, 1, rows)
-    room = max(_CLUSTER_ROOM, least) if max_memory is None else max_memory - _CLUSTER_MEMORY
-    if room < least:
+    block = _BLOCK_BYTES * rows
+    room = max(_CLUSTER_ROOM, block) if max_memory is None else max_memory - _CLUSTER_MEMORY
+    if room < block:
         problem = f"--max-memory {max_memory} is too little"
-        raise UsageError(f"{problem}; at least {_CLUSTER_MEMORY + least} bytes are needed")
-    threads = min(threads, room // least)
-    together = max(1, min(_SENT_BYTES // (_BLOCK_BYTES * rows), room // (least * threads)))
-    memory = _CLUSTER_MEMORY + sent_memory(_BLOCK_BYTES * together, threads, rows)
-    return Crew(executor, _BLOCK_BYTES, threads, memory, together)
+        raise UsageError(f"{problem}; at least {_CLUSTER_MEMORY + block} bytes are needed")
+    together = max(1, min(_TASK_BYTES // block, room // block))
+    sent = room // (together * block)
+    # That a task is done is noticed some time later: meanwhile, another one waits at the worker.
+    crew = Crew(executor, _BLOCK_BYTES, 2 * threads, 0, together, sent)
+    return replace(crew, memory=_CLUSTER_MEMORY + min(sent, 4 * threads) * together * block)
 
 
 def fit_memory(max_memory: int | None, threads: int | None, rows: int = 1) -> tuple[int, int]:

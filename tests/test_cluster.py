@@ -67,7 +67,7 @@ def lonely() -> Iterator[Any]:
 @pytest.fixture(autouse=True)
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_BLOCK_BYTES", 2**12)
-    monkeypatch.setattr(run, "_SENT_BYTES", 2**14)
+    monkeypatch.setattr(run, "_TASK_BYTES", 2**14)
 
 
 def arrays(number: int, dtype: str = "float32") -> dict[str, np.ndarray]:
@@ -136,7 +136,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "shards": (".weights.json", "float16", {}),
     "without the optimizer": (".keras", "float32", {"optimizer": "drop"}),
     "shards without the optimizer": (".weights.json", "float32", {"optimizer": "drop"}),
-    "little memory": (".keras", "float32", {"max_memory": 2**20 + 160 * 2**20}),
+    "little memory": (".keras", "float32", {"max_memory": 2**12 + 160 * 2**20}),
 }
 
 
