@@ -282,7 +282,9 @@ def main() -> None:
     parser.add_argument(
         "--client", type=float, default=1.0, help="GB/s at which the output is read back  [1]"
     )
-    parser.add_argument("--durable", type=float, default=2.0, help="GB/s that reach the disk at the end  [2]")
+    parser.add_argument(
+        "--durable", type=float, default=40.0, help="GB/s that reach the disk at the end  [40]"
+    )
     parser.add_argument("--task", type=float, default=5.0, help="ms of the client's time for each task  [5]")
     parser.add_argument("--start", type=float, default=1.0, help="s to start  [1]")
     parser.add_argument(

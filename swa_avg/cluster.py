@@ -122,7 +122,7 @@ class ClusterExecutor(Executor):
             warnings.simplefilter("ignore")  # Dask finds the map of 100,000 tensors large
             if id(thing) not in self._sent:
                 # The result of a task, since Dask makes it anew where the worker that held it is lost.
-                copy = self._client.submit(pickle.loads, pickle.dumps(thing), pure=False, retries=_RETRIES)
+                copy = self._client.submit(pickle.loads, _pickled(thing), pure=False, retries=_RETRIES)
                 self._sent[id(thing)] = thing, copy
                 with suppress(Exception):  # else the calls start where the copy is, and spread out slowly
                     self._client.replicate([copy], callback_timeout=_PATIENCE)
@@ -219,6 +219,16 @@ class _Found:
 
     def __init__(self, error: Exception) -> None:
         self.error = error
+
+
+def _pickled(thing: object) -> bytes:
+    import cloudpickle  # Dask's own; it takes functions that are not in a module, too
+
+    try:
+        return bytes(cloudpickle.dumps(thing))
+    except Exception as error:  # of whichever class the thing has for it
+        problem = f"what was passed cannot be sent to a cluster ({_first_line(error)})"
+        raise UsageError(f"{problem}; name a file or MODULE:FUNCTION") from error
 
 
 def _run(thing: object, name: str, args: tuple[Any, ...], versions: Mapping[str, str], address: str) -> Any:

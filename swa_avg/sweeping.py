@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,11 +17,12 @@ from swa_avg.batchnorm.checkpoint import Loading, Refresh, check_request
 from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.candidates import Candidate
 from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageError
-from swa_avg.evaluation import Evaluator, Validation
+from swa_avg.evaluation import Scorer, Scoring, Validation
 from swa_avg.policy import batchnorm_layers, resolve_dtypes
 from swa_avg.provenance import describe
 from swa_avg.publish import Publication, check_output
 from swa_avg.run import (
+    Crew,
     hired,
     open_all,
     output_path,
@@ -146,7 +148,7 @@ def sweep(
             publication,
             crew,
             folder,
-            partial(Evaluator.load, validation=validation, loading=loading, refresh=refresh),
+            *_scoring(Scorer(validation, loading, refresh), crew),
             partial(score_progress or _nothing, steps),
         )
         scored = trials.scored(rows, verify=verify, progress=progress)
@@ -167,6 +169,20 @@ def sweep(
             picture.create(Path(path).name).write(draw(report))
             picture.publish()
     return report
+
+
+def _scoring(scorer: Scorer, crew: Crew) -> tuple[Callable[[Path], Future[Scoring]], int]:
+    """Return what has a draft scored, here or by a worker of a cluster, and how many drafts at a time."""
+    if crew.together:
+        distant = scorer.elsewhere()
+        return lambda draft: crew.executor.submit(distant.score, draft), crew.threads
+
+    def here(draft: Path) -> Future[Scoring]:
+        done: Future[Scoring] = Future()
+        done.set_result(scorer.score(draft))
+        return done
+
+    return here, 1
 
 
 def _drawing(output: Path, *, overwrite: bool) -> Callable[[SweepReport], bytes]:
@@ -221,7 +237,7 @@ def _report(
 ) -> SweepReport:
     assert trials.best is not None
     assert trials.decides is not None
-    assert trials.evaluator is not None
+    assert trials.last is not None
     monitor, mode = trials.decides
     if trials.best.badness == math.inf:
         raise MismatchError(
@@ -236,9 +252,9 @@ def _report(
         singles=tuple(singles),
         averages=tuple(averages),
         winner=trials.best,
-        validation=trials.evaluator.source,
-        rows=trials.evaluator.rows,
-        digest=trials.evaluator.digest,
+        validation=trials.last.source,
+        rows=trials.last.rows,
+        digest=trials.last.digest,
         batchnorm_layers=tuple(batchnorm_layers(newest)) if refresh is None else (),
     )
 

@@ -29,7 +29,9 @@ from swa_avg import cluster as module  # noqa: E402
 from swa_avg import combine, run  # noqa: E402
 from swa_avg.batchnorm.checkpoint import Refresh  # noqa: E402
 from swa_avg.combine import BlockWorker  # noqa: E402
+from swa_avg.evaluation import Validation  # noqa: E402
 from swa_avg.formats.base import Written  # noqa: E402
+from swa_avg.sweeping import sweep  # noqa: E402
 
 pytestmark = [
     # Of Dask's own: sockets and processes that it leaves to the garbage collector.
@@ -557,3 +559,46 @@ def test_data_that_a_worker_sees_differently_are_named(
         "mount one file system everywhere, and change nothing"
         for worker in cluster.scheduler.workers
     ]
+
+
+# --- sweep --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def swept(trained: Path) -> Path:
+    """The trained folder, with a third checkpoint and validation data."""
+    keras = pytest.importorskip("keras")
+    rng = np.random.default_rng(4)
+    model = keras.models.load_model(trained / "ckpt_1.keras")
+    for variable in model.trainable_variables:
+        variable.assign(rng.standard_normal(variable.shape))
+    model.save(trained / "ckpt_2.keras")
+    x = rng.standard_normal((60, 6, 6, 2)).astype("float32")
+    np.savez(trained / "val.npz", x=x, y=rng.integers(0, 5, 60))
+    return trained
+
+
+def agreement(targets: np.ndarray, predictions: np.ndarray) -> float:
+    return float((predictions.argmax(axis=1) == targets).mean())
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize("refreshed", [False, True])
+def test_a_sweep_is_that_of_one_machine(refreshed: bool, cluster: Any, swept: Path, tmp_path: Path) -> None:
+    reports = []
+    for name, address in (("here", None), ("cluster", cluster.scheduler_address)):
+        (tmp_path / name).mkdir()
+        report = sweep(
+            [swept / f"ckpt_{number}.keras" for number in range(3)],
+            tmp_path / name / "best.keras",
+            validation=Validation(str(swept / "val.npz"), metric=agreement, mode="max"),
+            refresh=refresh_of(swept) if refreshed else None,
+            tried=["uniform", "last:2", "greedy"],
+            cluster=address,
+        )
+        reports.append(report)
+    assert contents(tmp_path / "here") == contents(tmp_path / "cluster")
+    here, there = reports
+    assert there.singles == here.singles
+    assert there.averages == here.averages
+    assert (there.rows, there.digest, there.winner) == (here.rows, here.digest, here.winner)

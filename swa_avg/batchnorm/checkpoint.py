@@ -33,6 +33,7 @@ __all__ = [
     "refresh_loaded",
     "refreshed_values",
     "with_values",
+    "without_greeting",
 ]
 
 _CHUNK = 2**20
@@ -167,7 +168,7 @@ def with_values(
 
 
 @contextmanager
-def _without_greeting() -> Iterator[None]:
+def without_greeting() -> Iterator[None]:
     """Keep what TensorFlow's libraries print while Keras is imported off standard error."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
@@ -191,7 +192,7 @@ def load_model(checkpoint: Checkpoint, loading: Loading, *, compiled: bool = Fal
     Raises:
         UsageError: it cannot be loaded as it was asked for.
     """
-    with _without_greeting():
+    with without_greeting():
         import keras
     for module in loading.imports:
         import_module(module)

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swa_avg.batchnorm.checkpoint import Refresh, load_model
+from swa_avg.batchnorm.checkpoint import Refresh, load_model, without_greeting
 from swa_avg.batchnorm.functions import import_function, names_function
 from swa_avg.errors import SystemRefusalError, UnreadableError
 from swa_avg.formats import Checkpoint, open_checkpoint
@@ -22,7 +22,14 @@ from swa_avg.formats import Checkpoint, open_checkpoint
 if TYPE_CHECKING:
     from swa_avg.batchnorm.refresh import Measured
 
-__all__ = ["BatchWorker", "Elsewhere"]
+__all__ = [
+    "BatchWorker",
+    "Elsewhere",
+    "absolute",
+    "check_keras",
+    "keras_versions",
+    "make_importable",
+]
 
 _State = tuple[int, int]
 """Size and time of modification of a file."""
@@ -61,9 +68,9 @@ class BatchWorker:
         """Return a worker, or None where data or model are not named, but are in this process's memory."""
         if not isinstance(refresh.data, str | Path) or not isinstance(refresh.model, str | None):
             return None
-        absolute = replace(refresh, data=_absolute(refresh.data), model=_absolute(refresh.model))
+        named = replace(refresh, data=absolute(refresh.data), model=absolute(refresh.model))
         draft = checkpoint.path.absolute()
-        return cls(draft, absolute, Path.cwd(), _states(checkpoint, absolute.data), _keras())
+        return cls(draft, named, Path.cwd(), _states(checkpoint, named.data), keras_versions())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BatchWorker, (self.draft, self.refresh, self.folder, self.states, self.keras)
@@ -87,13 +94,10 @@ class BatchWorker:
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         """The open data, and what runs the model: once a process, for its lifetime."""
-        if str(self.folder) not in sys.path:
-            sys.path.insert(0, str(self.folder))
+        make_importable(self.folder)
+        check_keras(self.keras)
         with closing(open_checkpoint(self.draft)) as checkpoint:
             model = load_model(checkpoint, self.refresh)
-            if self.keras != _keras():
-                problem = f"expected Keras {' '.join(self.keras)}, found {' '.join(_keras())}"
-                raise SystemRefusalError(errno.ENOEXEC, problem)
             for expected, found in zip(self.states, _states(checkpoint, self.refresh.data), strict=False):
                 if expected != found:
                     problem = f"another file here: expected {expected[0]} bytes, found {found[0]}"
@@ -120,9 +124,23 @@ class BatchWorker:
         return data, stack.enter_context(running(model, active_layers(model), data))
 
 
-def _absolute(source: Any) -> Any:
+def make_importable(folder: Path) -> None:
+    """Let modules in the client's current folder be imported here, as they are there."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def check_keras(expected: tuple[str, str, str]) -> None:
+    """Raise SystemRefusalError unless the same Keras is installed here."""
+    found = keras_versions()
+    if found != expected:
+        problem = f"expected Keras {' '.join(expected)}, found {' '.join(found)}"
+        raise SystemRefusalError(errno.ENOEXEC, problem)
+
+
+def absolute(source: Any) -> Any:
     """Return a path that means the same in another folder; other than paths stay."""
-    if source is None or (isinstance(source, str) and not Path(source).exists() and names_function(source)):
+    if not isinstance(source, str | Path) or (not Path(source).exists() and names_function(str(source))):
         return source
     return str(Path(source).absolute())
 
@@ -134,8 +152,10 @@ def _states(checkpoint: Checkpoint, data: str) -> list[_State]:
     return [(found.st_size, found.st_mtime_ns) for found in (place.stat() for place in places)]
 
 
-def _keras() -> tuple[str, str, str]:
-    import keras
+def keras_versions() -> tuple[str, str, str]:
+    """Return the version of Keras, its backend, and the version of that."""
+    with without_greeting():
+        import keras
 
     backend = keras.backend.backend()
     return keras.__version__, backend, version(backend)
