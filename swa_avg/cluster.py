@@ -46,10 +46,12 @@ def connected(address: str) -> Iterator[ClusterExecutor]:
         SystemRefusalError: no scheduler answers there, it has no workers, or they run other versions.
     """
     try:
+        from dask import config
         from distributed import Client
     except ImportError:
         raise UsageError("--cluster needs Dask: pip install 'swa-avg[dask]'") from None
-    with _silence():
+    # A worker that was lost with results of its own is asked for them for as long as it takes to connect.
+    with _silence(), config.set({"distributed.comm.timeouts.connect": f"{_CONNECT} s"}):
         _identity(address)  # a client that cannot connect says so at length
         client = Client(address, timeout=_CONNECT, direct_to_workers=True, set_as_default=False)
         try:

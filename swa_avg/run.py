@@ -56,7 +56,7 @@ _SMALLEST_BLOCK = 2**16
 _SMALLEST_BLOCK_OF_ROWS = 2**12
 _MOST_FOR_ROWS = 2**26
 _PROCESS_MEMORY = 64 * 2**20  # the interpreter with numpy and h5py, before anything is averaged
-_CLUSTER_MEMORY = 160 * 2**20  # with Dask
+_CLUSTER_MEMORY = 96 * 2**20  # with Dask
 _CLUSTER_ROOM = 2**30  # for what workers send back
 _TASK_BYTES = 2**24  # of averages
 

@@ -34,9 +34,6 @@ from swa_avg.formats.base import Written  # noqa: E402
 from swa_avg.sweeping import sweep  # noqa: E402
 
 pytestmark = [
-    # Of Dask's own: sockets and processes that it leaves to the garbage collector.
-    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # Keras's own
 ]
 
@@ -138,7 +135,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "shards": (".weights.json", "float16", {}),
     "without the optimizer": (".keras", "float32", {"optimizer": "drop"}),
     "shards without the optimizer": (".weights.json", "float32", {"optimizer": "drop"}),
-    "little memory": (".keras", "float32", {"max_memory": 2**12 + 160 * 2**20}),
+    "little memory": (".keras", "float32", {"max_memory": 2**12 + run._CLUSTER_MEMORY}),
 }
 
 

@@ -191,6 +191,10 @@ class _AbsentImage(Image):
     def __reduce__(self) -> tuple[Any, ...]:
         return _AbsentImage, (self.path, self._place, self.offset, self.size, self.crc32, self._identity)
 
+    def __del__(self) -> None:
+        if "file" in self.__dict__:  # nobody tells a worker which task is the last
+            self.close()
+
     @cached_property
     def file(self) -> IO[bytes]:  # type: ignore[override]
         """The file, opened when it is first read from.
