@@ -4,6 +4,7 @@
     python scripts/benchmark.py --count 20 --only fast   this tool and cat alone
     python scripts/benchmark.py --variables 5000 --kilobytes 1 --count 100
     python scripts/benchmark.py --sweep                  twice the checkpoints, twice their size
+    python scripts/benchmark.py --startup                --help beside an import of click
 
 Every contender runs in a fresh process, all of them in turn, `--runs` times; medians are printed. Cold runs
 drop the page cache first, where that is permitted. Writes benchmark.md and, with matplotlib, benchmark.png
@@ -259,6 +260,23 @@ def each_further(folder: Path, runs: int, inputs: Sequence[Path]) -> str:
     )
 
 
+def startup(runs: int) -> list[str]:
+    """Compare `swa-avg --help` with an import of click alone."""
+    commands = {
+        "swa-avg --help": [SWA_AVG, "--help"],
+        'python -c "import click"': [sys.executable, "-c", "import click"],
+    }
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(runs):
+        for name, command in commands.items():
+            times[name].append(run_once(command, cold=False)[0])
+    ours, theirs = (statistics.median(values) for values in times.values())
+    lines = ["| | ms | ratio |", "|---|---:|---:|"]
+    for name, seconds in zip(commands, (ours, theirs), strict=True):
+        lines.append(f"| {name} | {seconds * 1000:.0f} | {seconds / theirs:.2f} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -270,12 +288,17 @@ def main() -> None:
     parser.add_argument("--only", choices=["fast", "no-keras", "all"], default="all")
     parser.add_argument("--cold", action="store_true", help="also with the page cache dropped (needs root)")
     parser.add_argument("--sweep", action="store_true", help="vary number and size")
+    parser.add_argument("--startup", action="store_true", help="what --help takes")
     parser.add_argument("--folder", type=Path, default=Path("build/benchmark"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.sweep:
         lines = sweep(options.folder, options.runs)
         title = "time against number and size"
+    elif options.startup:
+        options.runs = max(options.runs, 30)  # each takes some milliseconds
+        lines = startup(options.runs)
+        title = "start-up"
     else:
         inputs = make_inputs(options.folder, options.count, options.variables, options.kilobytes)
         megabytes = inputs[0].stat().st_size / 1e6

@@ -2,14 +2,15 @@
 
 Each case takes three checkpoints of one format, damages one of their files where it hurts (a bit, a
 word, a zeroed block, bytes moved from elsewhere, a truncation, in the metadata or in the values) and runs
-swa-avg on them in a process of its own, with limits on time and memory. How it ends is one of:
+swa-avg on them in a process of its own, with limits on time and memory. Every other damaged archive gets
+checksums that fit, so that the damage reaches what reads its members. How a run ends is one of:
 
     same      the output holds what it does without the damage
     refused   exit code 3 or 4, one line on standard error, no output, no temporary
     carried   the damage lies in what an average takes from the newest checkpoint as it is (optimizer state,
               attributes, compile settings), and the output differs in nothing else
-    value     the damage lies in values that have no checksum (everything but .keras), and the output differs
-              in those values of that tensor alone
+    value     the damage lies in values that have no checksum (everything but .keras), or one that fits, and
+              the output differs in those values of that tensor alone
     WRONG     anything else: another output, a traceback, a signal, over 10 s, over 500 MB, something left
               behind
 
@@ -24,10 +25,12 @@ import json
 import random
 import select
 import shutil
+import struct
 import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -148,6 +151,11 @@ class _Case:
         original = self.kind.files[self.victim]
         self.data = bytearray(original)
         self.damage = self._damage()
+        self.has_checksum = self.kind.has_checksum
+        if self.has_checksum and len(self.data) == len(original) and self.rng.random() < 1 / 2:
+            _fit_checksums(original, self.data)
+            self.has_checksum = False
+            self.damage += ", with checksums that fit"
         self.command = [*self.kind.inputs, "-q", "-o", f"swa{self.kind.suffix}", *self.kind.options]
         self.touched = _differences(original, bytes(self.data))
 
@@ -193,13 +201,14 @@ class _Case:
         return f"{self.victim}: {size} zeros put in at {position}"
 
     def _position(self) -> int:
-        """Choose a byte; two times of three one outside the values."""
+        """Choose a byte: of three, one in the values, one anywhere else, one where something is written."""
         extents = list(self.kind.payloads[self.victim].values())
-        for _ in range(100):
+        where = self.rng.choice(["values", "anywhere", "written"])
+        for _ in range(1000):
             position = self.rng.randrange(len(self.data))
             inside = any(start <= position < start + size for start, size in extents)
-            if inside == (self.rng.random() < 1 / 3) or not extents:
-                return position
+            if inside == (where == "values") and (where != "written" or self.data[position]):
+                break
         return position
 
     def judge(self, ended: Ended) -> tuple[str, str]:
@@ -236,24 +245,24 @@ class _Case:
         )
         if not differing:
             return "same", ""
-        if self.kind.has_checksum:
+        if self.has_checksum:
             return "WRONG", f"differs in {differing[:3]}"
         outcome = "carried"
         for name in differing:
-            if name not in found or name not in expected or len(found[name]) != len(expected[name]):
-                return "WRONG", f"{name!r} is not what it was"
             kind, _, tensor = name.partition(" ")
+            if name not in found or name not in expected:
+                return "WRONG", f"{name!r} is new or gone"
+            if kind == "type":
+                return "WRONG", f"{tensor} is {found[name]!r} instead of {expected[name]!r}"
             if kind == "tensor":
                 if not self._explains(tensor, found[name], expected[name]):
                     return "WRONG", f"{tensor} has other values"
                 outcome = "value"
-            elif kind == "type":
-                return "WRONG", f"{tensor} is {found[name]!r} instead of {expected[name]!r}"
         return outcome, ""
 
     def _explains(self, tensor: str, found: bytes, expected: bytes) -> bool:
         """Tell whether the values of a tensor that differ are those whose bytes were damaged."""
-        if tensor not in self.kind.payloads[self.victim]:
+        if tensor not in self.kind.payloads[self.victim] or len(found) != len(expected):
             return False
         start, size = self.kind.payloads[self.victim][tensor]
         values = _differences(expected, found)
@@ -262,6 +271,19 @@ class _Case:
             (position - start) // itemsize for position in self.touched if start <= position < start + size
         }
         return {position // itemsize for position in values} <= places
+
+
+def _fit_checksums(original: bytes, data: bytearray) -> None:
+    """Give the members of an archive the CRC-32 of what they hold now."""
+    with zipfile.ZipFile(io.BytesIO(original)) as archive:
+        entry = archive.start_dir
+        for info in archive.infolist():
+            name, extra = struct.unpack_from("<2H", original, info.header_offset + 26)
+            start = info.header_offset + 30 + name + extra
+            checksum = zlib.crc32(data[start : start + info.file_size])
+            for place in (info.header_offset + 14, entry + 16):
+                struct.pack_into("<I", data, place, checksum)
+            entry += 46 + sum(struct.unpack_from("<3H", original, entry + 28))
 
 
 def _differences(one: bytes, other: bytes) -> list[int]:

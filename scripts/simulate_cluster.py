@@ -41,9 +41,10 @@ from distributed import LocalCluster
 
 from swa_avg import average
 from swa_avg.cluster import connected
+from swa_avg.crew import Crew
 from swa_avg.formats import open_checkpoint
 from swa_avg.plan import make_plan
-from swa_avg.run import fit_cluster
+from swa_avg.resources import fit_cluster
 from swa_avg.selection import expand
 
 BLOCK = 2**19
@@ -88,7 +89,8 @@ def tasks_of(paths: Sequence[Path], inputs: int, repeat: int, workers: int) -> t
         others = [stack.enter_context(closing(open_checkpoint(path, newest))) for path in paths[:-1]]
         plan = make_plan([*others, newest], newest, [1 / len(paths)] * len(paths))
         executor = stack.enter_context(ThreadPoolExecutor(1))
-        crew = fit_cluster(executor, workers)
+        block_bytes, together, sent, memory = fit_cluster(None, workers)
+        crew = Crew(executor, block_bytes, 2 * workers, memory, together, sent)
         combiner = crew.combiner(plan, [plan.coefficients], True)
         tasks = [
             Task(size * inputs, len(blocks) * inputs, size)

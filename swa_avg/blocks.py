@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from swa_avg.formats.base import Checkpoint, Image, Tensor
 from swa_avg.plan import Plan
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
 __all__ = ["Block", "Piece", "Source", "blocks_of", "bytes_to_read", "read_pieces"]
+
+_GAP = 16 * 1024  # bytes that take no longer to read than another read takes
 
 
 @dataclass(frozen=True)
@@ -63,14 +68,14 @@ class Block:
 def read_pieces(source: Source, template: Source, block: Block, raw: NDArray[np.uint8]) -> None:
     """Read the block's tensors from `source` into the places that the template's layout gives them.
 
-    Neighbours that lie equally far from the template's places are read together, gaps included.
+    Neighbours that lie equally far from the template's places are read together, small gaps included.
     """
     first = block.pieces[0]
     run = _moved(source, template, first)
     start, stop = first.start, first.stop
     for piece in block.pieces[1:]:
         moved = _moved(source, template, piece)
-        if moved == run:
+        if moved == run and piece.start - stop <= _GAP:
             stop = piece.stop
             continue
         _read_run(source, run, start, stop, block, raw)

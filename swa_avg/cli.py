@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -16,8 +17,10 @@ from swa_avg import __version__
 from swa_avg.commands.average import average
 from swa_avg.commands.inspect import inspect
 from swa_avg.commands.sweep import sweep
+from swa_avg.commands.terminal import say
 from swa_avg.commands.verify import verify
-from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError, escape
+from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError
+from swa_avg.interrupts import Interrupted, interrupts
 
 __all__ = ["main"]
 
@@ -39,6 +42,12 @@ class _Group(DefaultGroup):  # type: ignore[misc]
             return click.Group.parse_args(self, ctx, args)
         return list(super().parse_args(ctx, args))
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:  # of which click makes exit code 1, without a word
+            raise SystemRefusalError(errno.EIO, "standard output was closed") from error
+
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         command = self.commands[self.default_cmd_name]
         inner = click.Context(command, info_name=ctx.info_name)
@@ -59,57 +68,54 @@ for _command in (average, inspect, sweep, verify):
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 2 usage, 3 to 5 by the error's class, 130 or 143 interrupted."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _raise_signal)
+    interrupts.begin()
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupts)
+        code = _run()
+    except Interrupted as interrupted:
+        word = "interrupted" if interrupted.number == signal.SIGINT else "terminated"
+        say([f"swa-avg: {word}; nothing was written"])
+        code = 128 + interrupted.number
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command line, tell what went wrong if anything did, and return the exit code."""
+    # NumPy starts threads for linear algebra. There is none in averaging, which they delay by a third; in
+    # inspecting they wait spinning, and on a machine that has other work, for many times as long.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         main_group.main(prog_name="swa-avg", standalone_mode=False)
         if sys.stdout is not None:  # closed by whoever started us
             sys.stdout.flush()
-        code = 0
+    except MismatchError as error:
+        _complain(*map(str, error.findings))
+        return error.exit_code
     except SwaAvgError as error:
-        lines = (
-            [str(finding) for finding in error.findings]
-            if isinstance(error, MismatchError)
-            else [_message(error)]
-        )
-        for line in lines:
-            click.echo(f"swa-avg: error: {escape(line)}", err=True)
-        code = error.exit_code
+        _complain(_message(error))
+        return error.exit_code
     except click.UsageError as error:
-        click.echo(f"swa-avg: error: {escape(error.format_message())} (see swa-avg --help)", err=True)
-        code = 2
-    except _SignalError as received:
-        word = "interrupted" if received.number == signal.SIGINT else "terminated"
-        click.echo(f"swa-avg: {word}; nothing was written", err=True)
-        code = 128 + received.number
+        _complain(f"{error.format_message()} (see swa-avg --help)")
+        return 2
     except MemoryError:
-        click.echo("swa-avg: error: out of memory; use fewer --threads, or --max-memory", err=True)
-        code = 5
+        _complain("out of memory; use fewer --threads, or --max-memory")
+        return 5
     except OSError as error:
-        if error.filename is not None:
-            raise
-        # Standard output is full or closed; the average itself is written by now.
-        click.echo(f"swa-avg: error: {error.strerror or error}", err=True)
-        with contextlib.suppress(OSError):
+        _complain(_message(error))
+        # What standard output has not taken, since it is full, it will not take at exit either.
+        with contextlib.suppress(OSError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 5
-    sys.exit(code)
+        return 5
+    return 0
 
 
-class _SignalError(BaseException):
-    """SIGINT or SIGTERM, raised where the program stands so that everything is cleaned up."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
+def _complain(*problems: str) -> None:
+    say(f"swa-avg: error: {problem}" for problem in problems)
 
 
-def _raise_signal(number: int, frame: Any) -> NoReturn:
-    for again in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(again, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
-    raise _SignalError(number)
-
-
-def _message(error: SwaAvgError) -> str:
-    if isinstance(error, SystemRefusalError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+def _message(error: OSError | SwaAvgError) -> str:
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        return f"{error.filename}: {reason}" if error.filename is not None else reason
     return str(error)

@@ -16,17 +16,19 @@ from dataclasses import dataclass, field
 from itertools import accumulate, groupby, islice
 from pathlib import Path
 from threading import local
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from isal.isal_zlib import crc32, crc32_combine
-from numpy.typing import NDArray
 
 from swa_avg.blocks import Block, Source, blocks_of, read_pieces
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
 from swa_avg.formats.base import Image, Tensor, Written
 from swa_avg.plan import Plan
 from swa_avg.policy import FLOATS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = [
     "BlockWorker",
@@ -297,6 +299,10 @@ class BlockWorker:
 
     def _combine(self, block: Block, averages: NDArray[np.uint8]) -> list[int]:
         """Average a block into `averages`; return the CRC-32 of its bytes in each of the `checked` inputs."""
+        with np.errstate(all="ignore"):  # what is not finite is found at the end
+            return self._combined(block, averages)
+
+    def _combined(self, block: Block, averages: NDArray[np.uint8]) -> list[int]:
         template = self.template
         checksums = []
         last = len(self.inputs) - 1
@@ -412,11 +418,9 @@ class _Sums:
             _widen(view) if piece.tensor.dtype == "bfloat16" else view
             for piece, view in zip(self.averaged, pieces.values, strict=True)
         ]
-        with np.errstate(all="ignore"):  # what is not finite is found at the end
-            for row, (factors, _) in enumerate(self.rows):
-                factor = factors[number]
-                if factor:
-                    self._add(row, factor, values)
+        for row, (factors, _) in enumerate(self.rows):
+            if factors[number]:
+                self._add(row, factors[number], values)
 
     def _add(self, row: int, factor: float, values: Sequence[NDArray[Any]]) -> None:
         for sums, value in zip(self.parts[row], values, strict=True):
@@ -441,8 +445,7 @@ class _Sums:
                 if dtype == "bfloat16":
                     target.view(np.uint16)[:] = round_to_bfloat16(sums)
                 else:
-                    with np.errstate(over="ignore"):
-                        target.view(dtype)[:] = sums
+                    target.view(dtype)[:] = sums
                 if min(factors) < 0 and not _all_finite(target, dtype):  # else it lies between the inputs
                     problem = f"the average does not fit into {dtype}"
                     raise MismatchError([Finding(path, piece.tensor.name, problem)])
@@ -501,11 +504,12 @@ def unfit(plan: Plan, block_bytes: int) -> Iterator[Finding]:
         yield Finding(plan.template.path, "sum", "does not fit into float64")
 
 
-def checksum_of(image: Image) -> int:
-    """Return the CRC-32 of an image."""
+def checksum_of(image: Image, start: int = 0, stop: int | None = None) -> int:
+    """Return the CRC-32 of an image, or of a part of it."""
+    stop = image.size if stop is None else stop
     checksum = 0
-    for start in range(0, image.size, _CHUNK):
-        checksum = crc32(image.read(start, min(_CHUNK, image.size - start)), checksum)
+    for position in range(start, stop, _CHUNK):
+        checksum = crc32(image.read(position, min(_CHUNK, stop - position)), checksum)
     return checksum
 
 
@@ -527,7 +531,7 @@ def stream_values(plan: Plan, block_bytes: int) -> Iterator[Iterator[list[tuple[
     Raises:
         UnreadableError, SystemRefusalError: as for `Image.read_into`.
     """
-    raw = np.empty(block_bytes, np.uint8)
+    buffer = np.empty((1, block_bytes + _SLACK), np.uint8)
     template = Source.of(plan.template)
     sources = [
         template if checkpoint is plan.template else Source.of(checkpoint) for checkpoint in plan.inputs
@@ -535,6 +539,7 @@ def stream_values(plan: Plan, block_bytes: int) -> Iterator[Iterator[list[tuple[
     for index in range(len(plan.template.images)):
         for block in blocks_of(plan, index, block_bytes):
             if block.pieces:
+                raw = _aligned(buffer, block)[0]
                 yield (_values(source, template, block, raw) for source in sources)
 
 

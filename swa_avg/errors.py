@@ -64,7 +64,7 @@ class UnreadableError(SwaAvgError, ValueError):
     def __init__(self, path: Path | str, problem: str, *, tensor: str | None = None, hint: str = "") -> None:
         from pathlib import Path  # `swa-avg --help` does without
 
-        self.path = Path(path)
+        self.path = Path(path) if isinstance(path, str) else path
         self.tensor = tensor
         parts = [path, problem] if tensor is None else [path, tensor, problem]
         super().__init__(escape(": ".join(map(str, parts)) + (f"; {hint}" if hint else "")))

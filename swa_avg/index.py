@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from swa_avg.errors import UnreadableError
+from swa_avg.errors import SwaAvgError, UnreadableError
 from swa_avg.strict_json import parse_json
 
 __all__ = [
@@ -116,6 +116,8 @@ def read_index(path: Path) -> Index:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
     except OSError as error:
+        if isinstance(error, SwaAvgError):
+            raise
         raise UnreadableError(path, (error.strerror or str(error)).lower()) from error
     if len(data) > _MAX_BYTES:
         raise UnreadableError(path, f"the index is larger than {_MAX_BYTES >> 20} MiB")

@@ -19,6 +19,7 @@ from swa_avg.geometry import Geometry, Measurement, geometry_of
 from swa_avg.plan import Plan, make_plan
 from swa_avg.policy import FLOATS, batchnorm_layers, resolve_dtypes
 from swa_avg.publish import Publication, check_output
+from swa_avg.remote import RemotePath
 from swa_avg.run import check_contents, check_shared_files, coefficients_of, open_all
 from swa_avg.selection import epoch_number, expand, read_indices, select
 
@@ -136,12 +137,14 @@ def inspect_checkpoints(
     report: str | Path | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    published: Callable[[], None] | None = None,
 ) -> Inspection:
     """Tell what is inside Keras checkpoints, whether they fit together, and how far apart they lie.
 
     Distances, norms and angles are those of the rows of all values that `average` would average, BatchNorm's
     moving statistics among them, in float64, from one streamed pass in bounded memory. They do not depend on
-    `method`, except for what is said of the mean. See `geometry_of` for what counts as an outlier.
+    `method`, except for what is said of the mean. See `geometry_of` for what counts as an outlier. Bytes are
+    not held against the checksums that archives declare.
 
     Args:
         inputs, epochs, best, monitor, mode, last, every: Which checkpoints, as for `average`.
@@ -151,6 +154,7 @@ def inspect_checkpoints(
         report: A `.html` to write a page with pictures and tables into; needs matplotlib.
         overwrite: Replace existing outputs.
         progress: Told (bytes to read in all, bytes read since the last call).
+        published: Told that an output has its name, before SIGINT and SIGTERM that came meanwhile are.
 
     Raises:
         UsageError: the request cannot be met as it was made.
@@ -174,10 +178,10 @@ def inspect_checkpoints(
             inspection = _measured(inspection, plan, progress)
         for checkpoint in checkpoints:
             checkpoint.check_unchanged()
-    for output, render in outputs.items():
+    for output, content in [(output, render(inspection)) for output, render in outputs.items()]:
         with Publication(output, overwrite=overwrite) as publication:
-            publication.create(output.name).write(render(inspection))
-            publication.publish()
+            publication.create(output.name).write(content)
+            publication.publish(published)
     return inspection
 
 
@@ -317,4 +321,4 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, Path | RemotePath) else value

@@ -6,25 +6,24 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isal.isal_zlib import crc32
 
 from swa_avg import __version__
-from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.errors import UnreadableError
 from swa_avg.formats.archive import ArchiveCheckpoint
-from swa_avg.formats.base import Checkpoint
+from swa_avg.formats.base import PROVENANCE, Checkpoint
 from swa_avg.formats.hdf5 import Hdf5Checkpoint
 from swa_avg.formats.sharded import ShardedCheckpoint
 from swa_avg.index import is_plain_name
 from swa_avg.plan import Plan
 from swa_avg.strict_json import parse_json
 
-__all__ = ["KEY", "Record", "RecordedInput", "batchnorm_record", "describe", "read_record"]
+if TYPE_CHECKING:
+    from swa_avg.batchnorm.report import RefreshReport
 
-KEY = "swa_avg"
-"""Under which metadata.json, or the map of shards, holds the record."""
+__all__ = ["Record", "RecordedInput", "batchnorm_record", "describe", "read_record"]
 
 _CRC32 = re.compile(r"[0-9a-f]{8}")
 
@@ -111,9 +110,9 @@ def read_record(checkpoint: Checkpoint) -> Record:
 
 def _stored(checkpoint: Checkpoint) -> Any:
     if isinstance(checkpoint, ArchiveCheckpoint):
-        return (checkpoint.metadata or {}).get(KEY)
+        return (checkpoint.metadata or {}).get(PROVENANCE)
     if isinstance(checkpoint, ShardedCheckpoint):
-        return (checkpoint.map or {}).get(KEY)
+        return (checkpoint.map or {}).get(PROVENANCE)
     if isinstance(checkpoint, Hdf5Checkpoint) and checkpoint.is_average:
         return parse_json(checkpoint.record, checkpoint.path, "its record of how it was made")
     return None

@@ -8,25 +8,28 @@ import io
 import os
 import secrets
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import IO, Any
 
 from swa_avg.errors import SystemRefusalError, UsageError
-from swa_avg.interrupts import interrupts_held
+from swa_avg.interrupts import interrupts, interrupts_held
+from swa_avg.remote import RemotePath, remote, upload
 
-__all__ = ["Publication", "check_output", "sync_folder"]
+__all__ = ["Publication", "check_output", "publication_at", "sync_folder"]
 
 _WRITEBACK = 32 * 2**20
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Raise UsageError unless `output` can be created, or replaced where that is allowed."""
-    if output.is_symlink():
+    url = remote(output)
+    if url is None and output.is_symlink():
         raise UsageError(f"the output {output} is a symbolic link; name the file itself")
     if output.exists():
-        if not output.is_file():
+        if not (output.is_file() if url is None else url.is_file()):
             raise UsageError(f"the output {output} exists and is not a regular file")
         if not overwrite:
             raise UsageError(f"the output {output} exists; name another one, or add --overwrite")
@@ -34,8 +37,16 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             raise UsageError(
                 f"the output {output} exists; several files cannot be replaced in one step: name another"
             )
-    if not output.parent.is_dir():
+    if url is not None:
+        url.check_bucket()
+    elif not output.parent.is_dir():
         raise UsageError(f"the folder of the output does not exist: {output.parent}")
+
+
+def publication_at(output: Path, *, overwrite: bool) -> Publication:
+    """Return where the files of an output grow: beside it, or on this machine for a URL."""
+    url = remote(output)
+    return Publication(output, overwrite=overwrite) if url is None else _Upload(url, overwrite=overwrite)
 
 
 class _GrowingFile(io.BufferedRandom):
@@ -57,7 +68,7 @@ class Publication:
     """Files that grow beside the output and take their names together.
 
     A context manager: `publish` makes them durable and visible. Left with an error, it removes all of them,
-    except one that has replaced another file: that cannot be undone, and an interrupt comes too late then.
+    except one that has replaced another file: that cannot be undone.
     Writing errors surface as SystemRefusalError.
     """
 
@@ -67,10 +78,9 @@ class Publication:
         self._files: list[tuple[IO[bytes], Path]] = []
         """Open file, final path."""
         self._temporaries: list[Path] = []
-        self._moved: list[Path] = []
-        """Names that were free, and are taken by files of ours."""
+        self._moved: list[tuple[Path, os.stat_result]] = []
+        """Names that were free and are taken by files of ours, and which files these are."""
         self._scratch: list[IO[bytes]] = []
-        self._replaced = False
 
     def create(self, name: str, size: int = 0) -> IO[bytes]:
         final = self.output.with_name(name)
@@ -91,12 +101,13 @@ class Publication:
         self._scratch.append(file)
         return file
 
-    def publish(self) -> None:
-        """Give every file its name, in the order of creation.
+    def publish(self, published: Callable[[], None] | None = None) -> None:
+        """Give every file its name, in the order of creation; then call `published`, interrupts still held.
 
         Raises:
             UsageError: a file of that name appeared during the run, and may not be replaced.
         """
+        interrupts.check()
         for file, _ in self._files:
             file.flush()
             os.fsync(file.fileno())
@@ -105,49 +116,87 @@ class Publication:
             for temporary, (_, final) in zip(self._temporaries, self._files, strict=True):
                 if self._overwrite and final == self.output:
                     temporary.replace(final)
-                    self._replaced = True
                 else:
-                    self._move_to_free_name(temporary, final)
+                    ours = temporary.stat()
+                    _move_to_free_name(temporary, final)
+                    self._moved.append((final, ours))
             sync_folder(self.output.parent)
-
-    def _move_to_free_name(self, temporary: Path, final: Path) -> None:
-        exists = f"the output {final} exists; name another one, or add --overwrite"
-        try:
-            os.link(temporary, final)
-        except FileExistsError:
-            raise UsageError(exists) from None
-        except OSError:  # a file system without hard links
-            if final.exists():
-                raise UsageError(exists) from None
-            temporary.replace(final)
-        self._moved.append(final)
+            if published is not None:
+                published()
 
     def __enter__(self) -> Publication:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
+    ) -> None:
         try:
             with interrupts_held():
                 for file in (*self._scratch, *(file for file, _ in self._files)):
                     with contextlib.suppress(OSError):
                         file.close()
-                self._remove(self._temporaries if error is None else [*self._temporaries, *self._moved])
-        except BaseException as interrupt:  # it came meanwhile
-            if isinstance(interrupt, Exception) or not self._replaced:
-                self._remove(self._moved)
-                raise
+                self._remove(names=error is not None)
+        except BaseException:  # an interrupt: before it was held back, or meanwhile
+            self._remove(names=True)
+            raise
         if isinstance(error, OSError) and not isinstance(error, SystemRefusalError):
             reason = error.strerror or str(error)
             raise SystemRefusalError(error.errno, f"cannot write: {reason}", str(self.output)) from error
-        return self._replaced and error is not None and not isinstance(error, Exception)
 
-    @staticmethod
-    def _remove(paths: Iterable[Path]) -> None:
-        for path in paths:
+    def _remove(self, *, names: bool) -> None:
+        """Remove the temporaries; and `names` that were given, unless another run has taken one since."""
+        for temporary in self._temporaries:
             with contextlib.suppress(OSError):
-                path.unlink()
+                temporary.unlink()
+        for final, ours in self._moved if names else ():
+            with contextlib.suppress(OSError):
+                if os.path.samestat(final.lstat(), ours):
+                    final.unlink()
+
+
+def _move_to_free_name(temporary: Path, final: Path) -> None:
+    exists = f"the output {final} exists; name another one, or add --overwrite"
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        raise UsageError(exists) from None
+    except OSError:  # a file system without hard links
+        if final.exists():
+            raise UsageError(exists) from None
+        temporary.replace(final)
+
+
+class _Upload(Publication):
+    """Files that grow in a temporary folder, and are uploaded once all of them are complete."""
+
+    def __init__(self, target: RemotePath, *, overwrite: bool) -> None:
+        self._target = target
+        self._replace = overwrite
+        self._folder = TemporaryDirectory(prefix="swa-avg-")
+        super().__init__(Path(self._folder.name, target.name), overwrite=False)
+
+    def publish(self, published: Callable[[], None] | None = None) -> None:
+        super().publish()
+        done: list[RemotePath] = []
+        try:
+            for _, file in self._files:
+                target = self._target.with_name(file.name)
+                upload(file, target, overwrite=self._replace and file == self.output)
+                done.append(target)
+        except BaseException:
+            for target in done:
+                target.remove()
+            raise
+        if published is not None:
+            published()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            super().__exit__(kind, error, trace)
+        finally:
+            self._folder.cleanup()
 
 
 def _reserve(file: IO[bytes], size: int) -> None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from swa_avg import methods
 from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_values, with_values
-from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.blocks import bytes_to_read
-from swa_avg.combine import Combiner, block_memory
+from swa_avg.combine import Combiner
+from swa_avg.crew import hired
 from swa_avg.digests import check_digests, read_digests
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.formats import Checkpoint, open_checkpoint
@@ -26,8 +24,13 @@ from swa_avg.formats.base import Chunk
 from swa_avg.plan import Plan, make_plan
 from swa_avg.policy import batchnorm_layers, resolve_dtypes
 from swa_avg.provenance import batchnorm_record, describe
-from swa_avg.publish import Publication, check_output
+from swa_avg.publish import Publication, check_output, publication_at
+from swa_avg.remote import as_path, kept_at_hand, on_this_machine, remote
+from swa_avg.resources import REMOTE_THREADS, allow_open_files
 from swa_avg.selection import epochs_of, expand, select
+
+if TYPE_CHECKING:
+    from swa_avg.batchnorm.report import RefreshReport
 
 __all__ = [
     "Progress",
@@ -38,7 +41,6 @@ __all__ = [
     "check_contents",
     "check_shared_files",
     "coefficients_of",
-    "fit_memory",
     "open_all",
     "output_path",
     "plan_output",
@@ -48,17 +50,8 @@ __all__ = [
 
 Progress = Callable[[int, int], None]
 """Called with (bytes to read in all, bytes read since the last call)."""
-Refreshed = Callable[[Path], tuple[Mapping[str, bytes], RefreshReport]]
+Refreshed = Callable[[Path], "tuple[Mapping[str, bytes], RefreshReport]"]
 """For the draft of an average, tensor name -> new bytes of its BatchNorm statistics, and the report."""
-
-_BLOCK_BYTES = 2**19  # with its sums, it stays in a core's cache
-_SMALLEST_BLOCK = 2**16
-_SMALLEST_BLOCK_OF_ROWS = 2**12
-_MOST_FOR_ROWS = 2**26
-_PROCESS_MEMORY = 64 * 2**20  # the interpreter with numpy and h5py, before anything is averaged
-_CLUSTER_MEMORY = 96 * 2**20  # with Dask
-_CLUSTER_ROOM = 2**30  # for what workers send back
-_TASK_BYTES = 2**24  # of averages
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ def average(
     optimizer: str = "keep",
     dtype: str | None = None,
     overwrite: bool = False,
-    verify: bool = True,
+    verify: bool | None = None,
     expect_sha256: str | Path | None = None,
     max_memory: int | None = None,
     threads: int | None = None,
@@ -107,6 +100,7 @@ def average(
     dry_run: bool = False,
     progress: Progress | None = None,
     refresh_progress: Callable[[int | None, int], None] | None = None,
+    published: Callable[[], None] | None = None,
 ) -> Report:
     """Average Keras checkpoints into one, without Keras.
 
@@ -116,11 +110,12 @@ def average(
     Wider Optima and Better Generalization" (arXiv:1803.05407).
 
     Args:
-        inputs: Names and shell patterns of checkpoints of one format. Their training order is the natural
-            order of the names (`ckpt_2` before `ckpt_10`), in whichever order they are given. Without any:
-            those that `checkpoints.json` in the current folder names, in its order.
-        output: Where the average is written; `swa` + the inputs' suffix by default. From `.keras` inputs it
-            may end with `.weights.h5`.
+        inputs: Names, URLs (`s3://bucket/ckpt.keras`) and shell patterns of checkpoints of one format. Their
+            training order is the natural order of the names (`ckpt_2` before `ckpt_10`), in whichever order
+            they are given. Without any: those that `checkpoints.json` in the current folder names, in its
+            order.
+        output: The path or URL to which the average is written; `swa` + the inputs' suffix by default. From
+            `.keras` inputs it may end with `.weights.h5`.
         epochs: Use only these epochs: `A:B[:STEP]`, both ends included; by the index beside the checkpoints,
             else by the last whole number in each name.
         best: Of these, the best so many by a metric in the index.
@@ -135,36 +130,45 @@ def average(
         optimizer: `keep` copies the newest checkpoint's optimizer state, `drop` leaves it out.
         dtype: `bfloat16`, where untagged 2-byte tensors of weights-only files hold that.
         overwrite: Replace an existing output.
-        verify: Read every byte and check it against the CRC-32 that archives store.
+        verify: Read every byte and check it against the CRC-32 that archives store; by default, unless an
+            input is a URL.
         expect_sha256: A list as `sha256sum` writes it, which names every input and must agree.
         max_memory: Bytes of resident memory to stay under.
-        threads: Worker threads; the machine's cores up to 4 by default.
+        threads: Worker threads; the machine's cores up to 4 by default, 10 where an input is a URL.
         cluster: Address of a Dask scheduler, such as `tcp://node1:8786`, whose workers read the inputs and
             average. They see the same files under the same names as this machine. The output is the same.
         refresh: Re-estimate the BatchNorm statistics on these data before the average is written.
         dry_run: Plan, and write nothing.
         progress: Told how many bytes have been read.
         refresh_progress: Told how many rows of data have been used, as by `refresh_batchnorm`.
+        published: Told that the output has its name, before SIGINT and SIGTERM that came meanwhile are.
 
     Raises:
         UsageError: the request cannot be met as it was made.
         UnreadableError: an input is missing, damaged, or changed while it was read.
         MismatchError: the inputs do not fit together or hold values that cannot be averaged.
-        SystemRefusalError: disk full, permission denied, input/output error; no cluster, or a lost one.
+        SystemRefusalError: disk full, permission denied, input/output error; a service refused; no cluster,
+            or one that was lost.
     """
     named = expand(inputs)
     target = output_path(output, named)
     paths = select(named, epochs=epochs, best=best, monitor=monitor, mode=mode, last=last, every=every)
     check_output(target, overwrite=overwrite)
     coefficients = coefficients_of(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
+    far = any(remote(path) is not None for path in paths)
+    verify = not far if verify is None else verify
     with ExitStack() as stack:
-        crew = stack.enter_context(hired(cluster, threads, max_memory))
+        crew = stack.enter_context(hired(cluster, threads, max_memory, far=far))
+        if not dry_run and cluster is None:  # a copy on this machine is none on the workers'
+            paths[-1] = stack.enter_context(kept_at_hand(paths[-1]))  # the template is read whole
         checkpoints = resolve_dtypes(open_all(paths, stack), dtype)
         if expect_sha256 is not None:
-            check_digests(checkpoints, read_digests(Path(expect_sha256)), Path(expect_sha256))
-        publication = stack.enter_context(Publication(target, overwrite=overwrite))
+            check_digests(checkpoints, read_digests(as_path(expect_sha256)), as_path(expect_sha256))
+        publication = stack.enter_context(publication_at(target, overwrite=overwrite))
         scratch = crew.scratch(publication, stack)
-        plan = plan_output(checkpoints, coefficients, target, scratch, optimizer=optimizer, dry_run=dry_run)
+        plan = plan_output(
+            checkpoints, coefficients, publication.output, scratch, optimizer=optimizer, dry_run=dry_run
+        )
         total = bytes_to_read(plan, verify)
         report = Report(target, plan, method, verify, total, crew.memory)
         combiner = crew.combiner(plan, [coefficients], verify, partial(progress or _ignore, total))
@@ -186,7 +190,7 @@ def average(
         statistics = write_average(
             combiner, lambda: describe(plan, method, combiner.checksums, dtype), publication, refreshed
         )
-        publication.publish()
+        publication.publish(published)
     return replace(report, refresh=statistics)
 
 
@@ -241,10 +245,10 @@ def _ignore(total: int, count: int) -> None:
 
 
 def output_path(output: str | Path | None, named: Sequence[Path]) -> Path:
-    """Return where the output goes, by default beside nothing, and never over an input."""
-    target = Path(output) if output is not None else Path("swa" + _suffix(named[-1]))
+    """Return where the output goes, in the current folder by default, and never over an input."""
+    target = as_path(output) if output is not None else Path("swa" + _suffix(named[-1]))
     for path in named:
-        if target.exists() and path.exists() and target.samefile(path):
+        if _same_file(target, path):
             raise UsageError(
                 f"the output {target} is also an input ({path}); name another output, or narrower inputs"
             )
@@ -271,7 +275,7 @@ def _with_model(refresh: Refresh, plan: Plan) -> Refresh:
     """Name the newest input as the source of the model where the output holds its weights alone."""
     newest = plan.inputs[-1]
     if refresh.model is None and plan.template.kind != newest.kind:
-        return replace(refresh, model=str(newest.path))
+        return replace(refresh, model=str(on_this_machine(newest.path)))
     return refresh
 
 
@@ -280,6 +284,13 @@ def _suffix(path: Path) -> str:
         if path.name.endswith(suffix):
             return suffix
     return path.suffix
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    urls = remote(one), remote(other)
+    if urls[0] is not None and urls[1] is not None:
+        return urls[0].identity() == urls[1].identity()
+    return urls == (None, None) and one.exists() and other.exists() and one.samefile(other)
 
 
 def coefficients_of(
@@ -309,122 +320,18 @@ def coefficients_of(
     return methods.uniform(len(paths))
 
 
-@dataclass(frozen=True)
-class Crew:
-    """Who works, threads here or a cluster, and how the work is cut for them."""
-
-    executor: Executor
-    block_bytes: int
-    threads: int
-    memory: int
-    """Predicted peak of this process's resident memory, in bytes."""
-    together: int = 0
-    """Blocks a task, on a cluster."""
-    sent: int = 0
-    """Tasks under way at most while workers send averages back."""
-
-    def combiner(
-        self,
-        plan: Plan,
-        rows: Sequence[Sequence[float]],
-        verify: bool,
-        progress: Callable[[int], None] = lambda count: None,
-    ) -> Combiner:
-        return Combiner(
-            plan,
-            rows,
-            self.executor,
-            self.block_bytes,
-            self.threads,
-            verify,
-            progress,
-            self.together,
-            self.sent,
-        )
-
-    def scratch(self, publication: Publication, stack: ExitStack) -> Callable[[], IO[bytes]]:
-        """Return what opens temporary files; a cluster sees only those that have a name."""
-        if not self.together:
-            return publication.scratch
-        numbers = count()
-        draft = stack.enter_context(draft_beside(publication.output))
-        return lambda: stack.enter_context(draft.with_name(f"scratch_{next(numbers)}").open("w+b"))
-
-
-@contextmanager
-def hired(cluster: str | None, threads: int | None, max_memory: int | None, rows: int = 1) -> Iterator[Crew]:
-    """Start threads, or connect to the cluster at an address; `rows` averages are made at a time."""
-    if cluster is None:
-        block_bytes, threads = fit_memory(max_memory, threads, rows)
-        memory = _PROCESS_MEMORY + block_memory(block_bytes, threads, rows)
-        with ThreadPoolExecutor(threads) as local:
-            yield Crew(local, block_bytes, threads, memory)
-        return
-    if threads is not None:
-        raise UsageError("--threads is for this machine alone; a cluster's workers say how many they have")
-    from swa_avg.cluster import connected
-
-    with connected(cluster) as remote:
-        yield fit_cluster(remote, remote.threads, max_memory, rows)
-
-
-def fit_cluster(executor: Executor, threads: int, max_memory: int | None = None, rows: int = 1) -> Crew:
-    """Return how the work is cut for a cluster of so many threads.
-
-    Blocks are those of one machine, and stay in a core's cache; a task is many of them, next to each other,
-    since each task costs the scheduler and this process milliseconds.
-    """
-    block = _BLOCK_BYTES * rows
-    room = max(_CLUSTER_ROOM, block) if max_memory is None else max_memory - _CLUSTER_MEMORY
-    if room < block:
-        problem = f"--max-memory {max_memory} is too little"
-        raise UsageError(f"{problem}; at least {_CLUSTER_MEMORY + block} bytes are needed")
-    together = max(1, min(_TASK_BYTES // block, room // block))
-    sent = room // (together * block)
-    # That a task is done is noticed some time later: meanwhile, another one waits at the worker.
-    crew = Crew(executor, _BLOCK_BYTES, 2 * threads, 0, together, sent)
-    return replace(crew, memory=_CLUSTER_MEMORY + min(sent, 4 * threads) * together * block)
-
-
-def fit_memory(max_memory: int | None, threads: int | None, rows: int = 1) -> tuple[int, int]:
-    """Return the block size and the number of threads that stay under a limit of resident memory.
-
-    Several rows of coefficients take smaller blocks, so that memory does not grow with their number.
-    """
-    block_bytes, threads = _BLOCK_BYTES, threads or min(4, os.cpu_count() or 1)
-    limit = _PROCESS_MEMORY + _MOST_FOR_ROWS if max_memory is None else max_memory
-    if max_memory is None and rows == 1:
-        return block_bytes, threads
-    least = _SMALLEST_BLOCK if rows == 1 else _SMALLEST_BLOCK_OF_ROWS
-    while (needed := _PROCESS_MEMORY + block_memory(block_bytes, threads, rows)) > limit:
-        if block_bytes > least:
-            block_bytes //= 2
-        elif threads > 1:
-            threads -= 1
-        else:
-            what = "too many candidates" if max_memory is None else f"--max-memory {max_memory} is too little"
-            raise UsageError(f"{what}; at least {needed} bytes are needed")
-    return block_bytes, threads
-
-
 def open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:
     """Open every checkpoint, the newest first: the others are compared with its layout."""
-    _allow_open_files(len(paths))
+    allow_open_files(len(paths))
     newest = stack.enter_context(closing(open_checkpoint(paths[-1])))
-    return [*(stack.enter_context(closing(open_checkpoint(path, newest))) for path in paths[:-1]), newest]
 
+    def opened(path: Path) -> Checkpoint:
+        return stack.enter_context(closing(open_checkpoint(path, newest)))
 
-def _allow_open_files(count: int) -> None:
-    """Raise the soft limit of open files where many checkpoints need it: each stays open for the run."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = count + 64
-    if soft != resource.RLIM_INFINITY and soft < needed and (hard == resource.RLIM_INFINITY or soft < hard):
-        wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if all(remote(path) is None for path in paths[:-1]):
+        return [*map(opened, paths[:-1]), newest]
+    with ThreadPoolExecutor(REMOTE_THREADS) as executor:  # each waits for a dozen answers
+        return [*executor.map(opened, paths[:-1]), newest]
 
 
 def as_output(newest: Checkpoint, output: Path) -> Checkpoint:
@@ -441,7 +348,7 @@ def as_output(newest: Checkpoint, output: Path) -> Checkpoint:
 
 def check_shared_files(plan: Plan) -> None:
     """Raise MismatchError if two inputs hold one file between them: a shard that both maps name."""
-    seen: dict[tuple[int, int], Checkpoint] = {}
+    seen: dict[Hashable, Checkpoint] = {}
     findings = []
     for checkpoint in plan.inputs:
         shared = []

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import glob
 import math
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
 from swa_avg.index import INDEX_NAME, Entry, Index, read_index
+from swa_avg.remote import as_path, find, remote
 
 __all__ = ["epoch_number", "epochs_of", "expand", "natural_key", "parse_epochs", "read_indices", "select"]
 
@@ -56,9 +56,11 @@ def parse_epochs(text: str) -> range:
 def expand(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
     """Return the files that names and shell patterns stand for, in natural order.
 
-    With no pattern, those that the index of the current folder names, in training order.
+    With no pattern, those that the index of the current folder names, in training order. A URL may be a
+    pattern, too.
 
     Raises:
+        SystemRefusalError: the service that a URL names did not answer or refused.
         UnreadableError: a name that is no pattern does not exist, or the index names a file that is missing.
         UsageError: a pattern matches nothing, or nothing was named and there is no index.
     """
@@ -68,33 +70,46 @@ def expand(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
         return _indexed(Path())
     paths: list[Path] = []
     for pattern in patterns:
-        path = Path(pattern)
-        if _is_there(path) or not glob.has_magic(str(pattern)):
-            _status(path)
+        path = as_path(pattern)
+        if not glob.has_magic(str(pattern)) or _is_there(path):
+            _identity(path)
             paths.append(path)
             continue
-        matches = [Path(match) for match in glob.glob(str(pattern))]  # noqa: PTH207 (takes absolute patterns)
+        matches = _matches(str(pattern))
         if not matches:
             raise UsageError(f"no file matches {str(pattern)!r}")
         paths.extend(matches)
     return sorted(paths, key=natural_key)
 
 
+def _matches(pattern: str) -> list[Path]:
+    url = remote(as_path(pattern))
+    if url is not None:
+        return [as_path(match) for match in find(url)]
+    return [Path(match) for match in glob.glob(pattern)]  # noqa: PTH207 (takes absolute patterns)
+
+
 def _is_there(path: Path) -> bool:
+    if remote(path) is not None:
+        return path.exists()
     try:
         return path.is_symlink() or path.exists()
     except (OSError, ValueError):  # a name that is too long, or holds a zero byte
         return False
 
 
-def _status(path: Path) -> os.stat_result:
+def _identity(path: Path) -> Hashable:
+    """Return what is equal for two names of one file; what a URL leads to is seen when it is opened."""
+    if (url := remote(path)) is not None:
+        return url.identity()
     try:
-        return path.stat()
+        status = path.stat()
     except FileNotFoundError:
         raise UnreadableError(path, "no such file") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UnreadableError(path, reason.lower()) from error
+    return status.st_dev, status.st_ino
 
 
 def _indexed(folder: Path) -> list[Path]:
@@ -217,11 +232,10 @@ def _best(paths: Sequence[Path], count: int, monitor: str | None, mode: str | No
 
 
 def _check_distinct(paths: Sequence[Path]) -> None:
-    seen: dict[tuple[int, int], Path] = {}
+    seen: dict[Hashable, Path] = {}
     findings = []
     for path in paths:
-        status = _status(path)
-        first = seen.setdefault((status.st_dev, status.st_ino), path)
+        first = seen.setdefault(_identity(path), path)
         if first is not path:
             findings.append(Finding(path, "file", f"the same file as {first}; name it once"))
     if findings:

@@ -16,14 +16,13 @@ from swa_avg import candidates
 from swa_avg.batchnorm.checkpoint import Loading, Refresh, check_request
 from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.candidates import Candidate
+from swa_avg.crew import Crew, hired
 from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageError
 from swa_avg.evaluation import Scorer, Scoring, Validation
 from swa_avg.policy import batchnorm_layers, resolve_dtypes
 from swa_avg.provenance import describe
 from swa_avg.publish import Publication, check_output
 from swa_avg.run import (
-    Crew,
-    hired,
     open_all,
     output_path,
     plan_output,
@@ -102,6 +101,7 @@ def sweep(
     path: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     score_progress: Callable[[int, int], None] | None = None,
+    published: Callable[[], None] | None = None,
 ) -> SweepReport:
     """Score every checkpoint and averages of them, and write the best.
 
@@ -112,7 +112,7 @@ def sweep(
 
     Args:
         inputs: As for `average`, and likewise `output`, `epochs`, `last`, `every`, `optimizer`, `dtype`,
-            `overwrite`, `verify`, `max_memory`, `threads`, `cluster` and `progress`.
+            `overwrite`, `verify`, `max_memory`, `threads`, `cluster`, `progress` and `published`.
         validation: Data and metric. Choose by data that you did not train on, and do not report the score
             that it was chosen by.
         refresh: Training data to re-estimate BatchNorm statistics on.
@@ -141,7 +141,7 @@ def sweep(
         publication = stack.enter_context(Publication(target, overwrite=overwrite))
         folder = Path(stack.enter_context(TemporaryDirectory(dir=target.parent, prefix=".swa-avg-")))
         loading = refresh or loading or Loading()
-        check_request(loading, checkpoints[-1], "a sweep")
+        check_request(loading, checkpoints[-1], "a sweep", compiled=validation.metric is None)
         steps = len(rows) + (len(paths) - 1 if with_greedy else 0) + (POINTS if draw else 0)
         trials = Trials(
             checkpoints,
@@ -163,7 +163,7 @@ def sweep(
             report = replace(report, path=line(trials, report.best_average.candidate))
         scratch = crew.scratch(publication, stack)
         _write(report, values, trials, scratch, optimizer=optimizer, dtype=dtype, verify=verify)
-        publication.publish()
+        publication.publish(published)
     if path is not None and draw and report.path:
         with Publication(Path(path), overwrite=overwrite) as picture:
             picture.create(Path(path).name).write(draw(report))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from swa_avg.blocks import Block
@@ -20,12 +19,14 @@ from swa_avg.combine import Combiner, checksum_of
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
 from swa_avg.formats import Checkpoint, Tensor, open_checkpoint
 from swa_avg.formats.archive import ArchiveCheckpoint
+from swa_avg.formats.base import PROVENANCE
 from swa_avg.formats.hdf5 import WEIGHTS, Hdf5Checkpoint
 from swa_avg.formats.sharded import ShardedCheckpoint
 from swa_avg.plan import Plan, config_differences, make_plan
 from swa_avg.policy import resolve_dtypes
-from swa_avg.provenance import KEY, Record, read_record
-from swa_avg.run import as_output, fit_memory, open_all
+from swa_avg.provenance import Record, read_record
+from swa_avg.resources import fit_memory
+from swa_avg.run import as_output, open_all
 
 __all__ = ["Verification", "verify"]
 
@@ -163,7 +164,7 @@ def _digest_findings(found: Checkpoint, record: Record) -> Iterator[Finding]:
     for name, expected in record.values.items():
         tensor = found.tensors.get(name)
         if tensor is not None:
-            now = f"{crc32(found.images[tensor.image].read(tensor.offset, tensor.nbytes)):08x}"
+            now = f"{checksum_of(found.images[tensor.image], tensor.offset, tensor.stop):08x}"
             if now != expected:
                 problem = f"its CRC-32 is {now}; the refresh of BatchNorm left {expected}"
                 yield Finding(found.path, name, problem)
@@ -233,7 +234,7 @@ def _surroundings(found: Checkpoint, template: Checkpoint, *, rebuilt: bool) -> 
     if (
         isinstance(found, ShardedCheckpoint)
         and isinstance(template, ShardedCheckpoint)
-        and _without(found.map, KEY, "weight_map") != _without(template.map, KEY, "weight_map")
+        and _without(found.map, PROVENANCE, "weight_map") != _without(template.map, PROVENANCE, "weight_map")
     ):
         yield Finding(found.path, "map", "differs from the newest input's, the names of shards apart")
 
@@ -253,7 +254,7 @@ def _member_findings(found: ArchiveCheckpoint, template: ArchiveCheckpoint) -> I
     """Yield the members of an archive that are not the newest input's, weights apart."""
     if found.config_bytes != template.config_bytes:
         yield Finding(found.path, "config.json", "differs from the newest input's")
-    if _without(found.metadata, KEY) != _without(template.metadata, KEY):
+    if _without(found.metadata, PROVENANCE) != _without(template.metadata, PROVENANCE):
         yield Finding(found.path, "metadata.json", "differs from the newest input's")
     own = found.others()
     theirs = template.others()

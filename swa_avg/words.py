@@ -148,9 +148,7 @@ def observations(inspection: Inspection) -> list[str]:
     if geometry is None:
         return sentences
     names = [inspection.checkpoints[row].path.name for row in inspection.measured]
-    pairs = [
-        (float(geometry.distances[i, j]), names[i], names[j]) for j in range(len(names)) for i in range(j)
-    ]
+    pairs = _pairs(inspection)
     least, most = min(pairs), max(pairs)
     sentences.append(
         f"distances: {number_text(least[0])} ({least[1]}, {least[2]}) to {number_text(most[0])} "
@@ -164,7 +162,7 @@ def observations(inspection: Inspection) -> list[str]:
     if len(geometry.groups) == 1:
         nearest = min(_nearest(inspection, number) for number in range(len(names)))
         sentences.append(
-            f"one basin: each is related to the others (similarity to the nearest {nearest:.3f} or more)"
+            f"all are related, as those of one run are (similarity to the nearest {nearest:.3f} or more)"
         )
     return sentences
 
@@ -178,6 +176,10 @@ def warnings(inspection: Inspection) -> list[str]:
         if len(inspection.measured) > 1:
             sentences.append("no distances: their squares do not fit into float64")
         return sentences
+    equal = [f"{one} and {other}" for distance, one, other in _pairs(inspection) if distance == 0.0]
+    if equal:
+        more = f", and {len(equal) - _FEW} more pairs" if len(equal) > _FEW else ""
+        sentences.append(f"the same weights under two names: {'; '.join(equal[:_FEW])}{more}")
     groups = [group for group in inspection.groups if len(group) > 1]
     if not groups:
         sentences.append(
@@ -197,6 +199,14 @@ def warnings(inspection: Inspection) -> list[str]:
             "average each by itself"
         )
     return sentences
+
+
+def _pairs(inspection: Inspection) -> list[tuple[float, str, str]]:
+    """Return the distance of each pair of measured checkpoints, with their names in training order."""
+    assert inspection.geometry is not None
+    names = [inspection.checkpoints[row].path.name for row in inspection.measured]
+    distances = inspection.geometry.distances.tolist()
+    return [(distances[i][j], names[i], names[j]) for j in range(len(names)) for i in range(j)]
 
 
 def _nearest(inspection: Inspection, number: int) -> float:

@@ -58,6 +58,15 @@ def test_the_readme_command_averages_every_checkpoint(folder: Path, swa_avg: Cli
         assert value.tobytes() == np.asarray(expected).tobytes()
 
 
+def test_a_url_without_the_extra_is_one_line(
+    folder: Path, swa_avg: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    line = "s3://bucket/ckpt_1.keras is a URL, which needs: pip install 'swa-avg[remote]'"
+    _refused(swa_avg("s3://bucket/ckpt_1.keras"), 2, line)
+    _refused(swa_avg("ckpt_1.keras", "ckpt_2.keras", "-o", "s3://bucket/ckpt_1.keras"), 2, line)
+
+
 def test_quoted_patterns_and_the_default_output(folder: Path, swa_avg: Cli) -> None:
     assert swa_avg("ckpt_*.keras").code == 0
     assert Path("swa.keras").exists()

@@ -26,7 +26,7 @@ from swa_avg.errors import MismatchError, SystemRefusalError, UnreadableError, U
 distributed = pytest.importorskip("distributed")
 
 from swa_avg import cluster as module  # noqa: E402
-from swa_avg import combine, run  # noqa: E402
+from swa_avg import combine, resources, run  # noqa: E402
 from swa_avg.batchnorm.checkpoint import Refresh  # noqa: E402
 from swa_avg.combine import BlockWorker  # noqa: E402
 from swa_avg.evaluation import Validation  # noqa: E402
@@ -65,8 +65,8 @@ def lonely() -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_BLOCK_BYTES", 2**12)
-    monkeypatch.setattr(run, "_TASK_BYTES", 2**14)
+    monkeypatch.setattr(resources, "_BLOCK_BYTES", 2**12)
+    monkeypatch.setattr(resources, "_TASK_BYTES", 2**14)
 
 
 def arrays(number: int, dtype: str = "float32") -> dict[str, np.ndarray]:
@@ -135,7 +135,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "shards": (".weights.json", "float16", {}),
     "without the optimizer": (".keras", "float32", {"optimizer": "drop"}),
     "shards without the optimizer": (".weights.json", "float32", {"optimizer": "drop"}),
-    "little memory": (".keras", "float32", {"max_memory": 2**12 + run._CLUSTER_MEMORY}),
+    "little memory": (".keras", "float32", {"max_memory": 2**12 + resources._CLUSTER_MEMORY}),
 }
 
 
@@ -329,7 +329,7 @@ def test_a_worker_that_sees_no_file_or_another_is_named_with_the_file(
         average(paths, tmp_path / "swa.keras", cluster=cluster.scheduler_address)
     problem = {
         "missing": "no such file or directory",
-        "replaced": "another file here: it was modified at another time; mount one file system everywhere",
+        "replaced": "another file here, of another size or time of modification; mount one file system everywhere",
     }
     expected = [f"worker {worker}: {paths[1]}: {problem[change]}" for worker in cluster.scheduler.workers]
     assert str(error.value) in expected

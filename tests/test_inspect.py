@@ -78,7 +78,7 @@ def test_it_says_what_is_inside_and_how_far_apart(
         "they fit together; tensors averaged: 1, copied: 1\n"
         "distances: 2 (ckpt_1.keras, ckpt_2.keras) to 10 (ckpt_1.keras, ckpt_4.keras)\n"
         "the uniform average has norm 6, lies 6 from ckpt_4.keras, and is worth 3 equally weighted checkpoints\n"
-        "one basin: each is related to the others (similarity to the nearest 0.600 or more)\n"
+        "all are related, as those of one run are (similarity to the nearest 0.600 or more)\n"
     )
     assert ended.code == 0
     assert ended.out == ""
@@ -112,6 +112,44 @@ def test_distances_of_real_files_equal_numpy(dataset: str, suffix: str, dtype: s
     np.testing.assert_allclose(geometry.to_mean, [np.linalg.norm(row - mean) for row in rows], rtol=1e-9)
     np.testing.assert_allclose(geometry.norms, [np.linalg.norm(row) for row in rows], rtol=1e-12)
     assert inspection.outliers == ()
+
+
+@pytest.mark.parametrize(
+    ("file", "writer"),
+    [
+        ("tf-2.12.1/cnn_bn/ck1.h5", "Keras 2.12.0 with tensorflow"),
+        ("tf-2.12.1/cnn_bn/ck1_weights.h5", "Keras 2.12.0 with tensorflow"),
+        ("keras-3.3.3-tf/cnn_bn/ck1.h5", "Keras 3.3.3 with tensorflow"),
+        ("keras-3.3.3-tf/cnn_bn/ck1.keras", "Keras 3.3.3"),
+        ("keras-3.3.3-tf/cnn_bn/ck1.weights.h5", None),
+    ],
+)
+def test_the_writer_is_what_the_file_says(file: str, writer: str | None) -> None:
+    assert inspect_checkpoints(CORPUS / file).checkpoints[0].writer == writer
+
+
+def test_verbose_lists_tensors_and_distances(tmp_path: Path, swa_avg: Cli) -> None:
+    for number in (1, 2, 5):
+        arrays = {"layers/dense/vars/0": np.full((2, 2), number, "f4"), "optimizer/vars/0": np.float32(0)}
+        makers.write_weights(tmp_path / f"ckpt_{number}.weights.h5", arrays)
+    lines = swa_avg("inspect", tmp_path / "*.weights.h5", "-v").err.splitlines()
+    start = lines.index("distances, by epoch")
+    assert lines[start + 1 : -5] == [
+        "1  2  5",
+        "0  2  8  1",
+        "2  0  6  2",
+        "8  6  0  5",
+        "",
+        "averaged: 1 tensors",
+        "  layers/dense/vars/0",
+        "",
+        "compared: 0 tensors",
+        "",
+        "copied: 1 tensors",
+        "  optimizer/vars/0",
+        "",
+        "BatchNorm layers: none",
+    ]
 
 
 @pytest.mark.parametrize("write", [makers.write_weights, makers.write_sharded])
@@ -286,6 +324,16 @@ def test_the_same_bytes_twice_do_not_fit(folder: Path, swa_avg: Cli) -> None:
     assert ended.code == 4
     assert ended.err.endswith(
         "swa-avg: error: ckpt_9.keras: weights: the same bytes as ckpt_1.keras; name one of the two\n"
+    )
+
+
+def test_the_same_weights_under_two_names_are_warned_of(tmp_path: Path, swa_avg: Cli) -> None:
+    for number, seed in ((1, 1), (2, 2), (3, 2)):
+        makers.write_weights(tmp_path / f"{number}.weights.h5", _near(seed))
+    ended = swa_avg("inspect", tmp_path / "*.weights.h5")
+    assert ended.code == 0
+    assert ended.err.splitlines()[-1] == (
+        "warning: the same weights under two names: 2.weights.h5 and 3.weights.h5"
     )
 
 

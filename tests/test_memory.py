@@ -45,3 +45,36 @@ def test_memory_is_bounded_in_size_and_number(tmp_path: Path) -> None:
         assert added < 50 * MEGABYTE, name
         added = _peak(INSPECT, "", *inputs) - start
         assert added < 60 * MEGABYTE, name
+
+
+SPILL = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from swa_avg.combine import Combiner
+from swa_avg.plan import make_plan
+from swa_avg.run import fit_memory, open_all
+from swa_avg.spill import Spill
+
+count, spilled, *paths = sys.argv[1:]
+rows = [[(row + 1) / 1000, 1 - (row + 1) / 1000] for row in range(int(count))]
+block_bytes, threads = fit_memory(None, 2, len(rows))
+with ExitStack() as stack:
+    inputs = open_all([Path(path) for path in paths], stack)
+    executor = stack.enter_context(ThreadPoolExecutor(threads))
+    plan = make_plan(inputs, inputs[-1], rows[0])
+    spill = Spill(Combiner(plan, rows, executor, block_bytes, threads), stack.enter_context(open(spilled, "wb+")))
+    for row in (0, len(rows) - 1):
+        assert sum(map(len, spill.image(row, 0))) == inputs[-1].size
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_number_of_averages(tmp_path: Path) -> None:
+    start = _peak(START)
+    inputs = [_write(tmp_path / f"ckpt_{n}.weights.h5", 8 * MEGABYTE // 4, n) for n in (1, 2)]
+    for count in (2, 12, 60):
+        added = _peak(SPILL, count, tmp_path / "spilled", *inputs) - start
+        assert added < 70 * MEGABYTE, count
+        assert (tmp_path / "spilled").stat().st_size == count * 8 * MEGABYTE

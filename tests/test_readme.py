@@ -23,6 +23,14 @@ def test_the_help_text_is_current(
     assert block.group(1) == swa_avg(*command.split(), "--help").out
 
 
+def test_every_guarantee_names_the_tests_that_hold_it() -> None:
+    section = README.split("## Guarantees\n")[1].split("\nExit codes")[0]
+    guarantees = re.split(r"\n\d\. ", section)[1:]
+    assert len(guarantees) >= 6
+    for guarantee in guarantees:
+        assert re.search(r"`tests/[\w/]+\.py`", guarantee), guarantee
+
+
 def test_every_test_file_that_holds_a_guarantee_exists() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)`", README)
     assert named

@@ -7,6 +7,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -84,12 +85,19 @@ def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.name != "__pycache__"}
 
 
+@cache
+def _weights(inode: int) -> list[np.ndarray]:
+    """Return the weights of the checkpoint in the current folder that is this file."""
+    (path,) = (path for path in Path().glob("ckpt_*.keras") if path.stat().st_ino == inode)
+    return keras.models.load_model(path).get_weights()
+
+
 def _by_hand(coefficients: list[float], *, refreshed: bool) -> dict[str, float]:
     """Return what Keras says of the average that these coefficients make of the `.keras` files."""
     from swa_avg import refresh_batchnorm
 
     train, val = np.load("train.npz"), np.load("val.npz")
-    weights = [keras.models.load_model(f"ckpt_{number}.keras").get_weights() for number in NUMBERS]
+    weights = [_weights(Path(f"ckpt_{number}.keras").stat().st_ino) for number in NUMBERS]
     model = keras.models.load_model("ckpt_1.keras")
     model.set_weights(
         [
@@ -594,3 +602,28 @@ def test_a_picture_that_cannot_be_drawn_is_known_beforehand(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     _line(swa_avg(*command, "line.png"), 2, "--path needs matplotlib; pip install 'swa-avg[plot]'")
+
+
+@pytest.mark.parametrize("place", ["loss", "metrics"])
+def test_code_in_the_compile_settings_of_a_legacy_model_does_not_run(
+    place: str, here: Path, swa_avg: Cli
+) -> None:
+    import h5py
+
+    code = {"class_name": "__lambda__", "config": {"code": "4wEAAAA=", "defaults": None, "closure": None}}
+    for number in NUMBERS:
+        data = Path(f"ckpt_{number}.h5").read_bytes()
+        Path(f"ckpt_{number}.h5").unlink()
+        Path(f"ckpt_{number}.h5").write_bytes(data)
+        with h5py.File(f"ckpt_{number}.h5", "r+") as file:
+            settings = json.loads(file.attrs["training_config"])
+            settings[place] = code if place == "loss" else [code]
+            file.attrs["training_config"] = json.dumps(settings)
+    command = ("sweep", "ckpt_?.h5", "--val", "val.npz", "--candidates", "last:2")
+    text = "ckpt_4.h5 holds a Lambda layer, which is code: add --unsafe if you trust who wrote it"
+    _line(swa_avg(*command), 2, text)
+    _line(
+        swa_avg("sweep", "ckpt_?.weights.h5", *command[2:], "--model", "ckpt_1.h5"),
+        2,
+        text.replace("ckpt_4", "ckpt_1"),
+    )

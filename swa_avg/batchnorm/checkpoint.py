@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from swa_avg.batchnorm.functions import import_function, import_module, names_function
-from swa_avg.errors import Finding, MismatchError, UsageError
+from swa_avg.errors import Finding, MismatchError, SwaAvgError, UsageError
 from swa_avg.formats import Checkpoint, open_checkpoint
-from swa_avg.formats.hdf5 import LEGACY_MODEL, LEGACY_WEIGHTS
+from swa_avg.formats.hdf5 import LEGACY_MODEL, LEGACY_WEIGHTS, Hdf5Checkpoint
 from swa_avg.policy import has_lambda
+from swa_avg.strict_json import parse_json
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 _CHUNK = 2**20
+_TRUST = "{} holds a Lambda layer, which is code: add --unsafe if you trust who wrote it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +70,12 @@ class Refresh(Loading):
     """`MODULE:FUNCTION`, applied to each batch."""
 
 
-def check_request(loading: Loading, newest: Checkpoint, purpose: str = "--bn-refresh") -> None:
+def check_request(
+    loading: Loading, newest: Checkpoint, purpose: str = "--bn-refresh", *, compiled: bool = False
+) -> None:
     """Find out, before anything is read, what would keep the model from being loaded for a purpose.
+
+    `compiled` as for `load_model`.
 
     Raises:
         UsageError: Keras is not installed, weights alone come without a model, or the model holds code.
@@ -80,10 +87,8 @@ def check_request(loading: Loading, newest: Checkpoint, purpose: str = "--bn-ref
             f"{newest.path.name} holds weights alone: {purpose} needs --model, a .keras file, a JSON "
             "configuration or MODULE:FUNCTION"
         )
-    if loading.model is None and not loading.unsafe and has_lambda(newest.config):
-        raise UsageError(
-            f"{newest.path.name} holds a Lambda layer, which is code: add --unsafe if you trust who wrote it"
-        )
+    if loading.model is None and not loading.unsafe and _holds_code(newest, compiled=compiled):
+        raise UsageError(_TRUST.format(newest.path.name))
 
 
 def refreshed_values(
@@ -222,7 +227,7 @@ def _complaints_named() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, AttributeError, ImportError, KeyError, OSError) as error:
-        if isinstance(error, UsageError):
+        if isinstance(error, SwaAvgError):
             raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UsageError(
@@ -241,7 +246,22 @@ def _build(source: str, loading: Loading, keras: Any, *, compiled: bool) -> Any:
                 f"{path} may hold a Lambda layer, which is code: add --unsafe if you trust who wrote it"
             )
         return keras.models.model_from_json(text)
+    if not zipfile.is_zipfile(path):
+        with closing(open_checkpoint(path)) as checkpoint:
+            if not loading.unsafe and _holds_code(checkpoint, compiled=compiled):
+                raise UsageError(_TRUST.format(path))
     return keras.models.load_model(path, compile=compiled, safe_mode=not loading.unsafe)
+
+
+def _holds_code(checkpoint: Checkpoint, *, compiled: bool) -> bool:
+    """Tell whether loading a model would run code of the file's, its compile settings included if asked.
+
+    In a legacy file those, like its layers, are no concern of Keras's safe mode (CVE-2025-9905); in an
+    archive they are.
+    """
+    settings = checkpoint.training_config if compiled and isinstance(checkpoint, Hdf5Checkpoint) else b""
+    parsed = parse_json(settings, checkpoint.path, "training_config") if settings else None
+    return has_lambda([checkpoint.config, parsed])
 
 
 def _saved(model: Any, checkpoint: Checkpoint, path: Path) -> Checkpoint:

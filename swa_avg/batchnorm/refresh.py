@@ -22,7 +22,7 @@ from swa_avg.batchnorm.report import LayerReport, RefreshReport, drift_between, 
 from swa_avg.batchnorm.spec import Shape, Spec
 from swa_avg.batchnorm.tally import Tally
 from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
-from swa_avg.interrupts import interrupts_held
+from swa_avg.interrupts import interrupts, interrupts_held
 
 __all__ = ["Progress", "arranger", "inputs_of", "refresh_batchnorm"]
 
@@ -255,6 +255,7 @@ def _take(
     tally: Tally,
     progress: Progress | None,
 ) -> None:
+    interrupts.check()
     if pending is not None:
         integers, floats = to_numpy(pending[0]), to_numpy(pending[1])
         _check_finite(integers, floats, layers, tally, data)

@@ -16,6 +16,7 @@ from swa_avg.commands.options import (
     take_refresh,
 )
 from swa_avg.commands.terminal import batchnorm_warning, progress_bar, say
+from swa_avg.interrupts import interrupts
 from swa_avg.words import size_text
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ __all__ = ["average"]
 @refresh_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option(
-    "--no-verify", is_flag=True, help="Do not check the inputs' checksums; reads only what is averaged."
+    "--verify/--no-verify",
+    default=None,
+    help="Read every byte and check checksums, or only what is averaged.  [default: verify, but for URLs]",
 )
 @click.option(
     "--expect-sha256", type=click.Path(), metavar="FILE", help="Hold the inputs against a list by sha256sum."
@@ -55,7 +58,6 @@ __all__ = ["average"]
 @click.option("-v", "--verbose", is_flag=True, help="List every tensor.")
 def average(
     checkpoints: Sequence[str],
-    no_verify: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -64,8 +66,8 @@ def average(
     """Average Keras checkpoints into one model, exactly, in bounded memory, without TensorFlow.
 
     CHECKPOINTS are .keras, .weights.h5, .h5 or .weights.json files of one training run, named or as quoted
-    patterns. They are taken in natural order, ckpt_2 before ckpt_10. Without any, the checkpoints.json that
-    CheckpointSaver left in the current folder says which.
+    patterns; URLs such as s3://bucket/ckpt_*.keras will do. They are taken in natural order, ckpt_2 before
+    ckpt_10. Without any, the checkpoints.json that CheckpointSaver left in the current folder says which.
 
     \b
     swa-avg ckpt_*.keras -o swa.keras
@@ -80,10 +82,10 @@ def average(
     ):
         report = run(
             checkpoints,
-            verify=not no_verify,
             refresh=refresh,
             progress=progress,
             refresh_progress=rows,
+            published=interrupts.ignore,
             **options,
         )
     if not quiet:
@@ -96,6 +98,8 @@ def average(
 
 def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
     """Tell on standard error what was done, or would be."""
+    from swa_avg.remote import remote
+
     plan = report.plan
     lines = []
     if dry_run or verbose:
@@ -116,6 +120,8 @@ def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
         lines.extend(report.refresh.lines(verbose=verbose))
     elif layers:
         lines.append(batchnorm_warning(layers))
+    if not report.verify and any(remote(checkpoint.path) for checkpoint in plan.inputs):
+        lines.append("of URLs only what is averaged is read, and no checksum checked; --verify does both")
     verb = "would write" if dry_run else "wrote"
     lines.append(f"{verb} {report.output}: the {report.method} average of {len(plan.inputs)} checkpoints")
     say(lines)
@@ -138,6 +144,7 @@ def _as_json(report: Report, dry_run: bool) -> dict[str, Any]:
         "written": not dry_run,
         "method": report.method,
         "format": plan.inputs[-1].kind,
+        "verify": report.verify,
         "inputs": [
             {"path": str(c.path), "coefficient": coefficient}
             for c, coefficient in zip(plan.inputs, plan.coefficients, strict=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +10,7 @@ import click
 from swa_avg.commands.options import method_options, selection_options
 from swa_avg.commands.terminal import progress_bar, say
 from swa_avg.errors import MismatchError
+from swa_avg.interrupts import interrupts
 
 if TYPE_CHECKING:
     from swa_avg.inspection import Inspection
@@ -43,17 +42,18 @@ def inspect(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
     swa-avg inspect ckpt_*.keras
     swa-avg inspect ckpt_*.keras --last 10 --report run.html
     """
-    # Before NumPy is loaded: the threads of its BLAS wait spinning, and on a machine that has other work, ten
-    # times slower. One of them keeps up with the disk.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from swa_avg.inspection import inspect_checkpoints
 
     with progress_bar(quiet, "inspecting", in_bytes=True) as progress:
-        inspection = inspect_checkpoints(checkpoints, progress=progress, **options)
+        inspection = inspect_checkpoints(
+            checkpoints, progress=progress, published=interrupts.ignore, **options
+        )
     if not quiet:
         say(_lines(inspection, verbose=verbose))
         say(f"wrote {options[kind]}" for kind in ("plot", "report") if options[kind] is not None)
     if as_json:
+        import json
+
         click.echo(json.dumps(inspection.as_json()))
     if inspection.findings:
         raise MismatchError(inspection.findings)

@@ -103,7 +103,7 @@ _RESOURCES = (
         "--threads",
         type=click.IntRange(1, 64),
         metavar="N",
-        help="Worker threads.  [default: cores, up to 4]",
+        help="Worker threads.  [default: cores, up to 4; 10 for URLs]",
     ),
 )
 _METHOD = (

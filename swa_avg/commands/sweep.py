@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from swa_avg.commands.options import (
 )
 from swa_avg.commands.terminal import batchnorm_warning, progress_bar, say
 from swa_avg.errors import NoImprovementError
+from swa_avg.interrupts import interrupts
 
 if TYPE_CHECKING:
     from swa_avg.sweeping import SweepReport
@@ -128,6 +128,7 @@ def sweep(
                 verify=not no_verify,
                 progress=progress,
                 score_progress=scores,
+                published=interrupts.ignore,
                 **options,
             )
     except NoImprovementError as error:
@@ -140,6 +141,8 @@ def _show(report: SweepReport, *, written: bool, quiet: bool, verbose: bool, as_
     if not quiet:
         say(_table(report, written=written, verbose=verbose))
     if as_json:
+        import json
+
         click.echo(json.dumps(_as_json(report, written=written)))
 
 

@@ -14,9 +14,13 @@ __all__ = ["batchnorm_warning", "first_few", "progress_bar", "say"]
 
 
 def say(lines: Iterable[str]) -> None:
-    """Print lines on standard error; what comes from files is escaped."""
-    for line in lines:
-        click.echo(escape(line), err=True)
+    """Print lines on standard error; what comes from files is escaped.
+
+    Where it is full or closed, they are lost: what was done is done, and the exit code tells.
+    """
+    with contextlib.suppress(OSError):
+        for line in lines:
+            click.echo(escape(line), err=True)
 
 
 def first_few(names: Sequence[str], most: int = 5) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -38,6 +37,8 @@ def verify(
 
     result = run(output, inputs, max_memory=max_memory, threads=threads)
     if as_json:
+        import json
+
         click.echo(json.dumps(_as_json(result)))
     if not result.equal:
         raise MismatchError(result.findings)

@@ -38,6 +38,8 @@ def open_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
             raise UnreadableError(path, "holds no tensors")
         if like is not None and checkpoint.tensors is not like.tensors:
             _check_places(checkpoint, like)
+        for image in checkpoint.images:
+            image.settle()
     except OSError as error:
         if isinstance(error, SwaAvgError):
             raise
@@ -61,8 +63,8 @@ def _open(path: Path, like: Checkpoint | None) -> Checkpoint:
 def _check_places(checkpoint: Checkpoint, like: Checkpoint) -> None:
     """Raise UnreadableError if a tensor or two lie elsewhere than in `like`, and no other does.
 
-    HDF5 gives out room in order: whatever moves one tensor moves those after it. One alone was moved by a
-    damaged address, of which HDF5 keeps no checksum.
+    HDF5 gives out room in order: whatever moves one tensor moves those after it, or the end of the file. One
+    alone was moved by a damaged address, of which HDF5 keeps no checksum.
     """
     theirs = like.tensors
     moved = [
@@ -70,7 +72,9 @@ def _check_places(checkpoint: Checkpoint, like: Checkpoint) -> None:
         for name, tensor in checkpoint.tensors.items()
         if name in theirs and (tensor.image, tensor.offset) != (theirs[name].image, theirs[name].offset)
     ]
-    if checkpoint.tensors.keys() == theirs.keys() and 0 < len(moved) <= _FEW < len(theirs) - len(moved):
+    stayed = len(theirs) - len(moved)
+    alone = len(moved) == 1 <= stayed and checkpoint.size == like.size
+    if checkpoint.tensors.keys() == theirs.keys() and (0 < len(moved) <= _FEW < stayed or alone):
         checkpoint.close()
         problem = (
             f"lies at another place than in {like.path.name}, and everything else does not: one is damaged"

@@ -129,6 +129,8 @@ def open_archive(path: Path, like: Checkpoint | None = None) -> ArchiveCheckpoin
         ) as error:
             if isinstance(error, SwaAvgError):
                 raise
+            if isinstance(error.__context__, SwaAvgError):  # zipfile takes it for damage
+                raise error.__context__ from None
             raise UnreadableError(path, f"damaged .keras archive ({error})") from error
         return _checkpoint(path, image, archive, config_bytes, parse_json(metadata, path, _METADATA), like)
     except BaseException:

@@ -8,7 +8,7 @@ import io
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import IO, Any, Literal, NamedTuple, Protocol
 from isal.isal_zlib import crc32, crc32_combine
 
 from swa_avg.errors import SwaAvgError, SystemRefusalError, UnreadableError
+from swa_avg.remote import RemoteFile, open_remote, remote
 
 __all__ = [
     "PROVENANCE",
@@ -57,6 +58,7 @@ Chunk = Buffer | Written
 """The next bytes of an output."""
 
 _WINDOW = 256 * 1024
+_NEAR = 4096  # what is worth reading between two places of an object, to ask for it once
 _MAX_METADATA = 64 * 2**20
 _Window = list[tuple[int, bytes]]
 """Runs of bytes, each with where it starts."""
@@ -68,13 +70,16 @@ _SYSTEM_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EIN
 def open_file(path: Path, *, follow: bool = True) -> IO[bytes]:
     """Open a regular file for reading; `follow` a symbolic link, or refuse it.
 
-    Opened without blocking and checked afterwards, so that a FIFO or a device named as a checkpoint
-    neither hangs the run nor slips in between a check and the open.
+    What a URL names is opened in place, or a copy of it: see `RemotePath`. A file is opened without blocking
+    and checked afterwards, so that a FIFO or a device named as a checkpoint neither hangs the run nor slips
+    in between a check and the open.
 
     Raises:
         UnreadableError: it is missing, may not be read, or is not a regular file.
-        SystemRefusalError: the system is out of file descriptors or memory.
+        SystemRefusalError: the system is out of file descriptors or memory; a service refused.
     """
+    if (url := remote(path)) is not None:
+        return open_remote(url)
     flags = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
     flags |= 0 if follow else getattr(os, "O_NOFOLLOW", 0)
     not_regular = UnreadableError(path, "not a regular file; name a checkpoint file")
@@ -113,12 +118,12 @@ class Image:
         self.size = size
         self.crc32: int | None = None
         """CRC-32 of the whole image where the container declares one."""
-        self._identity = self._stat()
+        self._state: Hashable = file.version if isinstance(file, RemoteFile) else self._stat()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A relative name means something else to a process that runs in another folder.
-        place = Path(self.file.name).absolute()
-        return _AbsentImage, (self.path, place, self.offset, self.size, self.crc32, self._identity)
+        place = Path(self.file.name).absolute() if remote(self.path) is None else self.path
+        return _AbsentImage, (self.path, place, self.offset, self.size, self.crc32, self._state)
 
     def read_into(self, buffer: memoryview, position: int) -> None:
         """Fill `buffer` with the bytes at `position` of the image.
@@ -131,6 +136,9 @@ class Image:
             raise UnreadableError(
                 self.path, f"bytes from {position} on were to be read, which lie outside the file"
             )
+        if isinstance(self.file, RemoteFile):
+            self.file.read_at(buffer, self.offset + position)
+            return
         done = 0
         while done < len(buffer):
             try:
@@ -149,16 +157,28 @@ class Image:
         self.read_into(memoryview(buffer), position)
         return bytes(buffer)
 
+    def ranges(self, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """Yield the bytes of each range (start, stop); errors as for `read_into`."""
+        if isinstance(self.file, RemoteFile):
+            return self.file.ranges([(self.offset + start, self.offset + stop) for start, stop in ranges])
+        return (self.read(start, stop - start) for start, stop in ranges)
+
+    def settle(self) -> None:
+        """Read what is asked for and no more from now on: what a parser looks at has been read."""
+        if isinstance(self.file, RemoteFile):
+            self.file.settle()
+
     def check_unchanged(self) -> None:
         """Raise UnreadableError if the file was written to since it was opened."""
-        if self._stat() != self._identity:
+        if self._state != (self.file.version_now() if isinstance(self.file, RemoteFile) else self._stat()):
             raise UnreadableError(
                 self.path, "the file changed while it was being read", hint="wait for its writer to finish"
             )
 
-    def identity(self) -> tuple[int, int]:
-        """Return (device, inode): equal for two names of one file."""
-        return self._identity[:2]
+    def identity(self) -> Hashable:
+        """Return what is equal for two names of one file."""
+        url = remote(self.path)
+        return self._stat()[:2] if url is None else url.identity()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # it was read only: nothing can be lost
@@ -179,17 +199,17 @@ class _AbsentImage(Image):
         offset: int,
         size: int,
         checksum: int | None,
-        identity: tuple[int, int, int, int, int],
+        state: Any,
     ) -> None:
         self.path = path
         self.offset = offset
         self.size = size
         self.crc32 = checksum
         self._place = place
-        self._identity = identity
+        self._state = self._seen = state
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _AbsentImage, (self.path, self._place, self.offset, self.size, self.crc32, self._identity)
+        return _AbsentImage, (self.path, self._place, self.offset, self.size, self.crc32, self._state)
 
     def __del__(self) -> None:
         if "file" in self.__dict__:  # nobody tells a worker which task is the last
@@ -200,16 +220,21 @@ class _AbsentImage(Image):
         """The file, opened when it is first read from.
 
         Raises:
-            UnreadableError: it is missing here, or is another one: its size or time of modification differ.
+            UnreadableError: it is missing here, or is another one: of another size or time of modification,
+                or other in what a service says of it.
+            SystemRefusalError: as for `open_file`.
         """
         file = open_file(self._place)
-        found = os.fstat(file.fileno())
-        # Device and inode are numbered by each machine for itself.
-        if (found.st_size, found.st_mtime_ns) != self._identity[2:4]:
+        if isinstance(file, RemoteFile):
+            file.settle()
+            same = file.version == self._state
+        else:
+            now = os.fstat(file.fileno())
+            # Device and inode are numbered by each machine for itself.
+            same = (now.st_size, now.st_mtime_ns) == self._seen[2:4]
+        if not same:
             file.close()
-            problem = f"another file here: expected {self._identity[2]} bytes, found {found.st_size}"
-            if found.st_size == self._identity[2]:
-                problem = "another file here: it was modified at another time"
+            problem = "another file here, of another size or time of modification"
             raise UnreadableError(self._place, problem, hint="mount one file system everywhere")
         return file
 
@@ -341,7 +366,7 @@ class Checkpoint(ABC):
             len(images) == len(self.images)
             and self._metadata is not None
             and all(
-                image.size == own.size and all(_agrees(image, window) for window in windows)
+                image.size == own.size and _agrees(image, windows)
                 for image, own, windows in zip(images, self.images, self._metadata, strict=True)
             )
         )
@@ -385,20 +410,35 @@ def _gaps(tensors: Iterable[Tensor], size: int) -> list[tuple[int, int]]:
 def _windows(image: Image, gaps: Sequence[tuple[int, int]]) -> list[_Window]:
     """Read the gaps; neighbours that lie within one window are kept, and later read, together."""
     windows: list[_Window] = []
-    for start, stop in gaps:
-        piece = (start, image.read(start, stop - start))
+    for (start, stop), data in zip(gaps, image.ranges(gaps), strict=True):
         if windows and stop - windows[-1][0][0] <= _WINDOW:
-            windows[-1].append(piece)
+            windows[-1].append((start, data))
         else:
-            windows.append([piece])
+            windows.append([(start, data)])
     return windows
 
 
-def _agrees(image: Image, window: _Window) -> bool:
-    """Tell whether an image holds these bytes; they are read at once, what lies between included."""
-    first, (last, data) = window[0][0], window[-1]
-    found = image.read(first, last + len(data) - first)
-    return all(found.startswith(data, start - first) for start, data in window)
+def _agrees(image: Image, windows: Sequence[_Window]) -> bool:
+    """Tell whether an image holds these bytes; a window is read at once, what lies between included."""
+    if isinstance(image.file, RemoteFile):
+        windows = [part for window in windows for part in _near(window)]
+    ranges = [(window[0][0], window[-1][0] + len(window[-1][1])) for window in windows]
+    return all(
+        found.startswith(data, start - first)
+        for window, (first, _), found in zip(windows, ranges, image.ranges(ranges), strict=True)
+        for start, data in window
+    )
+
+
+def _near(window: _Window) -> Iterator[_Window]:
+    """Cut a window where more lies between two of its runs than is worth reading from a service."""
+    part = window[:1]
+    for run in window[1:]:
+        if run[0] - (part[-1][0] + len(part[-1][1])) > _NEAR:
+            yield part
+            part = []
+        part.append(run)
+    yield part
 
 
 class Stage(Protocol):

@@ -44,6 +44,8 @@ class Hdf5Checkpoint(Checkpoint):
 
     record: bytes = b""
     """The provenance as it is stored, JSON; empty where there is none."""
+    training_config: bytes = b""
+    """How a legacy model was compiled, JSON; likewise."""
 
     def write(
         self,
@@ -94,7 +96,9 @@ def open_hdf5(path: Path, like: Checkpoint | None = None) -> Hdf5Checkpoint:
 def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoint:
     reader = AttributeReader(image)
     root = _strings(
-        reader, layout.groups[""], "layer_names", "model_config", "keras_version", "backend", PROVENANCE
+        reader,
+        layout.groups[""],
+        *("layer_names", "model_config", "training_config", "keras_version", "backend", PROVENANCE),
     )
     kind, suffixes = WEIGHTS, [".weights.h5"]
     tensors, names, config = layout.tensors, dict[str, str](), None
@@ -126,6 +130,7 @@ def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoin
         PROVENANCE in root,
         _writer(root.get("keras_version"), root.get("backend")),
         record,
+        b"".join(root.get("training_config", [])),
     )
 
 
@@ -174,10 +179,22 @@ def _check_legacy_groups(reader: AttributeReader, layout: Layout, parent: str) -
         weights = _names(reader, layout.groups[prefix + layer], "weight_names", layer)
         if len(set(weights)) < len(weights):
             raise UnreadableError(path, "the same weight listed twice", tensor=layer, hint=hint)
-        for weight in weights:
-            if f"{prefix}{layer}/{weight}" not in layout.tensors:
-                name = f"{layer}/{weight}"
-                raise UnreadableError(path, "weight listed, but not stored", tensor=name, hint=hint)
+        _check_stored(path, layout, prefix + layer, weights, hint)
+    if parent and "optimizer_weights" in layout.groups:
+        weights = [
+            name.decode("utf-8", "backslashreplace")
+            for name in _strings(reader, layout.groups["optimizer_weights"], "weight_names").get(
+                "weight_names", []
+            )
+        ]
+        _check_stored(path, layout, "optimizer_weights", weights, hint)
+
+
+def _check_stored(path: Path, layout: Layout, group: str, weights: Iterable[str], hint: str) -> None:
+    for weight in weights:
+        if f"{group}/{weight}" not in layout.tensors:
+            name = f"{group.removeprefix('model_weights/')}/{weight}"
+            raise UnreadableError(path, "weight listed, but not stored", tensor=name, hint=hint)
 
 
 def _names(

@@ -28,10 +28,30 @@ _MAX_BLOCK = 2**26
 _UNDEFINED = 2**64 - 1
 _SHARED = 2
 _SOFT_LINK = 2
+_LAST_FREE = 1
 
 
 class NewerStructureError(ValueError):
     """A structure is of a newer kind than those that are read here."""
+
+
+def _free_bytes(heap: bytes, free: int) -> int:
+    """Return how many bytes of a heap of names are free.
+
+    Raises:
+        DamagedStructureError: the list of free blocks does not end, which libhdf5 would not notice either.
+    """
+    total = 0
+    for _ in range(len(heap) // 16):
+        if free == _LAST_FREE:
+            break
+        if free + 16 > len(heap):
+            raise DamagedStructureError("a free block lies outside its heap")
+        free, size = struct.unpack_from("<QQ", heap, free)
+        total += size
+    if free != _LAST_FREE:
+        raise DamagedStructureError("the free blocks of a heap do not end")
+    return total
 
 
 class Structures:
@@ -113,15 +133,20 @@ class Structures:
         return None
 
     def _symbols(self, tree: int, heap: int) -> Iterator[tuple[bytes, int | None]]:
-        signature, size, data = struct.unpack("<4sxxxxQxxxxxxxxQ", self._take(heap, 32))
+        signature, size, free, data = struct.unpack("<4sxxxxQQQ", self._take(heap, 32))
         self._expect(signature, b"HEAP")
         names = self._take(data, size)
+        unused = _free_bytes(names, free) + 8  # the first 8 are the empty name of the group itself
+        empty = True
         for entry in self._entries(tree):
             offset, address, cached = struct.unpack("<QQI", entry[:20])
             end = names.find(b"\0", offset)
             if not offset or offset >= size or end < 0:
                 raise DamagedStructureError("a name lies outside its heap")
+            empty = False
             yield names[offset:end], None if cached == _SOFT_LINK else address
+        if empty and unused != size:
+            raise DamagedStructureError("a group is empty, and its heap is not")
 
     def _entries(self, tree: int) -> Iterator[bytes]:
         """Yield the entries of all symbol table nodes below a B-tree, in the order of their names."""

@@ -171,7 +171,7 @@ def trajectory(geometry: Geometry, labels: Sequence[str], average: str) -> Draw:
                 zorder=4,
                 label="outlier",
             )
-        for row in _spread_out(points, outliers):
+        for row in _spread_out(points, plane.average, outliers):
             axes.annotate(
                 _plain(labels[row]),
                 points[row],
@@ -195,17 +195,18 @@ def trajectory(geometry: Geometry, labels: Sequence[str], average: str) -> Draw:
     return draw
 
 
-def _spread_out(points: Array, always: Sequence[int]) -> list[int]:
-    """Choose checkpoints whose labels do not fall on each other: the last, the first, then evenly."""
-    count = len(points)
+def _spread_out(points: Array, average: Array, always: Sequence[int]) -> list[int]:
+    """Choose whose labels to show, clear of each other and of the average: the ends, then evenly."""
+    last = len(points) - 1
     few, many = (
-        np.linspace(0, count - 1, number).round().astype(int).tolist() for number in (_LABELS, 4 * _LABELS)
+        np.linspace(0, last, number).round().astype(int).tolist() for number in (_LABELS, 4 * _LABELS)
     )
     least = 0.09 * float(np.ptp(points, axis=0).max(initial=0.0))
-    chosen: list[int] = []
-    for row in (*always, count - 1, 0, *few, *many):
-        away = all(float(np.linalg.norm(points[row] - points[other])) > least for other in chosen)
-        if row in always or (away and row not in chosen and len(chosen) < _LABELS + len(always)):
+    chosen = list(always)
+    for row in (last, 0, *few, *many):
+        taken = np.array([average, *points[chosen]])
+        away = bool((np.linalg.norm(taken - points[row], axis=1) > least).all())
+        if (away or row == last) and row not in chosen and len(chosen) < _LABELS + len(always):
             chosen.append(row)
     return chosen
 

@@ -106,6 +106,20 @@ def test_every_other_byte_of_the_archive_stays(run: Path, swa_avg: Cli, tmp_path
     assert model.optimizer.iterations > 0
 
 
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+def test_urls_are_refreshed_as_files_are(suffix: str, run: Path, swa_avg: Cli, tmp_path: Path) -> None:
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    for path in run.glob("ckpt_?.keras"):
+        memory.pipe_file(f"/run/{path.name}", path.read_bytes())
+    options = ("--bn-refresh", run / "train.npz", "--no-verify")
+    local, url = tmp_path / f"swa{suffix}", f"memory://out/swa{suffix}"
+    for inputs, output in ((run / "ckpt_?.keras", local), ("memory://run/ckpt_?.keras", url)):
+        ended = swa_avg(inputs, "-o", output, *options)
+        assert ended.code == 0, ended.err
+    assert memory.cat_file(f"/out/swa{suffix}") == local.read_bytes()
+    memory.store.clear()
+
+
 def test_archives_become_weights_with_fresh_statistics(run: Path, swa_avg: Cli, tmp_path: Path) -> None:
     inputs = sorted(run.glob("ckpt_?.keras"))
     for name, options in (("plain", ()), ("fresh", ("--bn-refresh", run / "train.npz"))):

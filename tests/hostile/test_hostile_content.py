@@ -88,10 +88,13 @@ def test_equal_shapes_under_another_configuration_do_not_fit(isolated: Isolated,
     check_line(isolated.run(["a_1.keras", "z_9.keras", "-o", "swa.keras"], tmp_path), 4, line)
 
 
-def test_integer_state_that_differs_does_not_fit_unless_it_counts(isolated: Isolated, tmp_path: Path) -> None:
+@pytest.mark.parametrize("state", [np.arange(9), np.arange(9) == 4], ids=["integers", "booleans"])
+def test_integer_state_that_differs_does_not_fit_unless_it_counts(
+    state: np.ndarray, isolated: Isolated, tmp_path: Path
+) -> None:
     for number in (1, 2):
         arrays = makers.weights(number) | {
-            "layers/table/vars/0": np.arange(9) + number,
+            "layers/table/vars/0": np.roll(state, number),
             "layers/seed/vars/0": np.array([number, 3], np.uint32),
         }
         makers.write_weights(tmp_path / f"a_{number}.weights.h5", arrays)

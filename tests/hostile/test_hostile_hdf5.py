@@ -78,6 +78,17 @@ def _move(name: str, address: Callable[[bytes], int]) -> Callable[[bytearray], N
     return patch
 
 
+def _endless_heap(data: bytearray) -> None:
+    """Let the first free block of a heap of names be the next one after itself."""
+    free, start = struct.unpack_from("<QQ", data, data.index(b"HEAP") + 16)
+    struct.pack_into("<Q", data, start + free, free)
+
+
+def _emptied_group(data: bytearray) -> None:
+    """Let the tree of a group say that it has no entries."""
+    struct.pack_into("<H", data, data.rindex(b"TREE") + 6, 0)
+
+
 def _dims(data: bytearray, *dims: int) -> None:
     before = struct.pack("<4Q", 7, 5, 7, 5)  # dimensions, and their maxima
     assert data.count(before) == 2
@@ -195,6 +206,12 @@ def _at_header(data: bytes) -> int:
         return int(h5py.h5o.get_info(file["layers/dense/vars/1"].id).addr)
 
 
+def _of_named_type(file: h5py.File) -> None:
+    file["layers/type"] = np.dtype("f4")
+    file.create_dataset("layers/odd/vars/0", data=np.zeros(3, np.float32), dtype=file["layers/type"])
+    del file["layers/type"]
+
+
 def _compact_layout() -> h5p.PropDCID:
     plist = h5p.create(h5p.DATASET_CREATE)
     plist.set_layout(h5d.COMPACT)
@@ -303,6 +320,8 @@ CASES = [
         _patched(lambda data: struct.pack_into("<Q", data, 40, _extent(data, "optimizer/vars/2")[0])),
         rf".*: ({OUTSIDE}|damaged HDF5 file \(.+\))",
     ),
+    Case("free blocks that do not end", _patched(_endless_heap), DAMAGED),
+    Case("emptied group", _patched(_emptied_group), DAMAGED),
     Case(
         "corrupt gzip chunk",
         _edited(
@@ -459,6 +478,30 @@ def test_what_is_odd_and_harmless_gives_the_same_tensors(
     assert {n: v.tobytes() for n, v in oracle.read_arrays(tmp_path / "swa.weights.h5").items()} == stored
 
 
+ODD = {
+    "no value": _edited(lambda file: file.create_dataset("layers/odd/vars/0", data=h5py.Empty("f4"))),
+    "a named type": _edited(_of_named_type),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_odd_is_refused_or_gives_the_same_tensors(
+    name: str, isolated: Isolated, tmp_path: Path
+) -> None:
+    ODD[name](tmp_path / "a_1.weights.h5")
+    before = snapshot(tmp_path)
+    ended = isolated.run(["a_1.weights.h5", "-q", "-o", "swa.weights.h5"], tmp_path)
+    check_bounds(ended)
+    if ended.code:
+        check_line(ended, 3, r"a_1\.weights\.h5: layers/odd/vars/0: .+")
+        assert snapshot(tmp_path) == before
+        return
+    with h5py.File(tmp_path / "a_1.weights.h5") as read, h5py.File(tmp_path / "swa.weights.h5") as written:
+        for tensor in (*ARRAYS, "layers/odd/vars/0"):
+            assert (written[tensor].dtype, written[tensor].shape) == (read[tensor].dtype, read[tensor].shape)
+            assert read[tensor].shape is None or (written[tensor][()] == read[tensor][()]).all()
+
+
 def test_20000_names_of_one_dataset_are_one_tensor(isolated: Isolated, tmp_path: Path) -> None:
     for number in (1, 2):
         with h5py.File(tmp_path / f"a_{number}.weights.h5", "w") as file:
@@ -527,6 +570,20 @@ def test_a_moved_address_is_told_by_the_other_checkpoints(isolated: Isolated, tm
         line = rf"{inputs[0]}: {KERNEL}: lies at another place than in {inputs[1]}, and everything else does not: one is damaged"
         check_line(isolated.run([*inputs, "-q", "-o", "swa.weights.h5"], tmp_path), 3, line)
         assert snapshot(tmp_path) == before
+
+
+def test_a_moved_address_is_told_where_there_are_two_tensors(isolated: Isolated, tmp_path: Path) -> None:
+    """What moves the one that lies last moves the end of the file, too."""
+    for name in ("a_1.h5", "z_9.h5"):
+        makers.write_legacy(tmp_path / name, {n: v + len(name) for n, v in LEGACY.items()})
+    data = bytearray((tmp_path / "z_9.h5").read_bytes())
+    bias = "model_weights/dense/dense/bias:0"
+    _move(bias, lambda data: _extent(data, bias)[0] + 256)(data)
+    (tmp_path / "z_9.h5").write_bytes(data)
+    before = snapshot(tmp_path)
+    line = r"a_1\.h5: .*bias:0: lies at another place than in z_9\.h5, and everything else does not: one is damaged"
+    check_line(isolated.run(["a_1.h5", "z_9.h5", "-q", "-o", "swa.h5"], tmp_path), 3, line)
+    assert snapshot(tmp_path) == before
 
 
 def test_a_flipped_payload_bit_changes_that_value_alone(isolated: Isolated, tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,6 +101,34 @@ def test_few_file_descriptors_are_an_error_of_the_system(
     assert done
 
 
+def test_little_memory_never_leaves_part_of_an_output(isolated: Isolated, tmp_path: Path) -> None:
+    """Nearly all such runs end with one line; in the last kilobytes Python, NumPy or HDF5 may crash."""
+    for number in (1, 2):
+        makers.write_archive(tmp_path / f"a_{number}.keras", {"vars/0": np.full(BIG, number, np.float32)})
+    before = snapshot(tmp_path)
+    refused = done = 0
+    for more in range(2**21, 2**26, 2**21):  # than start-up takes
+        command = ["a_1.keras", "a_2.keras", "-q", "-o", "swa.keras", "--threads", "2"]
+        ended = isolated.run(command, tmp_path, limits={"AS_MORE": more})
+        after = snapshot(tmp_path)
+        if "swa.keras" in after:
+            written = oracle.read_arrays(tmp_path / "swa.keras")["vars/0"]
+            assert (written == 1.5).all()
+        for name in after.keys() - before.keys():
+            assert name == "swa.keras" or (ended.code < 0 and name.endswith(".tmp")), (more, name)
+            (tmp_path / name).unlink()
+        assert snapshot(tmp_path) == before
+        if ended.code == 0:
+            assert "swa.keras" in after
+            done += 1
+        elif ended.code == 5:
+            assert re.fullmatch("swa-avg: error: .*memory.*|swa-avg: error: .*thread.*", ended.err.strip())
+            assert after == before
+            refused += 1
+    assert refused
+    assert done
+
+
 @pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1], [1, 2], [0, 1, 2]], ids=str)
 @pytest.mark.parametrize("options", [[], ["--json"], ["-q"]], ids=str)
 def test_closed_standard_streams_do_no_harm(
@@ -118,17 +149,43 @@ def test_closed_standard_streams_do_no_harm(
     assert failed.code == 2
 
 
+RUN = "import sys; from swa_avg import cli; sys.argv[0] = 'swa-avg'; cli.main()"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_standard_output_is_an_error_of_the_system(tmp_path: Path) -> None:
     makers.write_weights(tmp_path / "a_1.weights.h5", makers.weights(1))
-    code = "import sys; from swa_avg import cli; sys.argv[0] = 'swa-avg'; cli.main()"
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-c", code, "a_1.weights.h5", "-q", "--json", "-o", "swa.weights.h5"]
+        command = [sys.executable, "-c", RUN, "a_1.weights.h5", "-q", "--json", "-o", "swa.weights.h5"]
         ended = subprocess.run(
             command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
         )
     assert (ended.returncode, ended.stderr) == (5, "swa-avg: error: No space left on device\n")
     assert "layers/dense/vars/0" in oracle.read_arrays(tmp_path / "swa.weights.h5")
+
+
+def test_a_standard_output_that_nobody_reads_is_an_error_of_the_system(tmp_path: Path) -> None:
+    makers.write_weights(tmp_path / "a_1.weights.h5", makers.weights(1))
+    command = [sys.executable, "-c", RUN, "a_1.weights.h5", "-q", "--json", "-o", "swa.weights.h5"]
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(
+        command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (5, "swa-avg: error: standard output was closed\n")
+    assert "layers/dense/vars/0" in oracle.read_arrays(tmp_path / "swa.weights.h5")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(("name", "code"), [("a_1.weights.h5", 0), ("gone.weights.h5", 3)])
+def test_a_full_standard_error_changes_no_exit_code(name: str, code: int, tmp_path: Path) -> None:
+    makers.write_weights(tmp_path / "a_1.weights.h5", makers.weights(1))
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", RUN, name, "-o", "swa.weights.h5"]
+        ended = subprocess.run(command, cwd=tmp_path, stderr=full, timeout=60, check=False)
+    assert ended.returncode == code
+    assert (tmp_path / "swa.weights.h5").exists() == (code == 0)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -190,6 +247,20 @@ def test_an_unwritable_folder_is_an_error_of_the_system(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
+def test_averaging_needs_no_temporary_folder(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it puts aside lies beside the output, where there has to be room anyway."""
+
+    def unusable() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", unusable)
+    before = snapshot(tmp_path)
+    average([tmp_path / name for name in _inputs(suffix)], tmp_path / f"swa{suffix}", optimizer="drop")
+    assert f"swa{suffix}" in snapshot(tmp_path).keys() - before.keys()
+
+
 def _changed(path: Path, how: str) -> None:
     if how == "truncated":
         os.truncate(path, path.stat().st_size // 2)
@@ -247,37 +318,99 @@ def test_short_reads_and_writes_change_no_byte(
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_two_runs_on_one_output_leave_one_of_the_two(overwrite: bool, tmp_path: Path) -> None:
-    for number in (1, 2, 3):
-        makers.write_weights(
-            tmp_path / f"a_{number}.weights.h5", {"vars/0": np.full(BIG, number, np.float32)}
-        )
+def test_two_runs_on_one_output_leave_one_of_the_two(overwrite: bool, suffix: str, tmp_path: Path) -> None:
+    output = f"swa{suffix}"
+    replaces = overwrite and suffix != ".weights.json"  # several files cannot be replaced
+    single = []
+    for number in (1, 2):  # what each of the two writes
+        (tmp_path / "single").mkdir()
+        average([tmp_path / f"a_{number}{suffix}"], tmp_path / "single" / output)
+        single.append(snapshot(tmp_path / "single"))
+        for path in (tmp_path / "single").iterdir():
+            path.unlink()
+        (tmp_path / "single").rmdir()
+    before = snapshot(tmp_path)
     options = ["--overwrite"] if overwrite else []
     ended: list[Ended] = []
 
-    def run(inputs: list[str]) -> None:
+    def run(name: str) -> None:
         with Isolated() as server:
             barrier.wait()
             for _ in range(5):
-                ended.append(server.run([*inputs, "-q", "-o", "swa.weights.h5", *options], tmp_path))
+                ended.append(server.run([name, "-q", "-o", output, *options], tmp_path))
 
     barrier = threading.Barrier(2)
-    threads = [
-        threading.Thread(target=run, args=(inputs,))
-        for inputs in (["a_1.weights.h5", "a_2.weights.h5"], ["a_2.weights.h5", "a_3.weights.h5"])
-    ]
+    threads = [threading.Thread(target=run, args=(f"a_{number}{suffix}",)) for number in (1, 2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     for one in ended:
         check_bounds(one)
-    codes = sorted(one.code for one in ended)
-    assert codes == ([0] * 10 if overwrite else [0, *[2] * 9])
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["a_1.weights.h5", "a_2.weights.h5", "a_3.weights.h5", "swa.weights.h5"]
-    written = oracle.read_arrays(tmp_path / "swa.weights.h5")["vars/0"]
-    assert (written == 1.5).all() or (written == 2.5).all()
+    assert sorted(one.code for one in ended) == ([0] * 10 if replaces else [0, *[2] * 9])
+    written = {name: data for name, data in snapshot(tmp_path).items() if name not in before}
+    assert written in single
+
+
+SIGNALLED = """
+import os, signal, sys
+from swa_avg import cli, publish
+
+number = getattr(signal, sys.argv.pop(1))
+
+def signalled(owner, name):
+    original = getattr(owner, name)
+    def call(*arguments, **options):
+        os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+    setattr(owner, name, call)
+
+for name in sys.argv.pop(1).split():
+    signalled(publish if name == "sync_folder" else publish.Publication, name)
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "moments", ["create", "create __exit__", "create _remove", "create __exit__ _remove"]
+)
+def test_a_signal_leaves_nothing_and_another_one_does_not_stop_the_cleaning_up(
+    moments: str,
+    name: str,
+    suffix: str,
+    tmp_path: Path,
+    run_python: Callable[..., object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    ended = run_python(SIGNALLED, name, moments, *_inputs(suffix), "-o", f"swa{suffix}")
+    word, code = ("interrupted", 130) if name == "SIGINT" else ("terminated", 143)
+    assert (ended.returncode, ended.stderr) == (code, f"swa-avg: {word}; nothing was written\n")  # type: ignore[attr-defined]
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("moments", "name"),
+    [("sync_folder", "SIGINT"), ("_remove", "SIGTERM"), ("sync_folder _remove", "SIGINT")],
+)
+def test_a_signal_comes_too_late_once_the_output_has_its_name(
+    moments: str,
+    name: str,
+    suffix: str,
+    tmp_path: Path,
+    run_python: Callable[..., object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = run_python(SIGNALLED, name, moments, *_inputs(suffix), "-q", "-o", f"swa{suffix}")
+    assert (ended.returncode, ended.stderr) == (0, "")  # type: ignore[attr-defined]
+    (tmp_path / "whole").mkdir()
+    average([tmp_path / name for name in _inputs(suffix)], tmp_path / "whole" / f"swa{suffix}")
+    whole = snapshot(tmp_path / "whole")
+    assert {name: data for name, data in snapshot(tmp_path).items() if name in whole} == whole
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_file_that_does_not_read_back_is_not_published(

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -95,13 +96,15 @@ def _overlap(data: bytearray) -> None:
 
 
 def _bomb(path: Path) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("metadata.json", "{}")
-        archive.writestr("config.json", "{}")
-        archive.writestr(WEIGHTS, bytes(2**24))
+    """Write weights of 1.5 GB of zeros, deflated, that declare a thousand bytes."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    zeros = packer.compress(bytes(2**24)) + packer.flush(zlib.Z_FULL_FLUSH)
+    makers.write_archive(path, ARRAYS, **{WEIGHTS: zeros * 96 + packer.flush()})
     data = bytearray(path.read_bytes())
-    for position in (_entry(data, WEIGHTS) + 24, _local(data, WEIGHTS) + 22):
-        struct.pack_into("<I", data, position, 1000)
+    entry, local = _entry(data, WEIGHTS), _local(data, WEIGHTS)
+    for method, size in ((entry + 10, entry + 24), (local + 8, local + 22)):
+        struct.pack_into("<H", data, method, zipfile.ZIP_DEFLATED)
+        struct.pack_into("<I", data, size, 1000)
     path.write_bytes(data)
 
 
@@ -177,7 +180,7 @@ CASES = [
     Case(
         "deflated bomb",
         _bomb,
-        r"metadata\.json: is compressed; Keras stores it plain; save it again with Keras, or zip it with: zip -0",
+        rf"{WEIGHTS}: is compressed; Keras stores it plain; save it again with Keras, or zip it with: zip -0",
     ),
     Case(
         "compressed size beyond the end",
