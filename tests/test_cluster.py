@@ -197,6 +197,20 @@ def test_a_full_disk_under_a_worker_is_the_systems_refusal(
     assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in paths]
 
 
+@pytest.mark.parametrize("verify", [None, True])
+@pytest.mark.parametrize("suffix", [".keras", ".weights.json"])
+def test_workers_read_urls_themselves(suffix: str, verify: bool | None, cluster: Any, tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    write_run(tmp_path, suffix)
+    for name in ("here", "cluster"):
+        (tmp_path / name).mkdir()
+    urls = f"file://{tmp_path}/ckpt_*{suffix}"
+    average(urls, tmp_path / "here" / f"swa{suffix}", verify=verify)
+    output = f"file://{tmp_path}/cluster/swa{suffix}"
+    average(urls, output, verify=verify, cluster=cluster.scheduler_address)
+    assert contents(tmp_path / "here") == contents(tmp_path / "cluster")
+
+
 def test_damage_to_any_input_is_found(cluster: Any, tmp_path: Path) -> None:
     paths = write_run(tmp_path)
     makers.write_archive(paths[1], dict(reversed(arrays(1).items())))
