@@ -25,27 +25,26 @@ COUNT, LAYERS, MEGABYTE = 12, 100, 2**20
 
 PASS = """
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from swa_avg.publish import Publication
-from swa_avg.run import fit_memory, open_all
+from swa_avg.crew import hired
+from swa_avg.run import open_all
 from swa_avg.spill import Spill
 from swa_avg.sweeping import candidate_rows
 from swa_avg.trials import Trials
 
 output, *paths = map(Path, sys.argv[1:])
 rows, _ = candidate_rows(paths, [])
-block_bytes, threads = fit_memory(None, 2, len(rows))
 with ExitStack() as stack:
     checkpoints = open_all(paths, stack)
     publication = stack.enter_context(Publication(output, overwrite=False))
-    executor = stack.enter_context(ThreadPoolExecutor(threads))
-    trials = Trials(checkpoints, publication, executor, block_bytes, threads, output.parent, None, None)
+    crew = stack.enter_context(hired(None, 2, None, len(rows)))
+    trials = Trials(checkpoints, publication, crew, output.parent, None, 1, None)
     spill = Spill(trials.combiner(rows, verify=True), publication.scratch())
     assert "keras" not in sys.modules
     (peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")]
-    print(len(rows), block_bytes, spill.row_bytes * len(rows), int(peak) * 1024)
+    print(len(rows), crew.block_bytes, spill.row_bytes * len(rows), int(peak) * 1024)
 """
 CALL = re.compile(r"^(\d+) +(?:pread64|preadv2?|read)\(\d+<([^>]*)>.*?(?:= (-?\d+)|<unfinished \.\.\.>)")
 RESUMED = re.compile(r"^(\d+) +<\.\.\. (?:pread64|preadv2?|read) resumed>.*= (-?\d+)")

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from swa_avg.formats.base import Checkpoint, Tensor
+from swa_avg.formats.base import Checkpoint, Image, Tensor
 from swa_avg.plan import Plan
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Block", "Piece", "blocks_of", "bytes_to_read", "read_pieces"]
+__all__ = ["Block", "Piece", "Source", "blocks_of", "bytes_to_read", "read_pieces"]
 
 _GAP = 16 * 1024  # bytes that take no longer to read than another read takes
+
+
+@dataclass(frozen=True)
+class Source:
+    """What of a checkpoint it takes to read its blocks; it can be pickled."""
+
+    path: Path
+    images: tuple[Image, ...]
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Source:
+        return cls(checkpoint.path, checkpoint.images, checkpoint.tensors)
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,7 @@ class Block:
         return self.size + (len(plan.inputs) - 1) * sum(piece.stop - piece.start for piece in self.pieces)
 
 
-def read_pieces(source: Checkpoint, template: Checkpoint, block: Block, raw: NDArray[np.uint8]) -> None:
+def read_pieces(source: Source, template: Source, block: Block, raw: NDArray[np.uint8]) -> None:
     """Read the block's tensors from `source` into the places that the template's layout gives them.
 
     Neighbours that lie equally far from the template's places are read together, small gaps included.
@@ -68,7 +83,7 @@ def read_pieces(source: Checkpoint, template: Checkpoint, block: Block, raw: NDA
     _read_run(source, run, start, stop, block, raw)
 
 
-def _moved(source: Checkpoint, template: Checkpoint, piece: Piece) -> tuple[int, int]:
+def _moved(source: Source, template: Source, piece: Piece) -> tuple[int, int]:
     """Return the image of `source` that holds the piece, and how much further on it lies there."""
     if source.tensors is template.tensors:
         return piece.tensor.image, 0
@@ -77,7 +92,7 @@ def _moved(source: Checkpoint, template: Checkpoint, piece: Piece) -> tuple[int,
 
 
 def _read_run(
-    source: Checkpoint, run: tuple[int, int], start: int, stop: int, block: Block, raw: NDArray[np.uint8]
+    source: Source, run: tuple[int, int], start: int, stop: int, block: Block, raw: NDArray[np.uint8]
 ) -> None:
     image, distance = run
     target = raw[start - block.start : stop - block.start].data

@@ -2,7 +2,8 @@
 
 The template's images are cut into blocks. For each block, every input's bytes of the tensors in it are read
 into one buffer and added up in float64, in checkpoint order, once for each row of coefficients; blocks are
-independent of each other, go to an executor, and come back in order.
+independent of each other, go to an executor, and come back in order. Threads fill buffers here; workers on
+other machines get several blocks at a time, and write averages to the output where they see it.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, groupby, islice
+from pathlib import Path
 from threading import local
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from isal.isal_zlib import crc32, crc32_combine
 
-from swa_avg.blocks import Block, blocks_of, read_pieces
+from swa_avg.blocks import Block, Source, blocks_of, read_pieces
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
-from swa_avg.formats.base import Checkpoint, Image, Tensor
+from swa_avg.formats.base import Image, Tensor, Written
 from swa_avg.plan import Plan
 from swa_avg.policy import FLOATS
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BlockWorker",
     "Combiner",
+    "UnfitError",
     "block_memory",
     "checksum_of",
     "round_to_bfloat16",
@@ -41,12 +44,18 @@ __all__ = [
 _PENDING = 2  # blocks a thread: one worked on, one waiting to be written
 _SLACK = 64
 _CHUNK = 2**18
+_STRETCH = 2**30  # bytes of an input that are checked at a time, where its blocks are not the template's
 
 
 _Row = tuple[tuple[float, ...], float]
 """What each input is multiplied with, and what the sum is divided by."""
-_Underway = tuple[Block, "NDArray[np.uint8]", "Future[list[int]]"]
-"""A block, the buffers that it is averaged into, and the work."""
+_Averaged = tuple["NDArray[np.uint8] | Written", list[int]]
+"""Averages of a block, of shape (rows, bytes), or word that they are in the output; and the CRC-32 of the
+block's bytes in each of the checked inputs."""
+_Target = tuple[str, int]
+"""The output's name, and where in it the image starts."""
+_Underway = tuple[tuple[Block, ...], "NDArray[np.uint8] | None", "Future[list[_Averaged]]"]
+"""Blocks, the buffer that they are averaged into, and the work."""
 
 
 @dataclass
@@ -68,20 +77,37 @@ class Combiner:
     only that of the newest, which is read whole anyway."""
     progress: Callable[[int], None] = lambda count: None
     """Told how many more bytes have been read."""
+    together: int = 0
+    """Blocks a task, where workers have memory of their own; 0: they are threads, and fill buffers here."""
+    sent: int = 0
+    """Tasks under way at most while averages are sent back: they may all arrive at once."""
     checksums: list[list[int | None]] = field(init=False)
     """CRC-32 of each input's images: as declared by its container, and as computed once an image is done."""
 
     def __post_init__(self) -> None:
+        self._written = not self.together
+        """Whether averages take no memory here but buffers of ours: threads fill these, or workers have
+        written to the output."""
         self.checksums = [[image.crc32 for image in source.images] for source in self.plan.inputs]
-        self._worker = BlockWorker(self.plan, tuple(map(_factors, self.rows)), self.block_bytes, self.verify)
+        self._worker = BlockWorker(
+            tuple(map(Source.of, self.plan.inputs)),
+            Source.of(self.plan.template),
+            tuple(map(_factors, self.rows)),
+            self.block_bytes,
+            self.verify,
+        )
 
-    def image(self, index: int) -> Iterator[memoryview]:
+    def image(self, index: int, file: IO[bytes] | None = None) -> Iterator[memoryview | Written]:
         """Yield the bytes of the first row's image `index`; each view is good until the next is asked for.
 
-        Errors as for `blocks`.
+        Workers that see `file`, the output, write there, from where it stands. Errors as for `blocks`.
         """
-        for _, averages in self.blocks(index):
-            yield averages[0].data
+        target = None
+        if self.together and file is not None:
+            file.flush()
+            target = str(Path(file.name).absolute()), file.tell()
+        for _, averages in self._averages(index, target):
+            yield averages if isinstance(averages, Written) else averages[0].data
 
     def blocks(self, index: int) -> Iterator[tuple[Block, NDArray[np.uint8]]]:
         """Yield each block of image `index` and its averages, of shape (rows, bytes), until the next is asked
@@ -96,18 +122,24 @@ class Combiner:
             UnreadableError: an input became shorter or fails its checksum.
             SystemRefusalError: the system could not read.
         """
+        for block, averages in self._averages(index, None):
+            assert not isinstance(averages, Written)
+            yield block, averages
+
+    def _averages(
+        self, index: int, target: _Target | None
+    ) -> Iterator[tuple[Block, NDArray[np.uint8] | Written]]:
         checked = self._worker.checked()
         running = [0] * len(checked)
         shape = (len(self.rows), self.block_bytes + _SLACK)
-        free = [np.empty(shape, np.uint8) for _ in range(_PENDING * self.threads)]
+        free = [None if self.together else np.empty(shape, np.uint8) for _ in range(self.limit)]
         under_way: deque[_Underway] = deque()
         try:
-            for block in blocks_of(self.plan, index, self.block_bytes):
-                if not free:
+            for blocks in self.tasks(index):
+                while len(under_way) >= (self.limit if self._written else min(self.limit, self.sent)):
                     yield from self._take(under_way, free, running)
                 buffer = free.pop()
-                work = self._submit(block, _aligned(buffer, block))
-                under_way.append((block, buffer, work))
+                under_way.append((blocks, buffer, self._submit(blocks, buffer, target)))
             while under_way:
                 yield from self._take(under_way, free, running)
         finally:
@@ -118,25 +150,49 @@ class Combiner:
         if self.verify and index == 0:
             self._verify_others(checked)
 
-    def _submit(self, block: Block, averages: NDArray[np.uint8]) -> Future[list[int]]:
+    @property
+    def limit(self) -> int:
+        """Tasks under way at most."""
+        return _PENDING * self.threads
+
+    def tasks(self, index: int) -> Iterator[tuple[Block, ...]]:
+        """Yield what is handed out at a time: one block, or several, all with pieces or all without."""
+        blocks = blocks_of(self.plan, index, self.block_bytes)
+        for _, alike in groupby(blocks, key=lambda block: bool(block.pieces)):
+            while some := tuple(islice(alike, self.together or 1)):
+                yield some
+
+    def _submit(
+        self, blocks: tuple[Block, ...], buffer: NDArray[np.uint8] | None, target: _Target | None
+    ) -> Future[list[_Averaged]]:
+        if self.together and not self.verify and not any(block.pieces for block in blocks):
+            # There is nothing to do but to copy the template.
+            done: Future[list[_Averaged]] = Future()
+            done.set_result(self._worker(blocks))
+            return done
         try:
-            return self.executor.submit(self._worker, block, averages)
+            if target is not None:
+                return self.executor.submit(self._worker.write, blocks, target)
+            room = None if buffer is None else _aligned(buffer, blocks[0])
+            return self.executor.submit(self._worker, blocks, room)
         except RuntimeError as error:  # the interpreter's word for a thread that the system refused
             raise SystemRefusalError(errno.EAGAIN, f"{error}; use fewer --threads") from error
 
     def _take(
-        self, under_way: deque[_Underway], free: list[NDArray[np.uint8]], running: list[int]
-    ) -> Iterator[tuple[Block, NDArray[np.uint8]]]:
-        """Yield the first block under way; once the next is asked for, its buffer is free again."""
-        block, buffer, work = under_way.popleft()
+        self, under_way: deque[_Underway], free: list[NDArray[np.uint8] | None], running: list[int]
+    ) -> Iterator[tuple[Block, NDArray[np.uint8] | Written]]:
+        """Yield the first blocks under way; once the next is asked for, their buffer is free again."""
+        blocks, buffer, work = under_way.popleft()
         try:
-            checksums = work.result()
-        except _UnfitError:
+            results = work.result()
+        except UnfitError:
             raise MismatchError(list(unfit(self.plan, self.block_bytes))) from None
-        self.progress(block.cost(self.plan, self.verify))
-        for position, checksum in enumerate(checksums):
-            running[position] = crc32_combine(running[position], checksum, block.size)
-        yield block, _aligned(buffer, block)
+        for block, (averages, checksums) in zip(blocks, results, strict=True):
+            self.progress(block.cost(self.plan, self.verify))
+            for position, checksum in enumerate(checksums):
+                running[position] = crc32_combine(running[position], checksum, block.size)
+            self._written = not self.together or isinstance(averages, Written)
+            yield block, averages
         free.append(buffer)
 
     def _verified(self, source: int, index: int, checksum: int) -> None:
@@ -148,47 +204,112 @@ class Combiner:
 
     def _verify_others(self, checked: Sequence[int]) -> None:
         """Check the inputs whose bytes lie elsewhere than the template's: block by block would not do."""
-        for number, source in enumerate(self.plan.inputs):
-            if number not in checked:
-                for index, image in enumerate(source.images):
-                    self._verified(number, index, checksum_of(image))
+        work = {
+            (number, index): [
+                self.executor.submit(self._worker.checksum, number, index, start)
+                for start in range(0, image.size, _STRETCH)
+            ]
+            for number, source in enumerate(self.plan.inputs)
+            for index, image in enumerate(source.images)
+            if number not in checked
+        }
+        try:
+            for (number, index), stretches in work.items():
+                whole = 0
+                for stretch in stretches:
+                    checksum, size = stretch.result()
+                    whole = crc32_combine(whole, checksum, size)
+                self._verified(number, index, whole)
+        finally:
+            for stretches in work.values():
+                for stretch in stretches:
+                    stretch.cancel()
 
 
 @dataclass(frozen=True)
 class BlockWorker:
-    """Combines one block at a time, on any thread."""
+    """Combines one block at a time, on any thread; it can be pickled."""
 
-    plan: Plan
+    inputs: tuple[Source, ...]
+    template: Source
     rows: tuple[_Row, ...]
     block_bytes: int
     verify: bool
     _scratch: local = field(default_factory=local, compare=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BlockWorker, (self.inputs, self.template, self.rows, self.block_bytes, self.verify)
+
+    @property
+    def subject(self) -> str:
+        """The file that it is about, for messages."""
+        return str(self.template.path)
+
     def checked(self) -> list[int]:
         """Return the inputs whose bytes are all read and checked block by block: their tensors lie where the
         template's do."""
-        return [number for number, source in enumerate(self.plan.inputs) if self._is_read_whole(source)]
+        return [number for number, source in enumerate(self.inputs) if self._is_read_whole(source)]
 
-    def _is_read_whole(self, source: Checkpoint) -> bool:
-        template = self.plan.template
+    def _is_read_whole(self, source: Source) -> bool:
+        template = self.template
         return source.tensors is template.tensors and (self.verify or source.images is template.images)
 
-    def __call__(self, block: Block, averages: NDArray[np.uint8]) -> list[int]:
-        """Average a block into `averages`, of shape (rows, bytes).
+    def __call__(self, blocks: Sequence[Block], averages: NDArray[np.uint8] | None = None) -> list[_Averaged]:
+        """Average each block, into `averages`, of shape (rows, bytes), where it is one block; else into new
+        arrays."""
+        results: list[_Averaged] = []
+        for block in blocks:
+            room = averages
+            if room is None:
+                room = _aligned(np.empty((len(self.rows), block.size + _SLACK), np.uint8), block)
+            results.append((room, self._combine(block, room)))
+        return results
 
-        Return the CRC-32 of the block's bytes in each of the `checked` inputs.
+    def write(self, blocks: Sequence[Block], target: _Target) -> list[_Averaged]:
+        """Average each block and write the first row to its place in a file.
+
+        Where this process does not see the file, nothing is written, and the averages are returned.
+
+        Raises:
+            SystemRefusalError: the disk is full, or writing failed.
         """
-        with np.errstate(all="ignore"):  # what is not finite is found at the end
-            return self._combine(block, averages)
+        name, start = target
+        results = self(blocks)
+        try:
+            file = open(name, "r+b", buffering=0)  # noqa: SIM115
+        except OSError:
+            return results
+        try:
+            with file:
+                return [
+                    (_put(file, start + block.start, averages), checksums)
+                    for block, (averages, checksums) in zip(blocks, results, strict=True)
+                ]
+        except OSError as error:
+            raise SystemRefusalError(error.errno, f"cannot write: {error.strerror}", name) from error
+
+    def checksum(self, number: int, index: int, start: int) -> tuple[int, int]:
+        """Return the CRC-32 of a stretch of image `index` of input `number`, and its bytes."""
+        image = self.inputs[number].images[index]
+        stop = min(start + _STRETCH, image.size)
+        checksum = 0
+        for position in range(start, stop, self.block_bytes):
+            checksum = crc32(image.read(position, min(self.block_bytes, stop - position)), checksum)
+        return checksum, stop - start
 
     def _combine(self, block: Block, averages: NDArray[np.uint8]) -> list[int]:
-        template = self.plan.template
+        """Average a block into `averages`; return the CRC-32 of its bytes in each of the `checked` inputs."""
+        with np.errstate(all="ignore"):  # what is not finite is found at the end
+            return self._combined(block, averages)
+
+    def _combined(self, block: Block, averages: NDArray[np.uint8]) -> list[int]:
+        template = self.template
         checksums = []
-        last = len(self.plan.inputs) - 1
+        last = len(self.inputs) - 1
         scratch = self._buffer(block) if block.pieces else averages[0]
         pieces = _Pieces(block, scratch)
         sums = _Sums(block, self.rows, self._accumulator(block))
-        for number, source in enumerate(self.plan.inputs):
+        for number, source in enumerate(self.inputs):
             raw = scratch
             if self._is_read_whole(source):
                 if number == last:  # the newest input, whose bytes are the output's
@@ -199,10 +320,10 @@ class BlockWorker:
                 read_pieces(source, template, block, raw)
             if block.pieces:
                 sums.add(number, pieces if raw is scratch else _Pieces(block, raw))
-        if not self._is_read_whole(self.plan.inputs[last]):
+        if not self._is_read_whole(self.inputs[last]):
             template.images[block.image].read_into(averages[0].data, block.start)
         if block.pieces:
-            sums.finish(averages, template)
+            sums.finish(averages, template.path)
         return checksums
 
     def _buffer(self, block: Block) -> NDArray[np.uint8]:
@@ -220,6 +341,17 @@ class BlockWorker:
             self._scratch.sums = np.empty(size, np.float64)
         sums: NDArray[np.float64] = self._scratch.sums[:size].reshape(len(self.rows), values)
         return sums
+
+
+def _put(file: IO[bytes], position: int, averages: NDArray[np.uint8] | Written) -> Written:
+    """Write the first row of averages to a place in a file."""
+    assert not isinstance(averages, Written)
+    data = averages[0].data
+    file.seek(position)
+    done = 0
+    while done < len(data):
+        done += file.write(data[done:])
+    return Written(len(data), crc32(data))
 
 
 def _aligned(buffer: NDArray[np.uint8], block: Block) -> NDArray[np.uint8]:
@@ -240,7 +372,7 @@ def _factors(coefficients: Sequence[float]) -> _Row:
     return tuple(coefficients), 1.0
 
 
-class _UnfitError(Exception):
+class UnfitError(Exception):
     """A block holds values that cannot be averaged; which ones is found by a second look at all files."""
 
 
@@ -281,7 +413,7 @@ class _Sums:
         if self.integers is None:
             self.integers = integers
         elif integers != self.integers:
-            raise _UnfitError
+            raise UnfitError
         values = [
             _widen(view) if piece.tensor.dtype == "bfloat16" else view
             for piece, view in zip(self.averaged, pieces.values, strict=True)
@@ -300,13 +432,13 @@ class _Sums:
                 sums[:] = value
         self.begun[row] = True
 
-    def finish(self, averages: NDArray[np.uint8], template: Checkpoint) -> None:
+    def finish(self, averages: NDArray[np.uint8], path: Path) -> None:
         """Round the averages once to their stored type, into their places."""
         for row, (factors, divisor) in enumerate(self.rows):
             if divisor != 1.0:
                 np.divide(self.sums[row], divisor, out=self.sums[row])
             if not np.isfinite(self.sums[row]).all():
-                raise _UnfitError
+                raise UnfitError
             for piece, sums in zip(self.averaged, self.parts[row], strict=True):
                 dtype = piece.tensor.dtype
                 target = averages[row, piece.start - self.block.start : piece.stop - self.block.start]
@@ -316,7 +448,7 @@ class _Sums:
                     target.view(dtype)[:] = sums
                 if min(factors) < 0 and not _all_finite(target, dtype):  # else it lies between the inputs
                     problem = f"the average does not fit into {dtype}"
-                    raise MismatchError([Finding(template.path, piece.tensor.name, problem)])
+                    raise MismatchError([Finding(path, piece.tensor.name, problem)])
 
 
 def _widen(view: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -400,15 +532,19 @@ def stream_values(plan: Plan, block_bytes: int) -> Iterator[Iterator[list[tuple[
         UnreadableError, SystemRefusalError: as for `Image.read_into`.
     """
     buffer = np.empty((1, block_bytes + _SLACK), np.uint8)
+    template = Source.of(plan.template)
+    sources = [
+        template if checkpoint is plan.template else Source.of(checkpoint) for checkpoint in plan.inputs
+    ]
     for index in range(len(plan.template.images)):
         for block in blocks_of(plan, index, block_bytes):
             if block.pieces:
                 raw = _aligned(buffer, block)[0]
-                yield (_values(source, plan.template, block, raw) for source in plan.inputs)
+                yield (_values(source, template, block, raw) for source in sources)
 
 
 def _values(
-    source: Checkpoint, template: Checkpoint, block: Block, raw: NDArray[np.uint8]
+    source: Source, template: Source, block: Block, raw: NDArray[np.uint8]
 ) -> list[tuple[Tensor, NDArray[Any]]]:
     read_pieces(source, template, block, raw)
     values: list[tuple[Tensor, NDArray[Any]]] = []

@@ -7,7 +7,7 @@ a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +38,16 @@ class SwaAvgError(Exception):
     """Base of every error that a user can act on."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are unpickled from `args`, which hold the message alone, and these come from afar, too.
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[SwaAvgError], args: tuple[Any, ...], fields: dict[str, Any]) -> SwaAvgError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
 
 
 class UsageError(SwaAvgError, ValueError):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from swa_avg.batchnorm.checkpoint import Loading, Refresh, load_model, load_weights, refresh_loaded
 from swa_avg.batchnorm.data import open_data
+from swa_avg.batchnorm.elsewhere import absolute, check_keras, keras_versions, make_importable
 from swa_avg.batchnorm.functions import import_function
 from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.batchnorm.spec import VALIDATION, Spec
@@ -20,7 +22,7 @@ from swa_avg.errors import SwaAvgError, UnreadableError, UsageError
 from swa_avg.formats import open_checkpoint
 from swa_avg.metrics import direction, main_metric
 
-__all__ = ["Evaluator", "Score", "Validation"]
+__all__ = ["Evaluator", "Score", "Scorer", "Scoring", "Validation"]
 
 Metric = Callable[[Any, Any], float]
 
@@ -65,6 +67,72 @@ class Score:
     values: Mapping[str, bytes] | None
     """Its refreshed BatchNorm statistics, by tensor."""
     refresh: RefreshReport | None
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A score, and what it was given on and by."""
+
+    score: Score
+    decides: tuple[str, str]
+    """The metric that decides, and which of its values are better."""
+    source: str
+    """The validation data."""
+    rows: int
+    digest: str
+    """BLAKE2b-256 of the validation rows."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores checkpoints with one model a process; it can be pickled."""
+
+    validation: Validation
+    loading: Loading
+    refresh: Refresh | None
+    _evaluators: list[Evaluator] = field(default_factory=list, compare=False)
+    """Of this process: none or one."""
+    _lock: threading.Lock = field(default_factory=threading.Lock, compare=False)
+
+    def elsewhere(self) -> Scorer:
+        """Return a scorer for processes that run in other folders."""
+        return Scorer(
+            replace(self.validation, data=absolute(self.validation.data)),
+            replace(self.loading, model=absolute(self.loading.model)),
+            self.refresh
+            and replace(self.refresh, data=absolute(self.refresh.data), model=absolute(self.refresh.model)),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self.validation, self.loading, self.refresh, Path.cwd(), keras_versions())
+
+    @property
+    def subject(self) -> str:
+        """The file that it is about, for messages."""
+        return str(self.validation.data) if isinstance(self.validation.data, str | Path) else "the data"
+
+    def score(self, draft: Path) -> Scoring:
+        """Score a checkpoint; errors as for `Evaluator`."""
+        with self._lock:
+            if not self._evaluators:
+                self._evaluators.append(Evaluator.load(draft, self.validation, self.loading, self.refresh))
+            evaluator = self._evaluators[0]
+            score = evaluator.score(draft)
+            return Scoring(
+                score, evaluator.monitor(score), evaluator.source, evaluator.rows, evaluator.digest
+            )
+
+
+def _unpickled(
+    validation: Validation,
+    loading: Loading,
+    refresh: Refresh | None,
+    folder: Path,
+    versions: tuple[str, str, str],
+) -> Scorer:
+    check_keras(versions)
+    make_importable(folder)
+    return Scorer(validation, loading, refresh)
 
 
 class Evaluator:

@@ -7,7 +7,7 @@ import os
 from swa_avg.combine import block_memory
 from swa_avg.errors import UsageError
 
-__all__ = ["REMOTE_THREADS", "allow_open_files", "fit_memory", "peak_memory"]
+__all__ = ["REMOTE_THREADS", "allow_open_files", "fit_cluster", "fit_memory", "peak_memory"]
 
 _BLOCK_BYTES = 2**18  # with its sums, it stays in a core's cache
 _SMALLEST_BLOCK, _SMALLEST_BLOCK_OF_ROWS, _SMALLEST_REMOTE_BLOCK = 2**16, 2**12, 2**18
@@ -16,6 +16,9 @@ _REMOTE_BLOCK_BYTES = 2**20  # an object store takes as long to start an answer 
 REMOTE_THREADS = 10  # they wait; botocore keeps as many connections
 _REMOTE_MEMORY = 112 * 2**20  # fsspec with a client, and what is copied or uploaded at a time
 _PROCESS_MEMORY = 64 * 2**20  # the interpreter with numpy and h5py, before anything is averaged
+_CLUSTER_MEMORY = 96 * 2**20  # with Dask
+_CLUSTER_ROOM = 2**30  # for what workers send back
+_TASK_BYTES = 2**24  # of averages
 
 
 def fit_memory(
@@ -44,6 +47,26 @@ def fit_memory(
             what = "too many candidates" if max_memory is None else f"--max-memory {max_memory} is too little"
             raise UsageError(f"{what}; at least {needed} bytes are needed")
     return block_bytes, threads
+
+
+def fit_cluster(
+    max_memory: int | None, threads: int, rows: int = 1, *, far: bool = False
+) -> tuple[int, int, int, int]:
+    """Return block size, blocks a task, tasks under way while averages are sent back, and memory here.
+
+    Blocks are those of one machine, and stay in a core's cache; a task is many of them, next to each other,
+    since each task costs the scheduler and this process milliseconds. Errors and `far` as for `fit_memory`.
+    """
+    block_bytes = _REMOTE_BLOCK_BYTES if far else _BLOCK_BYTES
+    process = _CLUSTER_MEMORY + (_REMOTE_MEMORY if far else 0)
+    block = block_bytes * rows
+    room = max(_CLUSTER_ROOM, block) if max_memory is None else max_memory - process
+    if room < block:
+        problem = f"--max-memory {max_memory} is too little"
+        raise UsageError(f"{problem}; at least {process + block} bytes are needed")
+    together = max(1, min(_TASK_BYTES // block, room // block))
+    sent = room // (together * block)
+    return block_bytes, together, sent, process + min(sent, 4 * threads) * together * block
 
 
 def peak_memory(block_bytes: int, threads: int, rows: int = 1, *, far: bool = False) -> int:

@@ -9,23 +9,24 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from swa_avg import methods
 from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_values, with_values
 from swa_avg.blocks import bytes_to_read
 from swa_avg.combine import Combiner
+from swa_avg.crew import hired
 from swa_avg.digests import check_digests, read_digests
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.formats import Checkpoint, open_checkpoint
 from swa_avg.formats.archive import ArchiveCheckpoint
-from swa_avg.formats.base import Buffer
+from swa_avg.formats.base import Chunk
 from swa_avg.plan import Plan, make_plan
 from swa_avg.policy import batchnorm_layers, resolve_dtypes
 from swa_avg.provenance import batchnorm_record, describe
 from swa_avg.publish import Publication, check_output, publication_at
 from swa_avg.remote import as_path, kept_at_hand, on_this_machine, remote
-from swa_avg.resources import REMOTE_THREADS, allow_open_files, fit_memory, peak_memory
+from swa_avg.resources import REMOTE_THREADS, allow_open_files
 from swa_avg.selection import epochs_of, expand, select
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def average(
     expect_sha256: str | Path | None = None,
     max_memory: int | None = None,
     threads: int | None = None,
+    cluster: str | None = None,
     refresh: Refresh | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -133,6 +135,8 @@ def average(
         expect_sha256: A list as `sha256sum` writes it, which names every input and must agree.
         max_memory: Bytes of resident memory to stay under.
         threads: Worker threads; the machine's cores up to 4 by default, 10 where an input is a URL.
+        cluster: Address of a Dask scheduler, such as `tcp://node1:8786`, whose workers read the inputs and
+            average. They see the same files under the same names as this machine. The output is the same.
         refresh: Re-estimate the BatchNorm statistics on these data before the average is written.
         dry_run: Plan, and write nothing.
         progress: Told how many bytes have been read.
@@ -143,7 +147,8 @@ def average(
         UsageError: the request cannot be met as it was made.
         UnreadableError: an input is missing, damaged, or changed while it was read.
         MismatchError: the inputs do not fit together or hold values that cannot be averaged.
-        SystemRefusalError: disk full, permission denied, input/output error; a service refused.
+        SystemRefusalError: disk full, permission denied, input/output error; a service refused; no cluster,
+            or one that was lost.
     """
     named = expand(inputs)
     target = output_path(output, named)
@@ -152,27 +157,34 @@ def average(
     coefficients = coefficients_of(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
     far = any(remote(path) is not None for path in paths)
     verify = not far if verify is None else verify
-    block_bytes, threads = fit_memory(max_memory, threads, far=far)
     with ExitStack() as stack:
-        if not dry_run:
+        crew = stack.enter_context(hired(cluster, threads, max_memory, far=far))
+        if not dry_run and cluster is None:  # a copy on this machine is none on the workers'
             paths[-1] = stack.enter_context(kept_at_hand(paths[-1]))  # the template is read whole
         checkpoints = resolve_dtypes(open_all(paths, stack), dtype)
         if expect_sha256 is not None:
             check_digests(checkpoints, read_digests(as_path(expect_sha256)), as_path(expect_sha256))
         publication = stack.enter_context(publication_at(target, overwrite=overwrite))
-        plan = plan_output(checkpoints, coefficients, publication, optimizer=optimizer, dry_run=dry_run)
+        scratch = crew.scratch(publication, stack)
+        plan = plan_output(
+            checkpoints, coefficients, publication.output, scratch, optimizer=optimizer, dry_run=dry_run
+        )
         total = bytes_to_read(plan, verify)
-        report = Report(target, plan, method, verify, total, peak_memory(block_bytes, threads, far=far))
-        executor = stack.enter_context(ThreadPoolExecutor(threads))
-        advance = partial(progress or _ignore, total)
-        combiner = Combiner(plan, [coefficients], executor, block_bytes, threads, verify, advance)
+        report = Report(target, plan, method, verify, total, crew.memory)
+        combiner = crew.combiner(plan, [coefficients], verify, partial(progress or _ignore, total))
         check_shared_files(plan)
         check_contents(plan, combiner.checksums)
         refreshed = None
         if refresh is not None:
             refresh = _with_model(refresh, plan)
             check_request(refresh, plan.template)
-            refreshed = partial(refreshed_values, refresh=refresh, progress=refresh_progress)
+            refreshed = partial(
+                refreshed_values,
+                refresh=refresh,
+                progress=refresh_progress,
+                executor=crew.executor if crew.together else None,
+                at_once=crew.threads,
+            )
         if dry_run:
             return report
         statistics = write_average(
@@ -219,7 +231,9 @@ def draft_beside(output: Path) -> Iterator[Path]:
         yield Path(folder) / output.name
 
 
-def write_draft(draft: Path, template: Checkpoint, image: Callable[[int], Iterator[Buffer]]) -> None:
+def write_draft(
+    draft: Path, template: Checkpoint, image: Callable[[int, IO[bytes]], Iterator[Chunk]]
+) -> None:
     """Write a copy of `template` with other images, and no word of how it was made."""
     with Publication(draft, overwrite=False) as publication:
         template.write(image, lambda: None, publication)
@@ -244,15 +258,16 @@ def output_path(output: str | Path | None, named: Sequence[Path]) -> Path:
 def plan_output(
     checkpoints: Sequence[Checkpoint],
     coefficients: Sequence[float],
-    publication: Publication,
+    output: Path,
+    scratch: Callable[[], IO[bytes]],
     *,
     optimizer: str,
     dry_run: bool = False,
 ) -> Plan:
     """Plan an average in the form that the output's suffix and `optimizer` ask for."""
-    template = as_output(checkpoints[-1], publication.output)
+    template = as_output(checkpoints[-1], output)
     if optimizer == "drop" and not dry_run:
-        template = template.without_optimizer(publication.scratch)
+        template = template.without_optimizer(scratch)
     return make_plan(checkpoints, template, coefficients, drop_optimizer=optimizer == "drop")
 
 

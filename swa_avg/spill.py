@@ -37,7 +37,7 @@ class Spill:
                 self._add(block, averages)
         file.flush()
 
-    def image(self, row: int, index: int) -> Iterator[memoryview]:
+    def image(self, row: int, index: int, file: IO[bytes] | None = None) -> Iterator[memoryview]:
         """Yield the bytes of the template's image `index` with the averages of `row` in their places."""
         image = self._plan.template.images[index]
         for block in blocks_of(self._plan, index, self._block_bytes):

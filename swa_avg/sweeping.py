@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 from swa_avg import candidates
 from swa_avg.batchnorm.checkpoint import Loading, Refresh, check_request
 from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.candidates import Candidate
-from swa_avg.combine import Combiner
+from swa_avg.crew import Crew, hired
 from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageError
-from swa_avg.evaluation import Evaluator, Validation
+from swa_avg.evaluation import Scorer, Scoring, Validation
 from swa_avg.policy import batchnorm_layers, resolve_dtypes
 from swa_avg.provenance import describe
 from swa_avg.publish import Publication, check_output, publication_at
 from swa_avg.remote import kept_at_hand, remote
-from swa_avg.resources import fit_memory
 from swa_avg.run import (
     open_all,
     output_path,
@@ -98,6 +97,7 @@ def sweep(
     verify: bool | None = None,
     max_memory: int | None = None,
     threads: int | None = None,
+    cluster: str | None = None,
     require_improvement: bool = False,
     path: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -113,7 +113,7 @@ def sweep(
 
     Args:
         inputs: As for `average`, and likewise `output`, `epochs`, `last`, `every`, `optimizer`, `dtype`,
-            `overwrite`, `verify`, `max_memory`, `threads`, `progress` and `published`.
+            `overwrite`, `verify`, `max_memory`, `threads`, `cluster`, `progress` and `published`.
         validation: Data and metric. Choose by data that you did not train on, and do not report the score
             that it was chosen by.
         refresh: Training data to re-estimate BatchNorm statistics on.
@@ -139,13 +139,13 @@ def sweep(
     far = any(remote(path) is not None for path in paths)
     verify = not far if verify is None else verify
     most_rows = max(len(rows), POINTS if draw else 1)
-    block_bytes, threads = fit_memory(max_memory, threads, most_rows, far=far)
     with ExitStack() as stack:
-        paths[-1] = stack.enter_context(kept_at_hand(paths[-1]))  # the template of most drafts
+        crew = stack.enter_context(hired(cluster, threads, max_memory, most_rows, far=far))
+        if cluster is None:  # a copy on this machine is none on the workers'
+            paths[-1] = stack.enter_context(kept_at_hand(paths[-1]))  # the template of most drafts
         checkpoints = resolve_dtypes(open_all(paths, stack), dtype)
         publication = stack.enter_context(publication_at(target, overwrite=overwrite))
         beside = publication.output.parent
-        executor = stack.enter_context(ThreadPoolExecutor(threads))
         folder = Path(stack.enter_context(TemporaryDirectory(dir=beside, prefix=".swa-avg-")))
         loading = refresh or loading or Loading()
         check_request(loading, checkpoints[-1], "a sweep", compiled=validation.metric is None)
@@ -153,11 +153,9 @@ def sweep(
         trials = Trials(
             checkpoints,
             publication,
-            executor,
-            block_bytes,
-            threads,
+            crew,
             folder,
-            partial(Evaluator.load, validation=validation, loading=loading, refresh=refresh),
+            *_scoring(Scorer(validation, loading, refresh), crew),
             partial(score_progress or _nothing, steps),
         )
         scored = trials.scored(rows, verify=verify, progress=progress)
@@ -170,13 +168,28 @@ def sweep(
         values = trials.best_values  # of the winner: the points of the line are scored after it
         if draw and report.best_average is not None:
             report = replace(report, path=line(trials, report.best_average.candidate))
-        _write(report, values, trials, optimizer=optimizer, dtype=dtype, verify=verify)
+        scratch = crew.scratch(publication, stack)
+        _write(report, values, trials, scratch, optimizer=optimizer, dtype=dtype, verify=verify)
         publication.publish(published)
     if path is not None and draw and report.path:
         with Publication(Path(path), overwrite=overwrite) as picture:
             picture.create(Path(path).name).write(draw(report))
             picture.publish()
     return report
+
+
+def _scoring(scorer: Scorer, crew: Crew) -> tuple[Callable[[Path], Future[Scoring]], int]:
+    """Return what has a draft scored, here or by a worker of a cluster, and how many drafts at a time."""
+    if crew.together:
+        distant = scorer.elsewhere()
+        return lambda draft: crew.executor.submit(distant.score, draft), crew.threads
+
+    def here(draft: Path) -> Future[Scoring]:
+        done: Future[Scoring] = Future()
+        done.set_result(scorer.score(draft))
+        return done
+
+    return here, 1
 
 
 def _drawing(output: Path, *, overwrite: bool) -> Callable[[SweepReport], bytes]:
@@ -231,7 +244,7 @@ def _report(
 ) -> SweepReport:
     assert trials.best is not None
     assert trials.decides is not None
-    assert trials.evaluator is not None
+    assert trials.last is not None
     monitor, mode = trials.decides
     if trials.best.badness == math.inf:
         raise MismatchError(
@@ -246,9 +259,9 @@ def _report(
         singles=tuple(singles),
         averages=tuple(averages),
         winner=trials.best,
-        validation=trials.evaluator.source,
-        rows=trials.evaluator.rows,
-        digest=trials.evaluator.digest,
+        validation=trials.last.source,
+        rows=trials.last.rows,
+        digest=trials.last.digest,
         batchnorm_layers=tuple(batchnorm_layers(newest)) if refresh is None else (),
     )
 
@@ -268,6 +281,7 @@ def _write(
     report: SweepReport,
     values: Mapping[str, bytes] | None,
     trials: Trials,
+    scratch: Callable[[], IO[bytes]],
     *,
     optimizer: str,
     dtype: str | None,
@@ -277,8 +291,8 @@ def _write(
     winner = report.winner
     inputs = [trials.checkpoints[number] for number in winner.candidate.used]
     coefficients = [winner.candidate.coefficients[number] for number in winner.candidate.used]
-    plan = plan_output(inputs, coefficients, trials.publication, optimizer=optimizer)
-    combiner = Combiner(plan, [coefficients], trials.executor, trials.block_bytes, trials.threads, verify)
+    plan = plan_output(inputs, coefficients, trials.publication.output, scratch, optimizer=optimizer)
+    combiner = trials.crew.combiner(plan, [coefficients], verify)
     method = winner.candidate.name if winner.candidate.is_average else "single"
 
     def refreshed(draft: Path) -> tuple[Mapping[str, bytes], RefreshReport]:

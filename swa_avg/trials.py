@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
-from contextlib import closing
+from concurrent.futures import Future
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO
 
 from swa_avg import candidates
 from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.blocks import bytes_to_read
 from swa_avg.candidates import Candidate, badness
 from swa_avg.combine import Combiner
-from swa_avg.evaluation import Evaluator
+from swa_avg.crew import Crew
+from swa_avg.evaluation import Scoring
 from swa_avg.formats import Checkpoint
-from swa_avg.formats.base import Buffer
+from swa_avg.formats.base import Chunk
 from swa_avg.plan import Plan, make_plan
 from swa_avg.publish import Publication
 from swa_avg.run import check_contents, check_shared_files, write_draft
@@ -28,7 +31,10 @@ __all__ = ["POINTS", "Scored", "Trials", "greedy_soup", "line", "rank"]
 POINTS = 11
 """Of the line from the last checkpoint to the average."""
 
-Image = Callable[[int], Iterator[Buffer]]
+_Underway = tuple[Candidate, "TemporaryDirectory[str]", "Future[Scoring]"]
+"""A candidate, the folder of its draft, and the work."""
+
+Image = Callable[[int, IO[bytes]], Iterator[Chunk]]
 
 
 @dataclass(frozen=True)
@@ -53,15 +59,15 @@ class Trials:
 
     checkpoints: Sequence[Checkpoint]
     publication: Publication
-    executor: Executor
-    block_bytes: int
-    threads: int
+    crew: Crew
     folder: Path
     """Temporary, beside the output."""
-    load: Callable[[Path], Evaluator]
-    """Builds the model from the first draft."""
+    submit: Callable[[Path], Future[Scoring]]
+    """Has a draft scored, here or on a cluster."""
+    at_once: int
+    """Drafts on disk."""
     progress: Callable[[int], None]
-    evaluator: Evaluator | None = None
+    last: Scoring | None = None
     decides: tuple[str, str] | None = None
     """The metric that decides and its mode, once the first score is known."""
     best: Scored | None = None
@@ -81,7 +87,7 @@ class Trials:
         matrix = [[row.coefficients[number] for number in used] for row in rows]
         plan = make_plan(inputs, inputs[-1], matrix[0])
         advance = partial(progress or _nothing, bytes_to_read(plan, verify))
-        return Combiner(plan, matrix, self.executor, self.block_bytes, self.threads, verify, advance)
+        return self.crew.combiner(plan, matrix, verify, advance)
 
     def scored(
         self,
@@ -98,18 +104,35 @@ class Trials:
         with closing(self.publication.scratch()) as file:
             spill = Spill(combiner, file)
             check_contents(plan, combiner.checksums)
-            return tuple(
-                self.score(row, plan, partial(spill.image, number)) for number, row in enumerate(rows)
-            )
+            with ExitStack() as stack:
+                under_way: deque[_Underway] = deque()
+                results = []
+                for number, row in enumerate(rows):
+                    if len(under_way) == self.at_once:
+                        results.append(self._finish(under_way.popleft()))
+                    under_way.append(self._start(row, plan, partial(spill.image, number), stack))
+                return (*results, *map(self._finish, under_way))
 
     def score(self, candidate: Candidate, plan: Plan, image: Image) -> Scored:
         """Write a draft, have it scored, and remember what it takes to write it if it is the best so far."""
-        with TemporaryDirectory(dir=self.folder) as folder:
-            draft = Path(folder) / f"draft{plan.template.suffixes[0]}"
-            write_draft(draft, plan.template, image)
-            self.evaluator = self.evaluator or self.load(draft)
-            score = self.evaluator.score(draft)
-        self.decides = self.decides or self.evaluator.monitor(score)
+        with ExitStack() as stack:
+            return self._finish(self._start(candidate, plan, image, stack))
+
+    def _start(self, candidate: Candidate, plan: Plan, image: Image, stack: ExitStack) -> _Underway:
+        folder = TemporaryDirectory(dir=self.folder)
+        stack.callback(folder.cleanup)
+        draft = Path(folder.name) / f"draft{plan.template.suffixes[0]}"
+        write_draft(draft, plan.template, image)
+        work = self.submit(draft.absolute())
+        stack.callback(work.cancel)
+        return candidate, folder, work
+
+    def _finish(self, under_way: _Underway) -> Scored:
+        candidate, folder, work = under_way
+        self.last = work.result()
+        folder.cleanup()
+        score = self.last.score
+        self.decides = self.decides or self.last.decides
         monitor, mode = self.decides
         scored = Scored(candidate, score.metrics, score.refresh, badness(score.metrics[monitor], mode))
         if self.best is None or rank(scored) <= rank(self.best):

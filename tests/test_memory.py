@@ -54,7 +54,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from swa_avg.combine import Combiner
 from swa_avg.plan import make_plan
-from swa_avg.run import fit_memory, open_all
+from swa_avg.resources import fit_memory
+from swa_avg.run import open_all
 from swa_avg.spill import Spill
 
 count, spilled, *paths = sys.argv[1:]

@@ -63,6 +63,11 @@ class _TensorFlowStep:
             self._signatures.add(signature)
         return self._function(values, inputs)
 
+    @property
+    def assigns(self) -> bool:
+        """Whether the step assigns to variables behind Keras's back."""
+        return bool(self._kept)
+
     def _trace(self, values: list[Any], inputs: Any) -> None:
         import tensorflow as tf
 

@@ -18,9 +18,11 @@ from swa_avg.batchnorm.rows import Rows, describe
 from swa_avg.batchnorm.spec import TARGET, Batch, Spec, fits
 from swa_avg.errors import UnreadableError
 
-__all__ = ["ArrayData", "Data", "StreamData", "as_array", "check_rows", "features_of", "pick"]
+__all__ = ["ArrayData", "Data", "RowDigests", "StreamData", "as_array", "check_rows", "features_of", "pick"]
 
 Array = NDArray[Any]
+RowDigests = dict[str, tuple[str, bytes]]
+"""Of each input: type and shape of a row, in words, and the BLAKE2b-256 of each row, one after the other."""
 
 
 class Data(ABC):
@@ -58,16 +60,28 @@ class Data(ABC):
             UnreadableError: NaN or infinity, another shape than the model's, or no rows.
         """
         for raw, numbers in self._batches():
-            rows = self._check(raw, numbers)
-            batch = _alone({name: values for name, values in raw.items() if name[:1] != TARGET})
-            targets = _alone({name[1:]: values for name, values in raw.items() if name[:1] == TARGET})
-            if self.spec.preprocess is not None:
-                batch = self.spec.preprocess(batch)
-            self._check_shapes(batch)
-            self.samples += rows
+            batch, targets, rows = self._prepared(raw, numbers)
+            self.count(rows, row_digests(raw))
             yield batch, targets, rows
         if not self.samples:
             raise UnreadableError(self.source, "expected at least one row; found none")
+
+    def _prepared(self, raw: dict[str, Array], numbers: Array | None) -> tuple[Batch, Batch, int]:
+        """Check a raw batch, and make it what the model and its loss take."""
+        rows = self._check(raw, numbers)
+        batch = _alone({name: values for name, values in raw.items() if name[:1] != TARGET})
+        targets = _alone({name[1:]: values for name, values in raw.items() if name[:1] == TARGET})
+        if self.spec.preprocess is not None:
+            batch = self.spec.preprocess(batch)
+        self._check_shapes(batch)
+        return batch, targets, rows
+
+    def count(self, rows: int, digests: RowDigests) -> None:
+        """Take note of rows that have been used, here or elsewhere."""
+        self.samples += rows
+        for name, (kind, each) in digests.items():
+            start = hashlib.blake2b(kind.encode(), digest_size=32)
+            self._digests.setdefault(name, start).update(each)
 
     def _check(self, raw: dict[str, Array], numbers: Array | None) -> int:
         sizes = {name: len(values) if np.ndim(values) else 0 for name, values in raw.items()}
@@ -84,10 +98,6 @@ class Data(ABC):
                 key = self._keys.get(name, name)
                 problem = f"expected finite numbers; found NaN or infinity in row {row}"
                 raise UnreadableError(self.source, problem, tensor=key or None)
-            digest = self._digests.setdefault(
-                name, hashlib.blake2b(str((values.dtype.str, values.shape[1:])).encode(), digest_size=32)
-            )
-            digest.update(np.ascontiguousarray(values))
         return next(iter(sizes.values()))
 
     def _check_shapes(self, batch: Batch) -> None:
@@ -103,8 +113,8 @@ class Data(ABC):
 
     @property
     def digest(self) -> str:
-        """BLAKE2b-256 of the rows used so far, in their order, whatever the batches: types, shapes and
-        values."""
+        """BLAKE2b-256 of the rows used so far, in their order, whatever the batches: of types, shapes and the
+        BLAKE2b-256 of each row."""
         whole = hashlib.blake2b(digest_size=32)
         for name in sorted(self._digests):
             whole.update(f"{name}\0".encode() + self._digests[name].digest())
@@ -145,6 +155,7 @@ class ArrayData(Data):
             found = ", ".join(f"{keys[name]} {array.shape[0]}" for name, array in rows.items())
             raise UnreadableError(source, f"expected arrays of one length; found {found}")
         self._count = counts.pop()
+        self._order = Permutation(self._count, spec.seed) if spec.purpose.shuffled else np.arange
         self.total = min(self._count, spec.samples or self._count)
         if spec.whole_batches:
             rest = self.total % spec.batch_size
@@ -156,16 +167,26 @@ class ArrayData(Data):
 
     def _batches(self) -> Iterator[tuple[dict[str, Array], Array | None]]:
         assert self.total is not None
-        order = Permutation(self._count, self.spec.seed) if self.spec.purpose.shuffled else np.arange
-        size = self.spec.batch_size
-        spans = [(start, min(start + size, self.total)) for start in range(0, self.total, size)]
-
-        def read(span: tuple[int, int]) -> tuple[dict[str, Array], Array | None]:
-            numbers = order(*span)
-            return {name: rows.take(numbers) for name, rows in self._rows.items()}, numbers
-
-        yield from _ahead(read, spans)
+        yield from _ahead(self._read, range(self.batches))
         self.check_source()
+
+    @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        assert self.total is not None
+        return -(-self.total // self.spec.batch_size)
+
+    def batch(self, number: int) -> tuple[Batch, int, RowDigests]:
+        """Return one batch, the rows in it and their digests; errors as for `labelled`."""
+        raw, numbers = self._read(number)
+        batch, _, rows = self._prepared(raw, numbers)
+        return batch, rows, row_digests(raw)
+
+    def _read(self, number: int) -> tuple[dict[str, Array], Array | None]:
+        assert self.total is not None
+        start = number * self.spec.batch_size
+        numbers = self._order(start, min(start + self.spec.batch_size, self.total))
+        return {name: rows.take(numbers) for name, rows in self._rows.items()}, numbers
 
     def close(self) -> None:
         self.stack.close()
@@ -173,6 +194,16 @@ class ArrayData(Data):
 
 def _nothing() -> None:
     pass
+
+
+def row_digests(raw: Mapping[str, Array]) -> RowDigests:
+    """Return the digests of a raw batch's rows: they can be computed anywhere, and put together in order."""
+    digests = {}
+    for name, values in raw.items():
+        data = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8) if len(values) else ()
+        each = b"".join(hashlib.blake2b(row.data, digest_size=32).digest() for row in data)
+        digests[name] = str((values.dtype.str, values.shape[1:])), each
+    return digests
 
 
 class StreamData(Data):

@@ -9,9 +9,9 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from swa_avg.batchnorm.functions import import_function, import_module, names_function
 from swa_avg.errors import Finding, MismatchError, SwaAvgError, UsageError
@@ -21,6 +21,9 @@ from swa_avg.policy import has_lambda
 from swa_avg.strict_json import parse_json
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from swa_avg.batchnorm.elsewhere import Elsewhere
     from swa_avg.batchnorm.report import RefreshReport
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
     "refresh_loaded",
     "refreshed_values",
     "with_values",
+    "without_greeting",
 ]
 
 _CHUNK = 2**20
@@ -88,9 +92,15 @@ def check_request(
 
 
 def refreshed_values(
-    draft: Path, refresh: Refresh, progress: Callable[[int | None, int], None] | None
+    draft: Path,
+    refresh: Refresh,
+    progress: Callable[[int | None, int], None] | None,
+    executor: Executor | None = None,
+    at_once: int = 0,
 ) -> tuple[dict[str, bytes], RefreshReport]:
     """Return tensor name -> new bytes for each BatchNorm statistic of the checkpoint `draft`, and the report.
+
+    Batches run on an executor of other machines, where one is given, so many at a time.
 
     Raises:
         UsageError: the model cannot be loaded as it was asked for.
@@ -98,11 +108,26 @@ def refreshed_values(
         MismatchError: Keras does not give back the weights that it loaded.
     """
     with closing(open_checkpoint(draft)) as checkpoint:
-        return refresh_loaded(load_model(checkpoint, refresh), checkpoint, refresh, progress)
+        model = load_model(checkpoint, refresh)
+        if executor is None:
+            return refresh_loaded(model, checkpoint, refresh, progress)
+        from swa_avg.batchnorm.elsewhere import BatchWorker, Elsewhere
+
+        worker = BatchWorker.of(checkpoint, refresh)
+        if worker is not None:
+            elsewhere = Elsewhere(executor, worker, at_once)
+            return refresh_loaded(model, checkpoint, refresh, progress, elsewhere)
+        values, report = refresh_loaded(model, checkpoint, refresh, progress)
+        note = "refreshed on this machine alone, since its memory holds the data or the model"
+        return values, replace(report, notes=(*report.notes, note))
 
 
 def refresh_loaded(
-    model: Any, checkpoint: Checkpoint, refresh: Refresh, progress: Callable[[int | None, int], None] | None
+    model: Any,
+    checkpoint: Checkpoint,
+    refresh: Refresh,
+    progress: Callable[[int | None, int], None] | None,
+    elsewhere: Elsewhere | None = None,
 ) -> tuple[dict[str, bytes], RefreshReport]:
     """Refresh a model that has the weights of `checkpoint`; returns and errors as for `refreshed_values`.
 
@@ -123,12 +148,15 @@ def refresh_loaded(
             inputs=refresh.inputs,
             preprocess=import_function(refresh.preprocess) if refresh.preprocess else None,
             progress=progress,
+            elsewhere=elsewhere,
         )
         with closing(_saved(model, checkpoint, scratch / "after")) as after:
             return _changed(checkpoint, before, after), report
 
 
-def with_values(checkpoint: Checkpoint, values: Mapping[str, bytes], index: int) -> Iterator[bytes]:
+def with_values(
+    checkpoint: Checkpoint, values: Mapping[str, bytes], index: int, file: IO[bytes]
+) -> Iterator[bytes]:
     """Yield the bytes of image `index` of a checkpoint with the values of some tensors replaced."""
     image = checkpoint.images[index]
     position = 0
@@ -145,7 +173,7 @@ def with_values(checkpoint: Checkpoint, values: Mapping[str, bytes], index: int)
 
 
 @contextmanager
-def _without_greeting() -> Iterator[None]:
+def without_greeting() -> Iterator[None]:
     """Keep what TensorFlow's libraries print while Keras is imported off standard error."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
@@ -169,7 +197,7 @@ def load_model(checkpoint: Checkpoint, loading: Loading, *, compiled: bool = Fal
     Raises:
         UsageError: it cannot be loaded as it was asked for.
     """
-    with _without_greeting():
+    with without_greeting():
         import keras
     for module in loading.imports:
         import_module(module)

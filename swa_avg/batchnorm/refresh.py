@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from swa_avg.batchnorm.backends import Step, compiled, leaked, random_state_kept, to_numpy, value_of
-from swa_avg.batchnorm.batches import Data
+from swa_avg.batchnorm.batches import ArrayData, Data, RowDigests
 from swa_avg.batchnorm.data import open_data
 from swa_avg.batchnorm.moments import ESTIMATORS, Statistics
 from swa_avg.batchnorm.observe import SEED_STATE, Outcome, batchnorm_layers, make_step
@@ -22,6 +25,11 @@ from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
 from swa_avg.interrupts import interrupts, interrupts_held
 
 __all__ = ["Progress", "arranger", "inputs_of", "refresh_batchnorm"]
+
+if TYPE_CHECKING:
+    from swa_avg.batchnorm.elsewhere import Elsewhere
+
+_TOGETHER = 8  # batches that travel together at most
 
 Progress = Callable[[int | None, int], None]
 """Called with (rows in all where known, rows since the last call)."""
@@ -38,6 +46,7 @@ def refresh_batchnorm(
     inputs: Sequence[str] | Mapping[str, str] = (),
     preprocess: Callable[[Any], Any] | None = None,
     progress: Progress | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> RefreshReport:
     """Re-estimate the statistics of every BatchNorm layer of a built Keras model, in place.
 
@@ -58,6 +67,8 @@ def refresh_batchnorm(
         statistics. inputs: `KEY` or `KEY=INPUT`, where the data's names do not say which array goes where;
         or a mapping. preprocess: Applied to each batch, as the model is to take it.
         progress: Told how many rows have been used.
+        elsewhere: Other machines to run batches on. The first runs here, and all of them where they cannot be
+            drawn by number, or where the model hands state from batch to batch.
 
     Raises:
         UsageError: the request, or the model, cannot be worked with.
@@ -68,27 +79,30 @@ def refresh_batchnorm(
         raise UsageError(f"the estimator is {' or '.join(ESTIMATORS)}, not {estimator}")
     if not getattr(model, "built", False):
         raise UsageError("the model is not built: call it on one batch, or load its weights first")
-    names, shapes = inputs_of(model)
-    bind = [f"{key}={name}" for key, name in inputs.items()] if isinstance(inputs, Mapping) else inputs
-    spec = Spec(
-        bind=bind,
-        input_names=names,
-        input_shapes=shapes,
-        batch_size=batch_size,
-        samples=samples,
-        seed=seed,
-        preprocess=preprocess,
+    spec = spec_of(
+        model, inputs=inputs, batch_size=batch_size, samples=samples, seed=seed, preprocess=preprocess
     )
-    layers = batchnorm_layers(model)
-    active = [layer for layer in layers if layer.trainable]
+    layers, active = batchnorm_layers(model), active_layers(model)
     with random_state_kept(), open_data(data, spec) as batches:
         tally = Tally([int(layer.moving_mean.shape[0]) for layer in active])
         if active:
-            _run(model, active, batches, tally, progress)
+            _run(model, active, batches, tally, progress, elsewhere)
         new = {index: ESTIMATORS[estimator](tally.of(index)) for index in tally.order()}
         report = _report(model, layers, active, batches, tally, new, estimator)
         _assign(active, new, batches.source)
     return report
+
+
+def active_layers(model: Any) -> list[Any]:
+    """Return the BatchNorm layers that are refreshed."""
+    return [layer for layer in batchnorm_layers(model) if layer.trainable]
+
+
+def spec_of(model: Any, *, inputs: Sequence[str] | Mapping[str, str], **wanted: Any) -> Spec:
+    """Return what is wanted from the data, and what the model expects of them."""
+    names, shapes = inputs_of(model)
+    bind = [f"{key}={name}" for key, name in inputs.items()] if isinstance(inputs, Mapping) else inputs
+    return Spec(bind=bind, input_names=names, input_shapes=shapes, **wanted)
 
 
 def inputs_of(model: Any) -> tuple[list[str], list[Shape | None]]:
@@ -115,25 +129,107 @@ def arranger(structure: Any) -> Callable[[Any], Any]:
     return lambda batch: batch
 
 
-def _run(model: Any, layers: Sequence[Any], data: Data, tally: Tally, progress: Progress | None) -> None:
+def _run(
+    model: Any,
+    layers: Sequence[Any],
+    data: Data,
+    tally: Tally,
+    progress: Progress | None,
+    elsewhere: Elsewhere | None,
+) -> None:
     """Run the model over the data; a batch's moments are fetched and merged while the next one runs."""
-    step = make_step(model, layers)
-    arrange = arranger(getattr(model, "_inputs_struct", None))
-    values = _seeded(model.variables, data.spec.seed)
     pending: tuple[Any, Any, int] | None = None
-    with compiled(step, model, eager=bool(getattr(model, "run_eagerly", False))) as fast:
-        run = fast
-        for batch, rows in data:
-            inputs = arrange(batch)
-            if tally.batches or pending:
-                outcome = run(values, inputs)
-            else:
-                run, outcome = _first(run, step, values, inputs, data)
-            integers, floats, carried = outcome
-            values = [old if new is None else new for old, new in zip(values, carried, strict=True)]
+    with running(model, layers, data) as runner:
+        for number, (batch, rows) in enumerate(data):
+            integers, floats = runner.run(number, batch)
             _take(pending, layers, data, tally, progress)
             pending = integers, floats, rows
+            if elsewhere is not None and isinstance(data, ArrayData) and not runner.carries_state:
+                break
         _take(pending, layers, data, tally, progress)
+        if elsewhere is None:
+            return
+        if isinstance(data, ArrayData) and not runner.carries_state:
+            for measured in _gathered(elsewhere, range(1, data.batches)):
+                data.count(measured.rows, measured.digests)
+                _take((measured.integers, measured.floats, measured.rows), layers, data, tally, progress)
+            data.check_source()
+        else:
+            why = "the data come as batches"
+            if runner.carries_state:
+                why = "the model hands state from batch to batch"
+            data.notes.append(f"refreshed on this machine alone, since {why}")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the layers saw of one batch that was run elsewhere."""
+
+    integers: NDArray[Any]
+    floats: NDArray[Any]
+    """As in `Outcome`."""
+    rows: int
+    digests: RowDigests
+
+
+def _gathered(elsewhere: Elsewhere, batches: range) -> Iterator[Measured]:
+    """Yield what is measured elsewhere, in the order of the batches; several at a time travel together."""
+    together = max(1, min(_TOGETHER, len(batches) // (2 * elsewhere.at_once)))
+    waiting = deque(batches[start : start + together] for start in range(0, len(batches), together))
+    under_way: deque[Future[list[Measured]]] = deque()
+    try:
+        while waiting or under_way:
+            while waiting and len(under_way) < elsewhere.at_once:
+                under_way.append(elsewhere.measure(waiting.popleft()))
+            yield from under_way.popleft().result()
+    finally:
+        for work in under_way:
+            work.cancel()
+
+
+@contextmanager
+def running(model: Any, layers: Sequence[Any], data: Data) -> Iterator[Runner]:
+    """Yield what runs a model over batches, compiled."""
+    step = make_step(model, layers)
+    with compiled(step, model, eager=bool(getattr(model, "run_eagerly", False))) as fast:
+        yield Runner(model, data, step, fast)
+
+
+class Runner:
+    """Runs a model over batches and hands its state from one to the next."""
+
+    def __init__(self, model: Any, data: Data, step: Step, fast: Step) -> None:
+        self._variables = model.variables
+        self._values = [value_of(variable) for variable in self._variables]
+        self._arrange = arranger(getattr(model, "_inputs_struct", None))
+        self._data = data
+        self._step, self._fast = step, fast
+        self._begun = False
+        self.carries_state = False
+        """Whether state other than random generators' went from a batch to the next: its order matters."""
+
+    def run(self, number: int, batch: Any) -> tuple[Any, Any]:
+        """Return what the layers saw of a batch, as the integers and floats of an `Outcome`."""
+        inputs = self._arrange(batch)
+        values = _seeded(self._values, self._variables, self._data.spec.seed, number)
+        if self._begun:
+            outcome = self._fast(values, inputs)
+        else:
+            self._fast, outcome = _first(self._fast, self._step, values, inputs, self._data)
+            self._begun = True
+        integers, floats, carried = outcome
+        self._values = [old if new is None else new for old, new in zip(values, carried, strict=True)]
+        self.carries_state = getattr(self._fast, "assigns", False) or any(
+            new is not None and variable.name != SEED_STATE
+            for variable, new in zip(self._variables, carried, strict=True)
+        )
+        return integers, floats
+
+    def measure(self, number: int, data: ArrayData) -> Measured:
+        """Run one batch, and return what travels."""
+        batch, rows, digests = data.batch(number)
+        integers, floats = self.run(number, batch)
+        return Measured(to_numpy(integers), to_numpy(floats), rows, digests)
 
 
 def _first(run: Step, step: Step, values: list[Any], inputs: Any, data: Data) -> tuple[Step, Outcome]:
@@ -181,19 +277,20 @@ def _check_finite(
         raise MismatchError([Finding(Path(data.source), _path(layers[index]), problem) for index in bad])
 
 
-def _seeded(variables: Sequence[Any], seed: int) -> list[Any]:
-    """Return the values to start from: the model's own, except that random generators start from `seed`.
+def _seeded(values: Sequence[Any], variables: Sequence[Any], seed: int, batch: int) -> list[Any]:
+    """Return the values of a model's variables with its random generators set for a batch.
 
     Files do not store the state of generators, so that a loaded model would drop other units in each
-    process. The k-th generator gets the first word of NumPy's SeedSequence([seed, k]), without its top bit,
-    and counter 0.
+    process; and what is dropped in a batch must not depend on who ran the batches before it. For batch b,
+    counted from 0, the k-th generator gets the first word of NumPy's SeedSequence([seed, k, b]), without its
+    top bit, and counter 0.
     """
     from keras import ops
 
-    values = [value_of(variable) for variable in variables]
+    values = list(values)
     generators = [number for number, variable in enumerate(variables) if variable.name == SEED_STATE]
     for k, number in enumerate(generators):
-        word = int(np.random.SeedSequence([seed, k]).generate_state(1)[0]) & 0x7FFFFFFF
+        word = int(np.random.SeedSequence([seed, k, batch]).generate_state(1)[0]) & 0x7FFFFFFF
         state = np.array([word, 0])
         values[number] = ops.cast(ops.convert_to_tensor(state), variables[number].dtype)
     return values

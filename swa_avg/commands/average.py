@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swa_avg.commands.options import (
+    cluster_option,
     method_options,
     refresh_options,
     resource_options,
@@ -50,6 +51,7 @@ __all__ = ["average"]
     "--expect-sha256", type=click.Path(), metavar="FILE", help="Hold the inputs against a list by sha256sum."
 )
 @resource_options
+@cluster_option
 @click.option("--dry-run", is_flag=True, help="Show what would be done, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")

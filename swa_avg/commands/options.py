@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Numbers",
     "Size",
+    "cluster_option",
     "method_options",
     "place_options",
     "refresh_options",
@@ -139,6 +140,12 @@ def refresh_options(command: Command) -> Command:
 def resource_options(command: Command) -> Command:
     """Add the options that bound what the machine gives."""
     return _with(command, _RESOURCES)
+
+
+def cluster_option(command: Command) -> Command:
+    """Add the option that names a cluster."""
+    option = click.option("--cluster", metavar="ADDRESS", help="Work on the workers of this Dask scheduler.")
+    return option(command)
 
 
 def take_refresh(options: dict[str, Any]) -> tuple[Refresh | None, Loading]:

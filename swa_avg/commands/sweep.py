@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from swa_avg.commands.options import place_options, refresh_options, resource_options, take_refresh
+from swa_avg.commands.options import (
+    cluster_option,
+    place_options,
+    refresh_options,
+    resource_options,
+    take_refresh,
+)
 from swa_avg.commands.terminal import batchnorm_warning, progress_bar, say
 from swa_avg.errors import NoImprovementError
 from swa_avg.interrupts import interrupts
@@ -76,6 +82,7 @@ __all__ = ["sweep"]
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--no-verify", is_flag=True, help="Do not check the inputs' checksums.")
 @resource_options
+@cluster_option
 @click.option("--json", "as_json", is_flag=True, help="Print every score as JSON on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="List every single checkpoint, too.")

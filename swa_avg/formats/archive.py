@@ -13,8 +13,8 @@ from typing import IO, Any
 from swa_avg.errors import SwaAvgError, UnreadableError
 from swa_avg.formats.base import (
     PROVENANCE,
-    Buffer,
     Checkpoint,
+    Chunk,
     Image,
     ImageFile,
     Provenance,
@@ -45,14 +45,18 @@ class ArchiveCheckpoint(Checkpoint):
     metadata: Mapping[str, Any] | None = None
 
     def write(
-        self, image: Callable[[int], Iterator[Buffer]], provenance: Callable[[], Provenance], stage: Stage
+        self,
+        image: Callable[[int, IO[bytes]], Iterator[Chunk]],
+        provenance: Callable[[], Provenance],
+        stage: Stage,
     ) -> None:
         assert self.archive is not None
-        output = StoredZip(stage.create(stage.output.name, self.images[0].size))
+        file = stage.create(stage.output.name, self.images[0].size)
+        output = StoredZip(file)
         # Names, times and attributes are the template's, so that equal inputs give equal bytes.
         for member in self.archive.infolist():
             if member.filename == _WEIGHTS:
-                output.add(member, self.images[0].size, image(0))
+                output.add(member, self.images[0].size, image(0, file))
             elif member.filename == _METADATA:
                 record = provenance()
                 own = {} if record is None else {PROVENANCE: record}

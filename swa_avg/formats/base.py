@@ -12,9 +12,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Literal, NamedTuple, Protocol
 
-from isal.isal_zlib import crc32
+from isal.isal_zlib import crc32, crc32_combine
 
 from swa_avg.errors import SwaAvgError, SystemRefusalError, UnreadableError
 from swa_avg.remote import RemoteFile, open_remote, remote
@@ -23,15 +23,18 @@ __all__ = [
     "PROVENANCE",
     "Buffer",
     "Checkpoint",
+    "Chunk",
     "Image",
     "ImageFile",
     "Provenance",
     "Role",
     "Stage",
     "Tensor",
+    "Written",
     "check_written",
     "open_file",
     "refusal",
+    "write_chunks",
     "write_image",
 ]
 
@@ -41,6 +44,18 @@ Role = Literal["weight", "optimizer", "metric"]
 Buffer = bytes | bytearray | memoryview
 Provenance = Mapping[str, Any] | None
 """What an output says of how it was made; None leaves it out."""
+
+
+class Written(NamedTuple):
+    """Bytes of an output that another process has put in their place."""
+
+    size: int
+    checksum: int
+    """Their CRC-32."""
+
+
+Chunk = Buffer | Written
+"""The next bytes of an output."""
 
 _WINDOW = 256 * 1024
 _NEAR = 4096  # what is worth reading between two places of an object, to ask for it once
@@ -92,7 +107,8 @@ def refusal(path: Path, error: OSError) -> SwaAvgError:
 class Image:
     """An HDF5 file in a region of a file: all of a bare one, or one stored member of an archive.
 
-    Reads are positional, hence safe from several threads at once.
+    Reads are positional, hence safe from several threads at once. Pickled, it opens the file again where it
+    is unpickled, once it is read from.
     """
 
     def __init__(self, path: Path, file: IO[bytes], offset: int, size: int) -> None:
@@ -103,6 +119,11 @@ class Image:
         self.crc32: int | None = None
         """CRC-32 of the whole image where the container declares one."""
         self._state: Hashable = file.version if isinstance(file, RemoteFile) else self._stat()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A relative name means something else to a process that runs in another folder.
+        place = Path(self.file.name).absolute() if remote(self.path) is None else self.path
+        return _AbsentImage, (self.path, place, self.offset, self.size, self.crc32, self._state)
 
     def read_into(self, buffer: memoryview, position: int) -> None:
         """Fill `buffer` with the bytes at `position` of the image.
@@ -166,6 +187,56 @@ class Image:
     def _stat(self) -> tuple[int, int, int, int, int]:
         now = os.fstat(self.file.fileno())
         return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+
+
+class _AbsentImage(Image):
+    """An image that was opened by another process, maybe on another machine."""
+
+    def __init__(
+        self,
+        path: Path,
+        place: Path,
+        offset: int,
+        size: int,
+        checksum: int | None,
+        state: Any,
+    ) -> None:
+        self.path = path
+        self.offset = offset
+        self.size = size
+        self.crc32 = checksum
+        self._place = place
+        self._state = self._seen = state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _AbsentImage, (self.path, self._place, self.offset, self.size, self.crc32, self._state)
+
+    def __del__(self) -> None:
+        if "file" in self.__dict__:  # nobody tells a worker which task is the last
+            self.close()
+
+    @cached_property
+    def file(self) -> IO[bytes]:  # type: ignore[override]
+        """The file, opened when it is first read from.
+
+        Raises:
+            UnreadableError: it is missing here, or is another one: of another size or time of modification,
+                or other in what a service says of it.
+            SystemRefusalError: as for `open_file`.
+        """
+        file = open_file(self._place)
+        if isinstance(file, RemoteFile):
+            file.settle()
+            same = file.version == self._state
+        else:
+            now = os.fstat(file.fileno())
+            # Device and inode are numbered by each machine for itself.
+            same = (now.st_size, now.st_mtime_ns) == self._seen[2:4]
+        if not same:
+            file.close()
+            problem = "another file here, of another size or time of modification"
+            raise UnreadableError(self._place, problem, hint="mount one file system everywhere")
+        return file
 
 
 if hasattr(os, "preadv"):
@@ -273,11 +344,15 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def write(
-        self, image: Callable[[int], Iterator[Buffer]], provenance: Callable[[], Provenance], stage: Stage
+        self,
+        image: Callable[[int, IO[bytes]], Iterator[Chunk]],
+        provenance: Callable[[], Provenance],
+        stage: Stage,
     ) -> None:
         """Write a copy of this checkpoint with other images to `stage`.
 
-        `image(k)` yields the bytes of image k from first to last; each is asked for once, in order.
+        `image(k, file)` yields the bytes of image k from first to last; each is asked for once, in order. The
+        first goes to where `file` stands when it is asked for.
         `provenance()` may be called once, by an archive before the first image, else after the last.
         """
 
@@ -379,14 +454,24 @@ class Stage(Protocol):
         """
 
 
-def write_image(file: IO[bytes], chunks: Iterable[Buffer]) -> None:
+def write_image(file: IO[bytes], chunks: Iterable[Chunk]) -> None:
     """Write the bytes of an image to the start of an empty file, and see that they read back."""
+    check_written(file, 0, *write_chunks(file, chunks))
+
+
+def write_chunks(file: IO[bytes], chunks: Iterable[Chunk]) -> tuple[int, int]:
+    """Write chunks to where the file stands, and return their size and CRC-32."""
     size = checksum = 0
     for chunk in chunks:
-        file.write(chunk)
-        checksum = crc32(chunk, checksum)
-        size += len(chunk)
-    check_written(file, 0, size, checksum)
+        if isinstance(chunk, Written):
+            file.seek(chunk.size, os.SEEK_CUR)
+            checksum = crc32_combine(checksum, chunk.checksum, chunk.size)
+            size += chunk.size
+        else:
+            file.write(chunk)
+            checksum = crc32(chunk, checksum)
+            size += len(chunk)
+    return size, checksum
 
 
 def check_written(file: IO[bytes], start: int, size: int, checksum: int) -> None:

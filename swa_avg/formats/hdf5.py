@@ -11,8 +11,8 @@ from swa_avg.errors import UnreadableError
 from swa_avg.formats.attributes import AttributeReader, DamagedStructureError
 from swa_avg.formats.base import (
     PROVENANCE,
-    Buffer,
     Checkpoint,
+    Chunk,
     Image,
     Provenance,
     Stage,
@@ -48,13 +48,16 @@ class Hdf5Checkpoint(Checkpoint):
     """How a legacy model was compiled, JSON; likewise."""
 
     def write(
-        self, image: Callable[[int], Iterator[Buffer]], provenance: Callable[[], Provenance], stage: Stage
+        self,
+        image: Callable[[int, IO[bytes]], Iterator[Chunk]],
+        provenance: Callable[[], Provenance],
+        stage: Stage,
     ) -> None:
         from swa_avg.formats.libhdf5 import check_readable
         from swa_avg.formats.rebuild import write_provenance
 
         file = stage.create(stage.output.name, self.images[0].size)
-        write_image(file, image(0))
+        write_image(file, image(0, file))
         record = provenance()
         if record is not None:
             write_provenance(file, record, self.path, self.tensors.values())

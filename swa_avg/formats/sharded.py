@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -11,13 +12,15 @@ from typing import IO, Any
 from swa_avg.errors import UnreadableError, escape
 from swa_avg.formats.base import (
     PROVENANCE,
-    Buffer,
     Checkpoint,
+    Chunk,
     Image,
     Provenance,
     Stage,
     Tensor,
+    check_written,
     open_file,
+    write_chunks,
     write_image,
 )
 from swa_avg.formats.hdf5 import layer_names
@@ -37,19 +40,23 @@ class ShardedCheckpoint(Checkpoint):
     shards: tuple[str, ...] = ()
 
     def write(
-        self, image: Callable[[int], Iterator[Buffer]], provenance: Callable[[], Provenance], stage: Stage
+        self,
+        image: Callable[[int, IO[bytes]], Iterator[Chunk]],
+        provenance: Callable[[], Provenance],
+        stage: Stage,
     ) -> None:
-        from swa_avg.formats.libhdf5 import check_readable
-
         assert self.map is not None
         base = stage.output.name.removesuffix(".json").removesuffix(".weights")
         # Keras opens the shard of this very name first, whatever the map says.
         names = {shard: f"{base}_{index:05}.weights.h5" for index, shard in enumerate(self.shards)}
-        for index, shard in enumerate(self.shards):
-            file = stage.create(names[shard], self.images[index].size)
-            write_image(file, image(index))
-            written = Image(self.path.with_name(shard), file, 0, self.images[index].size)
-            check_readable(written, {n: t for n, t in self.tensors.items() if t.image == index})
+        with ThreadPoolExecutor(1) as beside:  # each shard is read back while the next is averaged
+            checks = []
+            for index, shard in enumerate(self.shards):
+                file = stage.create(names[shard], self.images[index].size)
+                size, checksum = write_chunks(file, image(index, file))
+                checks.append(beside.submit(self._check, file, index, size, checksum))
+            for check in checks:
+                check.result()
         weight_map = {
             path: [names[shard] for shard in where] if isinstance(where, list) else names[where]
             for path, where in self.map["weight_map"].items()
@@ -59,6 +66,14 @@ class ShardedCheckpoint(Checkpoint):
         own = {} if record is None else {PROVENANCE: record}
         text = json.dumps({**self.map, "weight_map": weight_map, **own}, indent=4)
         write_image(stage.create(stage.output.name), [text.encode()])
+
+    def _check(self, file: IO[bytes], index: int, size: int, checksum: int) -> None:
+        """See that a shard reads back as it was written, and that libhdf5 reads it."""
+        from swa_avg.formats.libhdf5 import check_readable
+
+        check_written(file, 0, size, checksum)
+        written = Image(self.path.with_name(self.shards[index]), file, 0, size)
+        check_readable(written, {n: t for n, t in self.tensors.items() if t.image == index})
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         from swa_avg.formats.rebuild import strip

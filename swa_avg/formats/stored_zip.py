@@ -14,7 +14,7 @@ from typing import IO
 
 from isal.isal_zlib import crc32
 
-from swa_avg.formats.base import Buffer, check_written
+from swa_avg.formats.base import Buffer, Chunk, check_written, write_chunks
 
 __all__ = ["StoredZip"]
 
@@ -34,7 +34,7 @@ class StoredZip:
         self._written: list[tuple[int, int, int]] = []
         """Start, size and CRC-32 of each run of bytes."""
 
-    def add(self, like: zipfile.ZipInfo, size: int, chunks: Iterable[Buffer]) -> None:
+    def add(self, like: zipfile.ZipInfo, size: int, chunks: Iterable[Chunk]) -> None:
         """Append a member of `size` bytes, named, dated and marked as `like`.
 
         Raises:
@@ -44,11 +44,8 @@ class StoredZip:
         zip64 = size >= _LIMIT
         start = self._position
         self._write(self._local_header(like, name, 0, size, zip64))
-        checksum = written = 0
-        for chunk in chunks:
-            self._write(chunk)
-            checksum = crc32(chunk, checksum)
-            written += len(chunk)
+        written, checksum = write_chunks(self._file, chunks)
+        self._position += written
         if written != size:
             raise ValueError(f"{like.filename}: {written} bytes instead of {size}")
         header = self._local_header(like, name, checksum, size, zip64)

@@ -313,11 +313,11 @@ def batchnorms(model):
     return list(dict.fromkeys(found))
 
 
-def seed_generators(model, seed=0):
-    """The documented start: the k-th generator from SeedSequence([seed, k])."""
+def seed_generators(model, batch, seed=0):
+    """The documented state: for each batch, the k-th generator from SeedSequence([seed, k, batch])."""
     states = [variable for variable in model.variables if variable.name == "seed_generator_state"]
     for k, variable in enumerate(states):
-        variable.assign([int(np.random.SeedSequence([seed, k]).generate_state(1)[0]) & 0x7FFFFFFF, 0])
+        variable.assign([int(np.random.SeedSequence([seed, k, batch]).generate_state(1)[0]) & 0x7FFFFFFF, 0])
 
 
 def seen(model, batches):
@@ -342,8 +342,8 @@ def seen(model, batches):
         L.BatchNormalization._moments = moments
         for layer in flags:
             layer.renorm = False
-        seed_generators(model)
-        for number, batch in enumerate(batches):  # noqa: B007
+        for number, batch in enumerate(batches):
+            seed_generators(model, number)
             model(batch, training=True)
     finally:
         L.BatchNormalization._moments = original
