@@ -26,12 +26,13 @@ from swa_avg.errors import MismatchError, SystemRefusalError, UnreadableError, U
 distributed = pytest.importorskip("distributed")
 
 from swa_avg import cluster as module  # noqa: E402
-from swa_avg import combine, resources, run  # noqa: E402
+from swa_avg import resources, run  # noqa: E402
+from swa_avg import worker as work  # noqa: E402
 from swa_avg.batchnorm.checkpoint import Refresh  # noqa: E402
-from swa_avg.combine import BlockWorker  # noqa: E402
 from swa_avg.evaluation import Validation  # noqa: E402
 from swa_avg.formats.base import Written  # noqa: E402
 from swa_avg.sweeping import sweep  # noqa: E402
+from swa_avg.worker import BlockWorker  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # Keras's own
@@ -117,7 +118,7 @@ def both(paths: list[Path], folder: Path, address: str, **options: Any) -> tuple
 
 
 HANG = """
-from swa_avg.combine import BlockWorker
+from swa_avg.worker import BlockWorker
 BlockWorker.kept = BlockWorker.__call__
 def wait(self, blocks):
     import os, time
@@ -166,7 +167,7 @@ def test_workers_write_the_output_where_they_see_it_and_else_send_it(
     paths = write_run(tmp_path)
     average(paths, tmp_path / "here.keras")
     if not seen:
-        monkeypatch.setattr(combine, "open", refused, raising=False)
+        monkeypatch.setattr(work, "open", refused, raising=False)
     written = []
     image = run.Combiner.image
 
@@ -188,7 +189,7 @@ def test_a_full_disk_under_a_worker_is_the_systems_refusal(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     paths = write_run(tmp_path)
-    monkeypatch.setattr(combine, "_put", full)
+    monkeypatch.setattr(work, "_put", full)
     worker = next(iter(lonely.scheduler.workers))
     with pytest.raises(SystemRefusalError) as error:
         average(paths, tmp_path / "swa.keras", cluster=lonely.scheduler_address)
@@ -274,7 +275,7 @@ def test_the_work_of_a_worker_that_hangs_goes_to_another(
         finally:
             (tmp_path / "go on").touch()
             client.run(
-                exec, "from swa_avg.combine import BlockWorker as W\nW.__call__ = W.kept", workers=[worker]
+                exec, "from swa_avg.worker import BlockWorker as W\nW.__call__ = W.kept", workers=[worker]
             )
     assert (tmp_path / "swa.keras").read_bytes() == (tmp_path / "here.keras").read_bytes()
 

@@ -22,7 +22,7 @@ from isal.isal_zlib import crc32
 from swa_avg.batchnorm.rows import FileRows, Rows, describe, room_for
 from swa_avg.errors import SystemRefusalError, UnreadableError
 from swa_avg.formats.archive import data_offset
-from swa_avg.formats.base import Image, ImageFile, open_file
+from swa_avg.formats.image import Image, ImageFile, open_file
 
 __all__ = ["ArrayFile", "Stored", "open_arrays"]
 

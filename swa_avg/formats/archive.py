@@ -11,17 +11,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from swa_avg.errors import SwaAvgError, UnreadableError
-from swa_avg.formats.base import (
-    PROVENANCE,
-    Checkpoint,
-    Chunk,
-    Image,
-    ImageFile,
-    Provenance,
-    Stage,
-    open_file,
-)
+from swa_avg.formats.base import PROVENANCE, Checkpoint, Chunk, Provenance, Stage
 from swa_avg.formats.hdf5 import WEIGHTS, Hdf5Checkpoint, is_keras_store, layer_names
+from swa_avg.formats.image import Image, ImageFile, open_file
 from swa_avg.formats.layout import read_layout
 from swa_avg.formats.stored_zip import StoredZip
 from swa_avg.strict_json import MAX_JSON, parse_json

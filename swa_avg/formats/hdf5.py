@@ -9,16 +9,8 @@ from typing import IO
 
 from swa_avg.errors import UnreadableError
 from swa_avg.formats.attributes import AttributeReader, DamagedStructureError
-from swa_avg.formats.base import (
-    PROVENANCE,
-    Checkpoint,
-    Chunk,
-    Image,
-    Provenance,
-    Stage,
-    open_file,
-    write_image,
-)
+from swa_avg.formats.base import PROVENANCE, Checkpoint, Chunk, Provenance, Stage, write_image
+from swa_avg.formats.image import Image, open_file
 from swa_avg.formats.layout import SIGNATURE, Layout, read_layout
 from swa_avg.strict_json import parse_json
 

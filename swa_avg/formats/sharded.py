@@ -14,16 +14,15 @@ from swa_avg.formats.base import (
     PROVENANCE,
     Checkpoint,
     Chunk,
-    Image,
     Provenance,
     Stage,
     Tensor,
     check_written,
-    open_file,
     write_chunks,
     write_image,
 )
 from swa_avg.formats.hdf5 import layer_names
+from swa_avg.formats.image import Image, open_file
 from swa_avg.formats.layout import Layout, read_layout
 from swa_avg.strict_json import MAX_JSON, parse_json
 

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Iterator
 
 from swa_avg.formats.attributes import DamagedStructureError, decode
-from swa_avg.formats.base import Image
+from swa_avg.formats.image import Image
 
 __all__ = ["Extent", "Message", "NewerStructureError", "Structures"]
 

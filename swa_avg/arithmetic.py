@@ -1,0 +1,136 @@
+"""The arithmetic of averaging one block, pure: float64 sums, rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from swa_avg.blocks import Block
+from swa_avg.errors import Finding, MismatchError
+from swa_avg.policy import FLOATS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Pieces", "Row", "Sums", "UnfitError", "all_finite", "factors_of", "round_to_bfloat16", "widen"]
+
+Row = tuple[tuple[float, ...], float]
+"""What each input is multiplied with, and what the sum is divided by."""
+
+
+def factors_of(coefficients: Sequence[float]) -> Row:
+    """Return factors and divisor of a row: of equal coefficients 1/n, or 0, a plain sum to divide by n.
+
+    Each product and 1/n itself would be rounded.
+    """
+    used = [coefficient for coefficient in coefficients if coefficient]
+    if used == [1.0 / len(used)] * len(used):
+        return tuple(float(coefficient != 0) for coefficient in coefficients), float(len(used))
+    return tuple(coefficients), 1.0
+
+
+class UnfitError(Exception):
+    """A block holds values that cannot be averaged; which ones is found by a second look at all files."""
+
+
+class Pieces:
+    """The values of a block's pieces in a buffer that holds the block's bytes of one input."""
+
+    def __init__(self, block: Block, raw: NDArray[np.uint8]) -> None:
+        self.values: list[NDArray[Any]] = []
+        self.integers: list[NDArray[np.uint8]] = []
+        for piece in block.pieces:
+            view = raw[piece.start - block.start : piece.stop - block.start]
+            if piece.average:
+                dtype = piece.tensor.dtype
+                self.values.append(view.view(np.uint16 if dtype == "bfloat16" else dtype))
+            else:
+                self.integers.append(view)
+
+
+class Sums:
+    """The float64 sums of one block, a row for each average."""
+
+    def __init__(self, block: Block, rows: Sequence[Row], sums: NDArray[np.float64]) -> None:
+        self.block = block
+        self.rows = rows
+        self.sums = sums
+        self.averaged = [piece for piece in block.pieces if piece.average]
+        self.integers: list[bytes] | None = None
+        sizes = [(piece.stop - piece.start) // FLOATS[piece.tensor.dtype] for piece in self.averaged]
+        stops = list(accumulate(sizes))
+        spans = [slice(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]
+        self.parts = [[row[span] for span in spans] for row in sums]
+        """Of each row, the sums of each piece."""
+        self.begun = [False] * len(rows)
+
+    def add(self, number: int, pieces: Pieces) -> None:
+        """Add the values of input `number`."""
+        integers = [view.tobytes() for view in pieces.integers]
+        if self.integers is None:
+            self.integers = integers
+        elif integers != self.integers:
+            raise UnfitError
+        values = [
+            widen(view) if piece.tensor.dtype == "bfloat16" else view
+            for piece, view in zip(self.averaged, pieces.values, strict=True)
+        ]
+        for row, (factors, _) in enumerate(self.rows):
+            if factors[number]:
+                self._add(row, factors[number], values)
+
+    def _add(self, row: int, factor: float, values: Sequence[NDArray[Any]]) -> None:
+        for sums, value in zip(self.parts[row], values, strict=True):
+            if factor != 1.0:
+                value = np.multiply(value, factor, dtype=np.float64)  # noqa: PLW2901
+            if self.begun[row]:
+                np.add(sums, value, out=sums)
+            else:
+                sums[:] = value
+        self.begun[row] = True
+
+    def finish(self, averages: NDArray[np.uint8], path: Path) -> None:
+        """Round the averages once to their stored type, into their places."""
+        for row, (factors, divisor) in enumerate(self.rows):
+            if divisor != 1.0:
+                np.divide(self.sums[row], divisor, out=self.sums[row])
+            if not np.isfinite(self.sums[row]).all():
+                raise UnfitError
+            for piece, sums in zip(self.averaged, self.parts[row], strict=True):
+                dtype = piece.tensor.dtype
+                target = averages[row, piece.start - self.block.start : piece.stop - self.block.start]
+                if dtype == "bfloat16":
+                    target.view(np.uint16)[:] = round_to_bfloat16(sums)
+                else:
+                    target.view(dtype)[:] = sums
+                if min(factors) < 0 and not all_finite(target, dtype):  # else it lies between the inputs
+                    problem = f"the average does not fit into {dtype}"
+                    raise MismatchError([Finding(path, piece.tensor.name, problem)])
+
+
+def widen(view: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Return bfloat16 values as float32: the same bits, followed by sixteen zeros."""
+    return (view.astype(np.uint32) << 16).view(np.float32)
+
+
+def round_to_bfloat16(values: NDArray[np.float64]) -> NDArray[np.uint16]:
+    """Round float64 to bfloat16 once, ties to even, and return the bits.
+
+    By way of float32, rounded to odd (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums:
+    proved algorithms using rounding to odd"), since rounding to nearest twice is wrong next to ties.
+    """
+    with np.errstate(over="ignore"):
+        nearest = values.astype(np.float32)
+    bits = nearest.view(np.uint32)
+    bits -= np.abs(nearest) > np.abs(values)  # towards zero
+    bits |= bits.view(np.float32) != values
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def all_finite(data: NDArray[np.uint8], dtype: str) -> bool:
+    values = widen(data.view(np.uint16)) if dtype == "bfloat16" else data.view(dtype)
+    return bool(np.isfinite(values).all())
