@@ -89,7 +89,7 @@ class Combiner:
         """Whether averages take no memory here but buffers of ours: threads fill these, or workers have
         written to the output."""
         self.checksums = [[image.crc32 for image in source.images] for source in self.plan.inputs]
-        self._worker = BlockWorker(
+        self.worker = BlockWorker(
             tuple(map(Source.of, self.plan.inputs)),
             Source.of(self.plan.template),
             tuple(map(_factors, self.rows)),
@@ -129,7 +129,7 @@ class Combiner:
     def _averages(
         self, index: int, target: _Target | None
     ) -> Iterator[tuple[Block, NDArray[np.uint8] | Written]]:
-        checked = self._worker.checked()
+        checked = self.worker.checked()
         running = [0] * len(checked)
         shape = (len(self.rows), self.block_bytes + _SLACK)
         free = [None if self.together else np.empty(shape, np.uint8) for _ in range(self.limit)]
@@ -168,13 +168,13 @@ class Combiner:
         if self.together and not self.verify and not any(block.pieces for block in blocks):
             # There is nothing to do but to copy the template.
             done: Future[list[_Averaged]] = Future()
-            done.set_result(self._worker(blocks))
+            done.set_result(self.worker(blocks))
             return done
         try:
             if target is not None:
-                return self.executor.submit(self._worker.write, blocks, target)
+                return self.executor.submit(self.worker.write, blocks, target)
             room = None if buffer is None else _aligned(buffer, blocks[0])
-            return self.executor.submit(self._worker, blocks, room)
+            return self.executor.submit(self.worker, blocks, room)
         except RuntimeError as error:  # the interpreter's word for a thread that the system refused
             raise SystemRefusalError(errno.EAGAIN, f"{error}; use fewer --threads") from error
 
@@ -206,7 +206,7 @@ class Combiner:
         """Check the inputs whose bytes lie elsewhere than the template's: block by block would not do."""
         work = {
             (number, index): [
-                self.executor.submit(self._worker.checksum, number, index, start)
+                self.executor.submit(self.worker.checksum, number, index, start)
                 for start in range(0, image.size, _STRETCH)
             ]
             for number, source in enumerate(self.plan.inputs)
