@@ -8,9 +8,10 @@ What the blocks are, how many make a task, and how many tasks are under way, com
 worker reads a task's bytes, averages them, and writes the result; reads and writes of all workers share the
 storage. This process hands tasks out, takes note of their ends, in order, and at last reads the output back.
 
-With --measure, every parameter is measured by itself on this machine: rates of reading and of averaging by
-one process and by two at a time, the costs of a task and of starting by tasks that do nothing. The prediction
-for 1 and 2 workers then stands beside what a cluster of 1 and 2 processes takes.
+With --measure, every parameter is measured by itself on this machine: the rates of reading and of averaging
+in one bare process and in two at a time, and of writing to disk, without Dask; the costs of a task and of
+starting, by tasks that do nothing. The prediction for 1 and 2 workers then stands beside what a cluster of 1
+and 2 processes takes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import heapq
 import itertools
 import multiprocessing
 import os
+import pickle
 import statistics
 import sys
 import tempfile
@@ -31,9 +33,6 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from isal.isal_zlib import crc32
-
 sys.path.insert(0, str(Path(__file__).parent))
 
 from benchmark import machine, make_inputs
@@ -41,6 +40,7 @@ from distributed import LocalCluster
 
 from swa_avg import average
 from swa_avg.cluster import connected
+from swa_avg.combine import Combiner
 from swa_avg.crew import Crew
 from swa_avg.formats import open_checkpoint
 from swa_avg.plan import make_plan
@@ -85,20 +85,26 @@ class Task:
 def tasks_of(paths: Sequence[Path], inputs: int, repeat: int, workers: int) -> tuple[list[Task], int]:
     """Return the tasks of a uniform average with all checksums, and how many are under way at once."""
     with ExitStack() as stack:
-        newest = stack.enter_context(closing(open_checkpoint(paths[-1])))
-        others = [stack.enter_context(closing(open_checkpoint(path, newest))) for path in paths[:-1]]
-        plan = make_plan([*others, newest], newest, [1 / len(paths)] * len(paths))
-        executor = stack.enter_context(ThreadPoolExecutor(1))
-        block_bytes, together, sent, memory = fit_cluster(None, workers)
-        crew = Crew(executor, block_bytes, 2 * workers, memory, together, sent)
-        combiner = crew.combiner(plan, [plan.coefficients], True)
+        combiner = combiner_of(paths, workers, stack)
         tasks = [
             Task(size * inputs, len(blocks) * inputs, size)
-            for index in range(len(newest.images))
+            for index in range(len(combiner.plan.template.images))
             for blocks in combiner.tasks(index)
             for size in [sum(block.size for block in blocks)]
         ]
     return tasks * repeat, combiner.limit
+
+
+def combiner_of(paths: Sequence[Path], workers: int, stack: ExitStack) -> Combiner:
+    """Return what a cluster of so many workers is driven by, without one."""
+    newest = stack.enter_context(closing(open_checkpoint(paths[-1])))
+    others = [stack.enter_context(closing(open_checkpoint(path, newest))) for path in paths[:-1]]
+    plan = make_plan([*others, newest], newest, [1 / len(paths)] * len(paths))
+    executor = stack.enter_context(ThreadPoolExecutor(1))
+    block_bytes, together, sent, memory = fit_cluster(None, workers)
+    return Crew(executor, block_bytes, 2 * workers, memory, together, sent).combiner(
+        plan, [plan.coefficients], True
+    )
 
 
 def simulate(tasks: Sequence[Task], limit: int, workers: int, machines: Machines) -> float:
@@ -176,15 +182,17 @@ def read_rate(path: Path) -> float:
         return size / (time.perf_counter() - start)
 
 
-def compute_rate(path: Path) -> float:
-    """Return the bytes a second at which a process checks and adds up blocks that are in its memory."""
-    values = np.random.default_rng(0).standard_normal(BLOCK // 4).astype(np.float32)
-    sums = np.zeros(len(values))
-    start = time.perf_counter()
-    for _ in range(400):
-        crc32(values)
-        np.add(sums, values, out=sums)
-    return 400 * BLOCK / (time.perf_counter() - start)
+def work_rate(path: Path) -> float:
+    """Return the bytes of input a second that a process reads and averages."""
+    paths = expand([str(path.with_name("ckpt_*.keras"))])
+    with ExitStack() as stack:
+        combiner = combiner_of(paths, 1, stack)
+        worker = pickle.loads(pickle.dumps(combiner.worker))
+        start, done = time.perf_counter(), 0
+        for blocks in combiner.tasks(0):
+            worker(blocks)
+            done += sum(block.size for block in blocks) * len(paths)
+        return done / (time.perf_counter() - start)
 
 
 def durable_rate(folder: Path, size: int) -> float:
@@ -211,7 +219,7 @@ def at_once(measure: Callable[[Path], float], paths: Sequence[Path], processes: 
 def calibrated(paths: Sequence[Path], address: str, workers: int) -> Machines:
     """Measure each parameter by itself, with as many processes at work."""
     stream = at_once(read_rate, paths, workers)
-    compute = at_once(compute_rate, paths, workers)
+    compute = 1 / max(1e-12, 1 / at_once(work_rate, paths, workers) - 1 / stream)
     with connected(address) as executor:
         nothing = Path("nothing").with_suffix  # any method of an object that can be pickled
         executor.submit(nothing, ".x").result()
@@ -243,10 +251,11 @@ def measured(paths: Sequence[Path], address: str) -> float:
     """Return the median seconds of an average on a cluster."""
     times = []
     with tempfile.TemporaryDirectory(dir=paths[0].parent) as folder:
-        for number in range(4):
+        for _ in range(6):
             start = time.perf_counter()
-            average(paths, Path(folder) / f"swa_{number}.keras", cluster=address)
+            average(paths, Path(folder) / "swa.keras", cluster=address)
             times.append(time.perf_counter() - start)
+            Path(folder, "swa.keras").unlink()
     return statistics.median(times[1:])
 
 
