@@ -9,7 +9,7 @@ from swa_avg.errors import UsageError
 
 __all__ = ["REMOTE_THREADS", "allow_open_files", "fit_cluster", "fit_memory", "peak_memory"]
 
-_BLOCK_BYTES = 2**18  # with its sums, it stays in a core's cache
+_BLOCK_BYTES = 2**20  # larger ones leave a core's cache with their sums, smaller ones cost more calls
 _SMALLEST_BLOCK, _SMALLEST_BLOCK_OF_ROWS, _SMALLEST_REMOTE_BLOCK = 2**16, 2**12, 2**18
 _MOST_FOR_ROWS = 2**26
 _REMOTE_BLOCK_BYTES = 2**20  # an object store takes as long to start an answer as to send this much

@@ -265,6 +265,8 @@ def plan_output(
     dry_run: bool = False,
 ) -> Plan:
     """Plan an average in the form that the output's suffix and `optimizer` ask for."""
+    if optimizer not in ("keep", "drop"):
+        raise UsageError(f"optimizer is keep or drop, not {optimizer!r}")
     template = as_output(checkpoints[-1], output)
     if optimizer == "drop" and not dry_run:
         template = template.without_optimizer(scratch)
@@ -302,6 +304,8 @@ def coefficients_of(
     weights: Sequence[float] | None,
 ) -> list[float]:
     """Return the method's coefficients; each method takes its own option, and no other's."""
+    if method not in methods.METHODS:
+        raise UsageError(f"the method is {' or '.join(methods.METHODS)}, not {method!r}")
     for option, value, owner in (
         ("--decay", decay, "ema"),
         ("--sigma-rel", sigma_rel, "power-ema"),
