@@ -9,6 +9,7 @@ import resource
 import struct
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
