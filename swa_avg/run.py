@@ -22,7 +22,7 @@ from swa_avg.formats import Checkpoint, open_checkpoint
 from swa_avg.formats.archive import ArchiveCheckpoint
 from swa_avg.formats.base import Chunk
 from swa_avg.plan import Plan, make_plan
-from swa_avg.policy import batchnorm_layers, resolve_dtypes
+from swa_avg.policy import batchnorm_layers, is_model_optimizer, resolve_dtypes
 from swa_avg.provenance import batchnorm_record, describe
 from swa_avg.publish import Publication, check_output, publication_at
 from swa_avg.remote import as_path, kept_at_hand, on_this_machine, remote
@@ -268,7 +268,7 @@ def plan_output(
     if optimizer not in ("keep", "drop"):
         raise UsageError(f"optimizer is keep or drop, not {optimizer!r}")
     template = as_output(checkpoints[-1], output)
-    if optimizer == "drop" and not dry_run:
+    if optimizer == "drop" and not dry_run and any(map(is_model_optimizer, template.tensors.values())):
         template = template.without_optimizer(scratch)
     return make_plan(checkpoints, template, coefficients, drop_optimizer=optimizer == "drop")
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+import h5py
 import numpy as np
 import pytest
 
@@ -176,6 +177,29 @@ def test_values_that_there_are_not_are_refused_in_python_too(
     with pytest.raises(UsageError, match=re.escape(problem)):
         average(["ckpt_*.keras"], "swa.keras", **options)  # type: ignore[arg-type]
     assert not (folder / "swa.keras").exists()
+
+
+def test_a_checkpoint_that_does_not_count_must_be_finite_too(folder: Path, swa_avg: Cli) -> None:
+    makers.write_archive(
+        folder / "ckpt_1.keras", makers.weights(1) | {"layers/dense/vars/1": np.full(5, np.nan, "f4")}
+    )
+    ended = swa_avg("ckpt_*.keras", "-q", "--method", "weights", "--weights", "0,0.5,0.5")
+    line = "ckpt_1.keras: layers/dense/vars/1: holds NaN or infinity; leave this checkpoint out"
+    assert (ended.code, ended.err) == (4, f"swa-avg: error: {line}\n")
+
+
+def test_tensors_that_are_one_in_one_checkpoint_only_do_not_fit(folder: Path, swa_avg: Cli) -> None:
+    arrays = {"vars/0": np.ones(3, "f4"), "vars/1": np.full(3, 7, "f4")}
+    makers.write_weights(folder / "a_1.weights.h5", arrays)
+    makers.write_weights(folder / "a_2.weights.h5", {"vars/0": np.ones(3, "f4")})
+    with h5py.File(folder / "a_2.weights.h5", "r+") as file:
+        file["vars/1"] = file["vars/0"]
+    ended = swa_avg("a_1.weights.h5", "a_2.weights.h5", "-q", "-o", "swa.weights.h5")
+    line = (
+        "a_1.weights.h5: vars/0, vars/1: one tensor under several names here or in a_2.weights.h5, "
+        "and not in the other"
+    )
+    assert (ended.code, ended.err) == (4, f"swa-avg: error: {line}\n")
 
 
 def test_options_of_a_refresh_need_one(folder: Path, swa_avg: Cli) -> None:
