@@ -222,7 +222,7 @@ def draw(results: Mapping[str, Mapping[str, tuple[float, float]]], path: Path, t
     axes.set_xscale("log")
     axes.set_xlim(min(seconds) / 2, max(seconds) * 6)
     axes.set_xlabel("seconds (logarithmic), whole process, warm page cache")
-    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_title(title.replace("; ", "\n", 1), loc="left", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 

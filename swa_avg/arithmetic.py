@@ -82,6 +82,9 @@ class Sums:
         for row, (factors, _) in enumerate(self.rows):
             if factors[number]:
                 self._add(row, factors[number], values)
+        used = any(factors[number] for factors, _ in self.rows)
+        if not used and not all(np.isfinite(value).all() for value in values):  # else it shows in the sums
+            raise UnfitError
 
     def _add(self, row: int, factor: float, values: Sequence[NDArray[Any]]) -> None:
         for sums, value in zip(self.parts[row], values, strict=True):

@@ -30,7 +30,8 @@ _CONNECT = 10.0
 _PATIENCE = 60.0
 """Seconds to wait for a worker where there is none."""
 _SLOW = 600.0
-"""Seconds that a task may take before it is given to another worker; then, again, before the run ends."""
+"""Seconds that a task may take before it is given to another worker; then, again, before the run ends. One of
+an object that `may_take_long` may take any time, as long as there is its worker."""
 _LOOK = 2.0
 """Seconds of waiting between two looks at the cluster."""
 _RETRIES = 2
@@ -114,7 +115,8 @@ class ClusterExecutor(Executor):
         """
         thing = getattr(function, "__self__", function)
         name = getattr(function, "__name__", "__call__")
-        return _Call(self, lambda: self._start(thing, name, args), _file_of(thing))
+        hurried = not getattr(thing, "may_take_long", False)
+        return _Call(self, lambda: self._start(thing, name, args), _file_of(thing), hurried)
 
     def _start(self, thing: object, name: str, args: tuple[Any, ...]) -> tuple[str, Future[Any]]:
         """Return the key of a new task, and its future."""
@@ -172,11 +174,13 @@ class _Call(Future[Any]):
         executor: ClusterExecutor,
         start: Callable[[], tuple[str, Future[Any]]],
         file: str,
+        hurried: bool,
     ) -> None:
         super().__init__()
         self._executor = executor
         self._start = start
         self._file = file
+        self._hurried = hurried
         self._key, self._task = start()
         self._moved = False
 
@@ -187,7 +191,7 @@ class _Call(Future[Any]):
         started = time.monotonic()
         while not wait([self._task], _LOOK).done:
             self._executor.look(self._file)
-            late = time.monotonic() - started > _SLOW
+            late = self._hurried and time.monotonic() - started > _SLOW
             if (late or self._executor.slow) and self._is_moved(late):
                 started = time.monotonic()
         if self._task.cancelled():

@@ -37,7 +37,7 @@ __all__ = ["Combiner", "block_memory", "checksum_of", "stream_values", "unfit"]
 _PENDING = 2  # blocks a thread: one worked on, one waiting to be written
 _CHUNK = 2**18
 
-_Underway = tuple[tuple[Block, ...], "NDArray[np.uint8] | None", "Future[list[Averaged]]"]
+_Underway = tuple[tuple[Block, ...], "NDArray[np.uint8] | None", "Future[list[Averaged]] | None"]
 """Blocks, the buffer that they are averaged into, and the work."""
 
 
@@ -127,7 +127,8 @@ class Combiner:
                 yield from self._take(under_way, free, running)
         finally:
             for _, _, work in under_way:
-                work.cancel()
+                if work is not None:
+                    work.cancel()
         for position, source in enumerate(checked):
             self._verified(source, index, running[position])
         if self.verify and index == 0:
@@ -147,12 +148,10 @@ class Combiner:
 
     def _submit(
         self, blocks: tuple[Block, ...], buffer: NDArray[np.uint8] | None, target: Target | None
-    ) -> Future[list[Averaged]]:
+    ) -> Future[list[Averaged]] | None:
+        """Hand out a task; None where the template is only to be copied, when its turn comes."""
         if self.together and not self.verify and not any(block.pieces for block in blocks):
-            # There is nothing to do but to copy the template.
-            done: Future[list[Averaged]] = Future()
-            done.set_result(self.worker(blocks))
-            return done
+            return None
         try:
             if target is not None:
                 return self.executor.submit(self.worker.write, blocks, target)
@@ -167,7 +166,7 @@ class Combiner:
         """Yield the first blocks under way; once the next is asked for, their buffer is free again."""
         blocks, buffer, work = under_way.popleft()
         try:
-            results = work.result()
+            results = self.worker(blocks) if work is None else work.result()
         except UnfitError:
             raise MismatchError(list(unfit(self.plan, self.block_bytes))) from None
         for block, (averages, checksums) in zip(blocks, results, strict=True):

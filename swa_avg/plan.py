@@ -109,6 +109,9 @@ def _differences(checkpoint: Checkpoint, newest: Checkpoint) -> Iterator[Finding
             )
     if checkpoint.tensors is newest.tensors:
         return
+    for names in sorted(map(sorted, _tied(newest) ^ _tied(checkpoint))):
+        problem = f"one tensor under several names here or in {newest.path.name}, and not in the other"
+        yield Finding(path, ", ".join(names[:5]), problem)
     ours = {name: tensor for name, tensor in newest.tensors.items() if tensor.role == "weight"}
     theirs = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.role == "weight"}
     hint = ""
@@ -125,6 +128,15 @@ def _differences(checkpoint: Checkpoint, newest: Checkpoint) -> Iterator[Finding
     for name, tensor in sorted(theirs.items()):
         if name not in ours:
             yield Finding(path, name, f"extra {tensor}; {newest.path.name} does not have it{hint}")
+
+
+def _tied(checkpoint: Checkpoint) -> set[frozenset[str]]:
+    """Return the sets of names under which one stored weight is found."""
+    names: dict[tuple[int, int, int], list[str]] = {}
+    for tensor in checkpoint.tensors.values():
+        if tensor.role == "weight" and tensor.nbytes:
+            names.setdefault((tensor.image, tensor.offset, tensor.nbytes), []).append(tensor.name)
+    return {frozenset(same) for same in names.values() if len(same) > 1}
 
 
 def _stems(name: str) -> tuple[str, ...]:

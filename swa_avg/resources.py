@@ -9,7 +9,7 @@ from swa_avg.errors import UsageError
 
 __all__ = ["REMOTE_THREADS", "allow_open_files", "fit_cluster", "fit_memory", "peak_memory"]
 
-_BLOCK_BYTES = 2**18  # with its sums, it stays in a core's cache
+_BLOCK_BYTES = 2**20  # larger ones leave a core's cache with their sums, smaller ones cost more calls
 _SMALLEST_BLOCK, _SMALLEST_BLOCK_OF_ROWS, _SMALLEST_REMOTE_BLOCK = 2**16, 2**12, 2**18
 _MOST_FOR_ROWS = 2**26
 _REMOTE_BLOCK_BYTES = 2**20  # an object store takes as long to start an answer as to send this much
@@ -19,6 +19,7 @@ _PROCESS_MEMORY = 64 * 2**20  # the interpreter with numpy and h5py, before anyt
 _CLUSTER_MEMORY = 96 * 2**20  # with Dask
 _CLUSTER_ROOM = 2**30  # for what workers send back
 _TASK_BYTES = 2**24  # of averages
+_SHARDS = 32  # of a checkpoint, as a rule at most
 
 
 def fit_memory(
@@ -75,13 +76,14 @@ def peak_memory(block_bytes: int, threads: int, rows: int = 1, *, far: bool = Fa
 
 
 def allow_open_files(count: int) -> None:
-    """Raise the soft limit of open files where many checkpoints need it: each stays open for the run."""
+    """Raise the soft limit of open files for so many checkpoints, each of which may be a set of shards: all
+    stay open for the run."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = count + 64
+    needed = count * _SHARDS + 64
     if soft != resource.RLIM_INFINITY and soft < needed and (hard == resource.RLIM_INFINITY or soft < hard):
         wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -22,7 +22,7 @@ from swa_avg.formats import Checkpoint, open_checkpoint
 from swa_avg.formats.archive import ArchiveCheckpoint
 from swa_avg.formats.base import Chunk
 from swa_avg.plan import Plan, make_plan
-from swa_avg.policy import batchnorm_layers, resolve_dtypes
+from swa_avg.policy import batchnorm_layers, is_model_optimizer, resolve_dtypes
 from swa_avg.provenance import batchnorm_record, describe
 from swa_avg.publish import Publication, check_output, publication_at
 from swa_avg.remote import as_path, kept_at_hand, on_this_machine, remote
@@ -265,8 +265,10 @@ def plan_output(
     dry_run: bool = False,
 ) -> Plan:
     """Plan an average in the form that the output's suffix and `optimizer` ask for."""
+    if optimizer not in ("keep", "drop"):
+        raise UsageError(f"optimizer is keep or drop, not {optimizer!r}")
     template = as_output(checkpoints[-1], output)
-    if optimizer == "drop" and not dry_run:
+    if optimizer == "drop" and not dry_run and any(map(is_model_optimizer, template.tensors.values())):
         template = template.without_optimizer(scratch)
     return make_plan(checkpoints, template, coefficients, drop_optimizer=optimizer == "drop")
 
@@ -302,6 +304,8 @@ def coefficients_of(
     weights: Sequence[float] | None,
 ) -> list[float]:
     """Return the method's coefficients; each method takes its own option, and no other's."""
+    if method not in methods.METHODS:
+        raise UsageError(f"the method is {' or '.join(methods.METHODS)}, not {method!r}")
     for option, value, owner in (
         ("--decay", decay, "ema"),
         ("--sigma-rel", sigma_rel, "power-ema"),

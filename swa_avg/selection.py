@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import math
 import re
 from collections.abc import Hashable, Sequence
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
-from swa_avg.index import INDEX_NAME, Entry, Index, read_index
+from swa_avg.index import INDEX_NAME, MODES, Entry, Index, read_index
 from swa_avg.remote import as_path, find, remote
 
 __all__ = ["epoch_number", "epochs_of", "expand", "natural_key", "parse_epochs", "read_indices", "select"]
@@ -118,7 +121,9 @@ def _indexed(folder: Path) -> list[Path]:
         raise UsageError(
             f"no checkpoints named, and no {INDEX_NAME} here; such as: swa-avg 'ckpt_*.keras' -o swa.keras"
         )
-    paths = [folder / entry.file for entry in read_index(index_path).entries]
+    entries = read_index(index_path).entries
+    _check_one_run(index_path, entries)
+    paths = [folder / entry.file for entry in entries]
     for path in paths:
         if not path.exists():
             hint = "name the checkpoints themselves, or restore it"
@@ -126,6 +131,20 @@ def _indexed(folder: Path) -> list[Path]:
     if not paths:
         raise UsageError(f"{index_path} names no checkpoints")
     return paths
+
+
+def _check_one_run(index_path: Path, entries: Sequence[Entry]) -> None:
+    """Raise UsageError if a checkpoint was saved before one of an earlier epoch: by another, longer run."""
+    times = []
+    for entry in entries:
+        with contextlib.suppress(ValueError):
+            times.append((datetime.fromisoformat(entry.time), entry.file))
+    for (before, earlier), (after, later) in pairwise(times):
+        if (before.tzinfo is None) == (after.tzinfo is None) and after < before:
+            raise UsageError(
+                f"{index_path} names {later}, which was saved before {earlier}: it is of an earlier run; "
+                "name the checkpoints of one run"
+            )
 
 
 def read_indices(paths: Sequence[Path]) -> dict[Path, tuple[Index, Entry]]:
@@ -184,6 +203,8 @@ def select(
     for option, number in (("--best", best), ("--last", last), ("--every", every)):
         if number is not None and number < 1:
             raise UsageError(f"{option} is {number}; expected 1 or more")
+    if mode not in (None, *MODES):
+        raise UsageError(f"mode is {' or '.join(MODES)}, not {mode!r}")
     if best is None and (monitor is not None or mode is not None):
         raise UsageError("--monitor and --mode go with --best")
     if epochs is not None:

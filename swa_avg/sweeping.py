@@ -170,6 +170,8 @@ def sweep(
             report = replace(report, path=line(trials, report.best_average.candidate))
         scratch = crew.scratch(publication, stack)
         _write(report, values, trials, scratch, optimizer=optimizer, dtype=dtype, verify=verify)
+        for checkpoint in trials.checkpoints:  # those that lost have decided, too
+            checkpoint.check_unchanged()
         publication.publish(published)
     if path is not None and draw and report.path:
         with Publication(Path(path), overwrite=overwrite) as picture:

@@ -81,6 +81,7 @@ def verify(
     with ExitStack() as stack:
         found = stack.enter_context(closing(open_checkpoint(stack.enter_context(kept_at_hand(output)))))
         record = read_record(found)
+        (found,) = resolve_dtypes([found], record.dtype)
         paths = _paths(record, output, as_path(inputs) if inputs is not None else output.parent)
         checkpoints = resolve_dtypes(open_all(paths, stack), record.dtype)
         _check_inputs(checkpoints, record)
@@ -157,7 +158,7 @@ def _shape_findings(found: Checkpoint, plan: Plan, record: Record) -> Iterator[F
 
 
 def _same_shape(one: Tensor, other: Tensor) -> bool:
-    return (one.shape, one.nbytes) == (other.shape, other.nbytes)
+    return (one.shape, one.dtype, one.nbytes) == (other.shape, other.dtype, other.nbytes)
 
 
 def _digest_findings(found: Checkpoint, record: Record) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,12 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+import h5py
 import numpy as np
 import pytest
 
 import makers
 import oracle
 from conftest import Ended
+from swa_avg import average
+from swa_avg.errors import UsageError
 
 Cli = Callable[..., Ended]
 
@@ -143,6 +147,65 @@ def test_the_index_of_the_current_folder_says_which(folder: Path, swa_avg: Cli) 
         "ckpt_10.keras",
     ]
     assert Path("swa.keras").exists()
+
+
+def test_an_index_of_two_runs_is_refused(folder: Path, swa_avg: Cli) -> None:
+    _index(folder)
+    index = json.loads((folder / "checkpoints.json").read_text())
+    for entry, time in zip(
+        index["checkpoints"], ("12:00:00+01:00", "11:30:00+00:00", "11:59:00+01:00"), strict=True
+    ):
+        entry["time"] = f"2026-11-24T{time}"
+    (folder / "checkpoints.json").write_text(json.dumps(index))
+    ended = swa_avg("-q")
+    line = "checkpoints.json names ckpt_10.keras, which was saved before ckpt_2.keras: it is of an earlier run; name the checkpoints of one run"
+    assert (ended.code, ended.err) == (2, f"swa-avg: error: {line}\n")
+    assert swa_avg("ckpt_1.keras", "ckpt_2.keras", "-q").code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"method": "emma"}, "the method is uniform or ema or power-ema or weights, not 'emma'"),
+        ({"optimizer": "dropp"}, "optimizer is keep or drop, not 'dropp'"),
+        ({"best": 1, "mode": "maxx"}, "mode is min or max, not 'maxx'"),
+    ],
+)
+def test_values_that_there_are_not_are_refused_in_python_too(
+    options: dict[str, object], problem: str, folder: Path
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(problem)):
+        average(["ckpt_*.keras"], "swa.keras", **options)  # type: ignore[arg-type]
+    assert not (folder / "swa.keras").exists()
+
+
+def test_a_checkpoint_that_does_not_count_must_be_finite_too(folder: Path, swa_avg: Cli) -> None:
+    makers.write_archive(
+        folder / "ckpt_1.keras", makers.weights(1) | {"layers/dense/vars/1": np.full(5, np.nan, "f4")}
+    )
+    ended = swa_avg("ckpt_*.keras", "-q", "--method", "weights", "--weights", "0,0.5,0.5")
+    line = "ckpt_1.keras: layers/dense/vars/1: holds NaN or infinity; leave this checkpoint out"
+    assert (ended.code, ended.err) == (4, f"swa-avg: error: {line}\n")
+
+
+def test_tensors_that_are_one_in_one_checkpoint_only_do_not_fit(folder: Path, swa_avg: Cli) -> None:
+    arrays = {"vars/0": np.ones(3, "f4"), "vars/1": np.full(3, 7, "f4")}
+    makers.write_weights(folder / "a_1.weights.h5", arrays)
+    makers.write_weights(folder / "a_2.weights.h5", {"vars/0": np.ones(3, "f4")})
+    with h5py.File(folder / "a_2.weights.h5", "r+") as file:
+        file["vars/1"] = file["vars/0"]
+    ended = swa_avg("a_1.weights.h5", "a_2.weights.h5", "-q", "-o", "swa.weights.h5")
+    line = (
+        "a_1.weights.h5: vars/0, vars/1: one tensor under several names here or in a_2.weights.h5, "
+        "and not in the other"
+    )
+    assert (ended.code, ended.err) == (4, f"swa-avg: error: {line}\n")
+
+
+def test_options_of_a_refresh_need_one(folder: Path, swa_avg: Cli) -> None:
+    ended = swa_avg("ckpt_1.keras", "ckpt_2.keras", "--bn-samples", "5")
+    line = "--bn-samples goes with --bn-refresh (see swa-avg --help)"
+    assert (ended.code, ended.err) == (2, f"swa-avg: error: {line}\n")
 
 
 def test_the_index_ranks_and_numbers(folder: Path, swa_avg: Cli) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from swa_avg.batchnorm.checkpoint import Refresh, load_model, without_greeting
 from swa_avg.batchnorm.functions import import_function, names_function
@@ -62,6 +62,7 @@ class BatchWorker:
     keras: tuple[str, str, str]
     """Version of Keras, its backend and the version of that."""
     _lock: threading.Lock = field(default_factory=threading.Lock, compare=False)
+    may_take_long: ClassVar[bool] = True
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, refresh: Refresh) -> BatchWorker | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, cast
 
-from swa_avg.errors import UsageError
+from swa_avg.errors import SwaAvgError, UsageError
 
 __all__ = ["import_function", "import_module", "names_function"]
 
@@ -55,7 +57,24 @@ def import_function(name: str) -> Callable[..., Any]:
             raise UsageError(f"cannot import {name}: {error}") from error
     if not callable(found):
         raise UsageError(f"{name} is not a function")
-    return cast("Callable[..., Any]", found)
+    return _named(cast("Callable[..., Any]", found), name)
+
+
+def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return the function such that what it raises is told as the user's: which one, and where."""
+
+    @wraps(function)
+    def called(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except SwaAvgError:
+            raise
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(frame.filename).name}, line {frame.lineno}"
+            raise UsageError(f"{name} failed: {type(error).__name__}: {error} ({where})") from error
+
+    return called
 
 
 @contextmanager

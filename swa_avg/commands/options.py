@@ -152,6 +152,10 @@ def take_refresh(options: dict[str, Any]) -> tuple[Refresh | None, Loading]:
     """Take the options of a refresh out of `options`; the second value says how the model is loaded."""
     from swa_avg.batchnorm.checkpoint import Loading, Refresh
 
+    if options["bn_refresh"] is None:
+        given = [n for n in ("input", "batch_size", "samples", "preprocess") if options[f"bn_{n}"]]
+        if given:
+            raise click.UsageError(f"--bn-{given[0].replace('_', '-')} goes with --bn-refresh")
     loading = {name: options.pop(name) for name in ("model", "imports", "unsafe")}
     taken = {
         field: options.pop(option)

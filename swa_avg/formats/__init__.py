@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from swa_avg.errors import SwaAvgError, UnreadableError
@@ -64,7 +64,7 @@ def _open(path: Path, like: Checkpoint | None) -> Checkpoint:
 def _check_places(checkpoint: Checkpoint, like: Checkpoint) -> None:
     """Raise UnreadableError if a tensor or two lie elsewhere than in `like`, and no other does.
 
-    HDF5 gives out room in order: whatever moves one tensor moves those after it, or the end of the file. One
+    HDF5 gives out room in order: whatever moves one tensor moves those after it, and the end of the file. One
     alone was moved by a damaged address, of which HDF5 keeps no checksum.
     """
     theirs = like.tensors
@@ -73,11 +73,21 @@ def _check_places(checkpoint: Checkpoint, like: Checkpoint) -> None:
         for name, tensor in checkpoint.tensors.items()
         if name in theirs and (tensor.image, tensor.offset) != (theirs[name].image, theirs[name].offset)
     ]
+    names = {tensor.name for tensor in moved}
     stayed = len(theirs) - len(moved)
-    alone = len(moved) == 1 <= stayed and checkpoint.size == like.size
-    if checkpoint.tensors.keys() == theirs.keys() and (0 < len(moved) <= _FEW < stayed or alone):
+    same_size = checkpoint.size == like.size
+    alone = len(moved) == 1 <= stayed and same_size
+    last = all(_are_last(names, tensors) for tensors in (checkpoint.tensors, theirs))
+    few = 0 < len(moved) <= _FEW < stayed and (same_size or not last)
+    if checkpoint.tensors.keys() == theirs.keys() and (few or alone):
         checkpoint.close()
         problem = (
             f"lies at another place than in {like.path.name}, and everything else does not: one is damaged"
         )
         raise UnreadableError(checkpoint.path, problem, tensor=moved[0].name)
+
+
+def _are_last(names: set[str], tensors: Mapping[str, Tensor]) -> bool:
+    """Tell whether tensors lie behind all others."""
+    ordered = sorted(tensors, key=lambda name: (tensors[name].image, tensors[name].offset))
+    return set(ordered[-len(names) :]) == names

@@ -200,7 +200,7 @@ def decode(body: bytes) -> Attribute:
         name, datatype, space = parts
         if len(datatype) < 8:
             raise DamagedStructureError("an attribute is cut short")
-        return Attribute(name.rstrip(b"\0"), shape_of(space), datatype, body[position:])
+        return Attribute(name.split(b"\0")[0], shape_of(space), datatype, body[position:])
     except (struct.error, IndexError) as error:
         raise DamagedStructureError("an attribute is cut short") from error
 

@@ -8,8 +8,8 @@ import io
 import os
 import stat
 from collections.abc import Hashable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
 
 from swa_avg.errors import SwaAvgError, SystemRefusalError, UnreadableError
@@ -90,13 +90,14 @@ class Image:
             raise UnreadableError(
                 self.path, f"bytes from {position} on were to be read, which lie outside the file"
             )
-        if isinstance(self.file, RemoteFile):
-            self.file.read_at(buffer, self.offset + position)
+        file = self.file
+        if isinstance(file, RemoteFile):
+            file.read_at(buffer, self.offset + position)
             return
         done = 0
         while done < len(buffer):
             try:
-                count = _read_at(self.file.fileno(), buffer[done:], self.offset + position + done)
+                count = _read_at(file.fileno(), buffer[done:], self.offset + position + done)
             except OSError as error:
                 raise SystemRefusalError(
                     error.errno, f"{error.strerror} while reading", str(self.path)
@@ -161,15 +162,17 @@ class _AbsentImage(Image):
         self.crc32 = checksum
         self._place = place
         self._state = self._seen = state
+        self._opening = Lock()
+        self._opened: IO[bytes] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _AbsentImage, (self.path, self._place, self.offset, self.size, self.crc32, self._state)
 
     def __del__(self) -> None:
-        if "file" in self.__dict__:  # nobody tells a worker which task is the last
+        if self._opened is not None:  # nobody tells a worker which task is the last
             self.close()
 
-    @cached_property
+    @property
     def file(self) -> IO[bytes]:  # type: ignore[override]
         """The file, opened when it is first read from.
 
@@ -178,6 +181,12 @@ class _AbsentImage(Image):
                 or other in what a service says of it.
             SystemRefusalError: as for `open_file`.
         """
+        with self._opening:  # threads of a worker share the image
+            if self._opened is None:
+                self._opened = self._open()
+            return self._opened
+
+    def _open(self) -> IO[bytes]:
         file = open_file(self._place)
         if isinstance(file, RemoteFile):
             file.settle()

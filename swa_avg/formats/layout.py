@@ -147,17 +147,18 @@ class Walk:
         Told by what they are called and by what every Keras optimizer starts with: the count of its
         iterations and its learning rate.
         """
-        found = {}
+        groups = set()
         for group in self.groups:
-            start = [self.tensors.get(f"{group}/{index}") for index in (0, 1)]
-            if not re.search(r"optimizer[^/]*/vars$", group) or None in start:
+            count, rate = (self.tensors.get(f"{group}/{index}") for index in (0, 1))
+            if not re.search(r"optimizer[^/]*/vars$", group) or count is None or rate is None:
                 continue
-            count, rate = start
-            if count and rate and count.shape == rate.shape == () and count.dtype.startswith(("int", "uint")):
-                for name, tensor in self.tensors.items():
-                    if name.startswith(f"{group}/"):
-                        found[name] = replace(tensor, role="optimizer")
-        return found
+            if count.shape == rate.shape == () and count.dtype.startswith(("int", "uint")):
+                groups.add(group)
+        return {
+            name: replace(tensor, role="optimizer")
+            for name, tensor in self.tensors.items()
+            if name.rpartition("/")[0] in groups
+        }
 
 
 def _walk(walk: Walk, structures: Structures) -> None:
@@ -194,6 +195,9 @@ def _walk(walk: Walk, structures: Structures) -> None:
 
 
 def _add_tensor(walk: Walk, name: str, messages: Sequence[Message], attributes: Iterable[bytes]) -> None:
+    kinds = [kind for kind, _, _ in messages]
+    if any(kinds.count(kind) > 1 for kind in (_DATASPACE, _DATATYPE, _STORAGE)):
+        raise DamagedStructureError("a dataset has two shapes, types or places")
     bodies = {kind: body for kind, _, body in messages}
     flags = {kind: flag for kind, flag, _ in messages}
     storage = bodies[_STORAGE]

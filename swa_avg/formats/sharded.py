@@ -113,7 +113,11 @@ def open_sharded(path: Path, like: Checkpoint | None = None) -> ShardedCheckpoin
             "shards": shards,
             "is_average": PROVENANCE in record,
         }
-        if isinstance(like, ShardedCheckpoint) and like.shards == shards and like.shares_layout(images):
+        if (
+            isinstance(like, ShardedCheckpoint)
+            and (like.map or {}).get("weight_map") == weight_map
+            and like.shares_layout(images)
+        ):
             return replace(like, **own)
         layouts = [read_layout(image, index) for index, image in enumerate(images)]
         tensors = _join(path, layouts, weight_map, shards)

@@ -24,6 +24,7 @@ Message = tuple[int, int, bytes]
 
 _ATTRIBUTE, _CONTINUATION, _SYMBOL_TABLE = 0x000C, 0x0010, 0x0011
 _NEWER_GROUP = (0x0002, 0x0006)  # link info, link
+_USED = {0x0001, 0x0003, 0x0007, 0x0008, 0x000B, _ATTRIBUTE, _SYMBOL_TABLE, *_NEWER_GROUP}
 _MAX_BLOCK = 2**26
 _UNDEFINED = 2**64 - 1
 _SHARED = 2
@@ -80,7 +81,7 @@ class Structures:
         self._node_size, self._tree_size = 8 + 2 * leaf * 40, 32 + 2 * internal * 16
 
     def messages(self, header: int) -> list[Message]:
-        """Return the messages of the object with this header address.
+        """Return the messages of the object with this header address, of those kinds that matter here.
 
         Raises:
             NewerStructureError: the header is of a newer kind; it has a checksum of its own.
@@ -90,12 +91,13 @@ class Structures:
             self.found.add((header, header + 4))
             raise NewerStructureError
         messages: list[Message] = []
+        seen = 0
         blocks = [(header, 16, size)]
         while blocks:
             start, prefix, size = blocks.pop(0)
             block = self._take(start, prefix + size)[prefix:]
             position = 0
-            while position + 8 <= size and len(messages) < count:
+            while position + 8 <= size and seen < count:
                 kind, length, flags = struct.unpack_from("<HHB", block, position)
                 body = block[position + 8 : position + 8 + length]
                 if len(body) < length:
@@ -105,9 +107,11 @@ class Structures:
                     blocks.append((address, 0, more))
                 elif kind == _ATTRIBUTE and not flags & _SHARED:
                     self._global_heaps(body)
-                messages.append((kind, flags, body))
+                if kind in _USED:
+                    messages.append((kind, flags, body))
                 position += 8 + length
-        if len(messages) < count:
+                seen += 1
+        if seen < count:
             raise DamagedStructureError("an object header is cut short")
         return messages
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import struct
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -651,3 +653,13 @@ def test_a_single_array_has_no_targets(tmp_path):
     np.save(tmp_path / "x.npy", IMAGES)
     with pytest.raises(UnreadableError, match=r"expected inputs and targets; found a single array \(.npy\)"):
         labelled(tmp_path / "x.npy")
+
+
+def test_a_function_that_fails_is_named_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_failing.py").write_text("def batches():\n    raise RuntimeError('no such disk')\n")
+    monkeypatch.chdir(tmp_path)
+    line = "my_failing:batches failed: RuntimeError: no such disk (my_failing.py, line 2)"
+    with pytest.raises(UsageError, match=f"^{re.escape(line)}$"):
+        import_function("my_failing:batches")()

@@ -89,6 +89,19 @@ def _emptied_group(data: bytearray) -> None:
     struct.pack_into("<H", data, data.rindex(b"TREE") + 6, 0)
 
 
+def _second_place(data: bytearray) -> None:
+    """Turn a message that says nothing, behind the one that tells the place, into a second one of these."""
+    place = _layout_message(data, KERNEL)
+    size = struct.unpack_from("<H", data, place - 2 - 6)[0]
+    following = place - 2 + size
+    kind, length = struct.unpack_from("<HH", data, following)
+    while kind != 0 or length < 18:
+        following += 8 + length
+        kind, length = struct.unpack_from("<HH", data, following)
+    struct.pack_into("<H", data, following, 0x0008)
+    data[following + 8 : following + 26] = data[place - 2 : place + 16]
+
+
 def _dims(data: bytearray, *dims: int) -> None:
     before = struct.pack("<4Q", 7, 5, 7, 5)  # dimensions, and their maxima
     assert data.count(before) == 2
@@ -320,6 +333,7 @@ CASES = [
         _patched(lambda data: struct.pack_into("<Q", data, 40, _extent(data, "optimizer/vars/2")[0])),
         rf".*: ({OUTSIDE}|damaged HDF5 file \(.+\))",
     ),
+    Case("two places for one dataset", _patched(_second_place), DAMAGED),
     Case("free blocks that do not end", _patched(_endless_heap), DAMAGED),
     Case("emptied group", _patched(_emptied_group), DAMAGED),
     Case(
@@ -443,9 +457,12 @@ def test_a_hostile_legacy_file_is_refused(case: Case, isolated: Isolated, tmp_pa
 
 
 def test_attributes_that_cannot_be_copied_are_refused_with_drop(isolated: Isolated, tmp_path: Path) -> None:
-    _legacy(lambda file: file["model_weights"].attrs.__setitem__("odd", np.zeros(2, [("a", "f4")])))(
-        tmp_path / "a_1.h5"
-    )
+    def edit(file: h5py.File) -> None:
+        file["model_weights"].attrs["odd"] = np.zeros(2, [("a", "f4")])
+        file["optimizer_weights/iteration:0"] = np.int64(1)  # something to drop
+        file["optimizer_weights"].attrs["weight_names"] = [b"iteration:0"]
+
+    _legacy(edit)(tmp_path / "a_1.h5")
     line = (
         r"a_1\.h5: model_weights: an attribute cannot be copied \(it has a type that Keras does not write\); "
         "use --optimizer keep"
