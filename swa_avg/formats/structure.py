@@ -72,9 +72,9 @@ class Structures:
         else:
             shift = 4 * version  # version 1 holds one number more
             widths, leaf, internal = struct.unpack("<13xHxHH", self._read(0, 20))
-            base, _, self.end, _ = struct.unpack("<4Q", self._read(24 + shift, 32))
+            base, free, self.end, driver = struct.unpack("<4Q", self._read(24 + shift, 32))
             (self.root,) = struct.unpack("<Q", self._read(64 + shift, 8))
-            if widths != 0x0808 or base:
+            if widths != 0x0808 or base or {free, driver} != {_UNDEFINED}:
                 raise DamagedStructureError("the superblock is not one that Keras writes")
             if self.end > image.size:
                 raise DamagedStructureError(f"it has {image.size} bytes of {self.end}")
