@@ -1,4 +1,4 @@
-"""Work on a Dask cluster, by way of Dask's executor: the same calls as to threads, on other machines."""
+"""Work on a Dask cluster, by way of an executor: the same calls as to threads, on other machines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -68,15 +68,16 @@ def connected(address: str) -> Iterator[ClusterExecutor]:
 
 
 class ClusterExecutor(Executor):
-    """Dask's executor for methods of objects: an object travels once, and each call takes only its arguments.
+    """An executor for methods of objects: an object travels once, and each call takes only its arguments.
 
     Dask recomputes what a lost worker held, and tries a call that failed again, on whichever worker is free.
+    Its own executor (`Client.get_executor`) is not used: where a worker is lost just after its result was
+    fetched, that takes the result for an exception.
     """
 
     def __init__(self, client: Client, address: str) -> None:
         self._client = client
         self._address = address
-        self._executor = client.get_executor(retries=_RETRIES, pure=False)
         self._sent: dict[int, tuple[object, Any]] = {}
         """Object and its copy on the cluster, by the object's id."""
         self._versions = _versions()
@@ -108,11 +109,12 @@ class ClusterExecutor(Executor):
             _check_versions(self._versions, theirs, worker, self._address)
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Call a method, or an object that can be called, on the cluster.
+        """Call a method, or an object that can be called, on the cluster, with positional arguments only.
 
         Its result and arguments are pickled. `result()` raises the errors of the call, with the worker's
         name, and SystemRefusalError where the cluster lost it.
         """
+        assert not kwargs
         thing = getattr(function, "__self__", function)
         name = getattr(function, "__name__", "__call__")
         hurried = not getattr(thing, "may_take_long", False)
@@ -131,15 +133,23 @@ class ClusterExecutor(Executor):
                 with suppress(Exception):  # else the calls start where the copy is, and spread out slowly
                     self._client.replicate([copy], callback_timeout=_PATIENCE)
             copy = self._sent[id(thing)][1]
-            return key, self._executor.submit(
-                _run, copy, name, args, self._versions, self._address, key=key, workers=workers
+            task = self._client.submit(
+                _run,
+                copy,
+                name,
+                args,
+                self._versions,
+                self._address,
+                key=key,
+                workers=workers,
+                pure=False,
+                retries=_RETRIES,
             )
+        return key, asyncio.run_coroutine_threadsafe(_outcome(task), self._client.loop.asyncio_loop)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Release what was sent; without `wait`, cancel what runs."""
+        """Release what was sent."""
         self._sent.clear()
-        if self._client.status == "running":
-            self._executor.shutdown(wait=wait)
 
     def look(self, file: str) -> None:
         """Raise SystemRefusalError if the scheduler is gone, or there has been no worker for a while."""
@@ -194,10 +204,10 @@ class _Call(Future[Any]):
             late = self._hurried and time.monotonic() - started > _SLOW
             if (late or self._executor.slow) and self._is_moved(late):
                 started = time.monotonic()
-        if self._task.cancelled():
+        error = self._task.exception()
+        if isinstance(error, CancelledError):
             self._executor.look(self._file)
             raise self._executor.refusal(f"Dask cancelled the work on {self._file}", "look at its log")
-        error = self._task.exception()
         if error is not None:
             raise _lost(error, self._file, self._executor) from error
         result = self._task.result()
@@ -225,6 +235,14 @@ class _Found:
 
     def __init__(self, error: Exception) -> None:
         self.error = error
+
+
+async def _outcome(task: Any) -> Any:
+    """Wait for a task's result; to cancel the waiting cancels the task."""
+    try:
+        return await task
+    finally:
+        task.release()
 
 
 def _pickled(thing: object) -> bytes:

@@ -322,6 +322,27 @@ def test_a_cluster_that_loses_all_workers_ends_the_run_with_the_last_one_and_the
     assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in paths]
 
 
+def test_a_result_whose_worker_is_lost_once_it_was_fetched_counts(
+    lonely: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_run(tmp_path)
+    average(paths, tmp_path / "here.keras")
+    gather = distributed.Client._gather
+    lost = []
+
+    async def gather_and_lose(client: Any, futures: Any, *args: Any, **kwargs: Any) -> Any:
+        results = await gather(client, futures, *args, **kwargs)
+        for future in futures:
+            future._state.lose()  # what the scheduler's message about the lost data does
+            lost.append(future.key)
+        return results
+
+    monkeypatch.setattr(distributed.Client, "_gather", gather_and_lose)
+    average(paths, tmp_path / "swa.keras", cluster=lonely.scheduler_address)
+    assert lost
+    assert (tmp_path / "swa.keras").read_bytes() == (tmp_path / "here.keras").read_bytes()
+
+
 @pytest.mark.parametrize("change", ["missing", "replaced"])
 def test_a_worker_that_sees_no_file_or_another_is_named_with_the_file(
     change: str, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
