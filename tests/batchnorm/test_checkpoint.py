@@ -29,6 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     digits = load_digits()
     images, labels = (digits.images / 16.0).astype("float32")[..., None], digits.target
     layers = keras.layers
+    keras.utils.clear_session()  # layers are numbered over the whole process, and tests name them
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
