@@ -20,6 +20,7 @@ __all__ = ["epoch_number", "epochs_of", "expand", "natural_key", "parse_epochs",
 _DECIMALS = re.compile(r"(?<![\d.])\d+\.\d+")
 _EPOCHS = re.compile(r"([0-9]{1,18})?:([0-9]{1,18})?(?::([0-9]{1,18}))?$|([0-9]{1,18})$")
 _MOST_DIGITS = 18
+_SUFFIXES = (".keras", ".weights.json", ".weights.h5", ".h5", ".hdf5")
 
 
 def natural_key(path: Path) -> list[tuple[int, int, str]]:
@@ -57,31 +58,38 @@ def parse_epochs(text: str) -> range:
 
 
 def expand(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Return the files that names and shell patterns stand for, in natural order.
+    """Return the files that names, folders and shell patterns stand for, in natural order of the names.
 
-    With no pattern, those that the index of the current folder names, in training order. A URL may be a
-    pattern, too.
+    A folder stands for what its index names, in training order; with no pattern, the current folder does. A
+    URL may be a pattern, too, or with a `/` at its end a folder.
 
     Raises:
         SystemRefusalError: the service that a URL names did not answer or refused.
-        UnreadableError: a name that is no pattern does not exist, or the index names a file that is missing.
+        UnreadableError: a name that is no pattern does not exist, a folder has no index, or the index names a
+            file that is missing.
         UsageError: a pattern matches nothing, or nothing was named and there is no index.
     """
     if isinstance(patterns, str | Path):
         patterns = [patterns]
     if not patterns:
+        if not Path(INDEX_NAME).exists():
+            example = "swa-avg 'ckpt_*.keras' -o swa.keras"
+            raise UsageError(f"no checkpoints named, and no {INDEX_NAME} here; such as: {example}")
         return _indexed(Path())
-    paths: list[Path] = []
+    named: list[Path] = []
     for pattern in patterns:
         path = as_path(pattern)
         if not glob.has_magic(str(pattern)) or _is_there(path):
             _identity(path)
-            paths.append(path)
+            named.append(path)
             continue
         matches = _matches(str(pattern))
         if not matches:
             raise UsageError(f"no file matches {str(pattern)!r}")
-        paths.extend(matches)
+        named.extend(matches)
+    if len(named) == 1 and _is_folder(named[0]):
+        return _indexed(named[0])
+    paths = [file for path in named for file in (_indexed(path) if _is_folder(path) else [path])]
     return sorted(paths, key=natural_key)
 
 
@@ -101,6 +109,11 @@ def _is_there(path: Path) -> bool:
         return False
 
 
+def _is_folder(path: Path) -> bool:
+    """Tell whether a name is that of a folder; of a URL without asking the service."""
+    return path.is_dir() if remote(path) is None else str(path).endswith("/")
+
+
 def _identity(path: Path) -> Hashable:
     """Return what is equal for two names of one file; what a URL leads to is seen when it is opened."""
     if (url := remote(path)) is not None:
@@ -116,11 +129,14 @@ def _identity(path: Path) -> Hashable:
 
 
 def _indexed(folder: Path) -> list[Path]:
+    if remote(folder) is not None:
+        folder = as_path(str(folder).rstrip("/"))
     index_path = folder / INDEX_NAME
     if not index_path.exists():
-        raise UsageError(
-            f"no checkpoints named, and no {INDEX_NAME} here; such as: swa-avg 'ckpt_*.keras' -o swa.keras"
-        )
+        local = remote(folder) is None
+        suffix = next((suffix for suffix in _SUFFIXES if local and any(folder.glob(f"*{suffix}"))), ".keras")
+        hint = f"name its checkpoints, such as '{glob.escape(str(folder))}/*{suffix}'"
+        raise UnreadableError(folder, f"a folder without {INDEX_NAME}", hint=hint)
     entries = read_index(index_path).entries
     _check_one_run(index_path, entries)
     paths = [folder / entry.file for entry in entries]

@@ -149,6 +149,21 @@ def test_the_index_of_the_current_folder_says_which(folder: Path, swa_avg: Cli) 
     assert Path("swa.keras").exists()
 
 
+def test_the_index_of_a_named_folder_says_which(folder: Path, swa_avg: Cli) -> None:
+    makers.write_archive(folder / "ckpt_11.keras", makers.weights(11))
+    _index(folder)
+    (folder / "elsewhere").mkdir()
+    os.chdir("elsewhere")
+    expected = ["../ckpt_1.keras", "../ckpt_2.keras", "../ckpt_10.keras"]
+    ended = swa_avg("..", "--json", "-q")
+    assert [entry["path"] for entry in json.loads(ended.out)["inputs"]] == expected
+    assert _names(Path()) == ["swa.keras"]
+    ended = swa_avg("inspect", "../", "--json", "-q", "--best", "2")
+    assert [entry["path"] for entry in json.loads(ended.out)["checkpoints"]] == expected[1:]
+    (only,) = average("..", "b.keras", last=1).plan.inputs
+    assert str(only.path) == expected[2]
+
+
 def test_an_index_of_two_runs_is_refused(folder: Path, swa_avg: Cli) -> None:
     _index(folder)
     index = json.loads((folder / "checkpoints.json").read_text())
@@ -477,7 +492,10 @@ def test_inputs_that_are_no_checkpoints(folder: Path, swa_avg: Cli) -> None:
             "text.keras",
             "text.keras: not a Keras checkpoint: neither a .keras archive, nor HDF5, nor a .weights.json",
         ),
-        ("dir.keras", "dir.keras: not a regular file; name a checkpoint file"),
+        (
+            "dir.keras",
+            "dir.keras: a folder without checkpoints.json; name its checkpoints, such as 'dir.keras/*.keras'",
+        ),
         ("fifo.keras", "fifo.keras: not a regular file; name a checkpoint file"),
         ("missing.keras", "missing.keras: no such file"),
         ("/dev/zero", "/dev/zero: not a regular file; name a checkpoint file"),

@@ -120,14 +120,13 @@ def test_patterns_are_taken_in_natural_order_and_the_index_beside_is_used(
     index = {"version": 1, "monitor": "val_loss", "mode": "min", "checkpoints": entries}
     memory.pipe_file("/run/checkpoints.json", json.dumps(index).encode())
 
-    def chosen(*options: object) -> list[str]:
-        ended = swa_avg(
-            "memory://run/ckpt_*.keras", "-o", tmp_path / "x.keras", "--dry-run", "--json", *options
-        )
+    def chosen(*options: object, named: str = "memory://run/ckpt_*.keras") -> list[str]:
+        ended = swa_avg(named, "-o", tmp_path / "x.keras", "--dry-run", "--json", *options)
         assert ended.code == 0, ended.err
-        return [item["path"].removeprefix("memory:///run/") for item in json.loads(ended.out)["inputs"]]
+        return [item["path"].rpartition("/run/")[2] for item in json.loads(ended.out)["inputs"]]
 
     assert chosen() == ["ckpt_1.keras", "ckpt_2.keras", "ckpt_10.keras"]
+    assert chosen(named="memory://run/") == ["ckpt_1.keras", "ckpt_2.keras", "ckpt_10.keras"]
     assert chosen("--epochs", "101:102") == ["ckpt_1.keras", "ckpt_2.keras"]
     assert chosen("--best", "2") == ["ckpt_2.keras", "ckpt_10.keras"]
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from swa_avg.errors import UsageError
+from swa_avg.errors import UnreadableError, UsageError
 from swa_avg.selection import epoch_number, expand, natural_key, parse_epochs, select
 
 
@@ -71,3 +72,37 @@ def test_undecodable_names_are_files_too(tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/ck\xff_1.keras"))
     path.touch()
     assert expand([tmp_path / "*.keras"]) == [path]
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern"),
+    [
+        ("a_1.keras", "*.keras"),
+        ("a_1.weights.h5", "*.weights.h5"),
+        ("a.01-0.5.hdf5", "*.hdf5"),
+        ("model_00000.weights.h5", "*.weights.json"),
+        ("notes.txt", "*.keras"),
+    ],
+)
+def test_of_a_folder_without_an_index_a_pattern_is_proposed(file: str, pattern: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run[1]"
+    folder.mkdir()
+    (folder / file).touch()
+    if pattern.endswith("json"):
+        (folder / "model.weights.json").touch()
+    with pytest.raises(UnreadableError) as caught:
+        expand([folder])
+    assert str(caught.value) == (
+        f"{folder}: a folder without checkpoints.json; name its checkpoints, "
+        f"such as '{tmp_path}/run[[]1]/{pattern}'"
+    )
+
+
+def test_a_folder_stands_for_what_its_index_names_in_training_order(tmp_path: Path) -> None:
+    names = ["0.9_first.keras", "0.1_second.keras", "left_out.keras"]
+    for name in names:
+        (tmp_path / name).touch()
+    entries = [{"file": name, "epoch": epoch} for epoch, name in enumerate(names[:2], 1)]
+    (tmp_path / "checkpoints.json").write_text(json.dumps({"version": 1, "checkpoints": entries}))
+    assert expand(str(tmp_path)) == [tmp_path / name for name in names[:2]]
+    assert expand([tmp_path / "left_out.keras", tmp_path]) == sorted(tmp_path / name for name in names)

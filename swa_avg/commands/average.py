@@ -67,10 +67,11 @@ def average(
 
     CHECKPOINTS are .keras, .weights.h5, .h5 or .weights.json files of one training run, named or as quoted
     patterns; URLs such as s3://bucket/ckpt_*.keras will do. They are taken in natural order, ckpt_2 before
-    ckpt_10. Without any, the checkpoints.json that CheckpointSaver left in the current folder says which.
+    ckpt_10. Of a folder, by default the current one, the checkpoints.json that CheckpointSaver left in it
+    says which.
 
     \b
-    swa-avg ckpt_*.keras -o swa.keras
+    swa-avg run -o swa.keras
     swa-avg ckpt_*.keras -o swa.keras --last 10 --bn-refresh train.npz
     """
     from swa_avg.run import average as run

@@ -75,7 +75,7 @@ def test_an_existing_output_is_kept(isolated: Isolated, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("folder.keras", r"folder\.keras: not a regular file; name a checkpoint file"),
+        ("folder.keras", r"folder\.keras: a folder without checkpoints\.json; name its checkpoints, .*"),
         ("fifo.keras", r"fifo\.keras: not a regular file; name a checkpoint file"),
         ("/dev/zero", "/dev/zero: not a regular file; name a checkpoint file"),
         ("/dev/full", "/dev/full: not a regular file; name a checkpoint file"),
