@@ -112,8 +112,9 @@ def average(
     Args:
         inputs: Names, URLs (`s3://bucket/ckpt.keras`) and shell patterns of checkpoints of one format. Their
             training order is the natural order of the names (`ckpt_2` before `ckpt_10`), in whichever order
-            they are given. A folder stands for those that its `checkpoints.json` names, in its order;
-            without any input, the current folder does.
+            they are given; of several folders, that of the epochs, if no two share one. A folder
+            stands for those that its `checkpoints.json` names, in its order; without any input, the current
+            folder does.
         output: The path or URL to which the average is written; `swa` + the inputs' suffix by default. From
             `.keras` inputs it may end with `.weights.h5`.
         epochs: Use only these epochs: `A:B[:STEP]`, both ends included; by the index beside the checkpoints,

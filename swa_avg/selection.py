@@ -6,7 +6,7 @@ import contextlib
 import glob
 import math
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -58,7 +58,10 @@ def parse_epochs(text: str) -> range:
 
 
 def expand(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Return the files that names, folders and shell patterns stand for, in natural order of the names.
+    """Return the files that names, folders and shell patterns stand for, in training order.
+
+    That is the natural order of the names. Of several folders it is the order of epochs, where every file has
+    one of its own, by the index beside it or its name: one run may have gone on in another folder.
 
     A folder stands for what its index names, in training order; with no pattern, the current folder does. A
     URL may be a pattern, too, or with a `/` at its end a folder.
@@ -90,7 +93,18 @@ def expand(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
     if len(named) == 1 and _is_folder(named[0]):
         return _indexed(named[0])
     paths = [file for path in named for file in (_indexed(path) if _is_folder(path) else [path])]
-    return sorted(paths, key=natural_key)
+    return _ordered(paths)
+
+
+def _ordered(paths: Sequence[Path]) -> list[Path]:
+    by_name = sorted(paths, key=natural_key)
+    if len({path.parent for path in by_name}) < 2:
+        return by_name
+    indexed = read_indices(by_name)
+    positions = {position: path for path in by_name if (position := _position(path, indexed)) is not None}
+    if len(positions) < len(by_name):  # several runs, or one that began to count anew: the names alone tell
+        return by_name
+    return [positions[position] for position in sorted(positions)]
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -177,6 +191,14 @@ def read_indices(paths: Sequence[Path]) -> dict[Path, tuple[Index, Entry]]:
     return {path: known[path] for path in paths if path in known}
 
 
+def _position(path: Path, indexed: Mapping[Path, tuple[Index, Entry]]) -> tuple[int, int] | None:
+    """Return epoch and step: by the index, else by the last whole number in the name; None without one."""
+    if path in indexed:
+        return indexed[path][1].position
+    number = epoch_number(path)
+    return None if number is None else (number, -1)
+
+
 def epochs_of(paths: Sequence[Path], purpose: str) -> list[int]:
     """Return each checkpoint's epoch: by the index beside it, else the last whole number in its name.
 
@@ -186,12 +208,12 @@ def epochs_of(paths: Sequence[Path], purpose: str) -> list[int]:
     indexed = read_indices(paths)
     epochs = []
     for path in paths:
-        number = indexed[path][1].epoch if path in indexed else epoch_number(path)
-        if number is None:
+        position = _position(path, indexed)
+        if position is None:
             raise UsageError(
                 f"{purpose} needs the epoch in an index or as a number in each name; {path.name} has none"
             )
-        epochs.append(number)
+        epochs.append(position[0])
     return epochs
 
 

@@ -106,3 +106,34 @@ def test_a_folder_stands_for_what_its_index_names_in_training_order(tmp_path: Pa
     (tmp_path / "checkpoints.json").write_text(json.dumps({"version": 1, "checkpoints": entries}))
     assert expand(str(tmp_path)) == [tmp_path / name for name in names[:2]]
     assert expand([tmp_path / "left_out.keras", tmp_path]) == sorted(tmp_path / name for name in names)
+
+
+def _touch(folder: Path, *names: str) -> list[Path]:
+    paths = [folder / name for name in names]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    return paths
+
+
+def test_a_run_that_went_on_in_another_folder_is_ordered_by_epoch(tmp_path: Path) -> None:
+    paths = _touch(tmp_path, "run/ckpt_2.keras", "run/ckpt_10.keras", "continued/ckpt_11.keras")
+    assert expand([paths[2], paths[0], paths[1]]) == paths
+    entries = [{"file": "ckpt_11.keras", "epoch": 1}]
+    (tmp_path / "continued/checkpoints.json").write_text(json.dumps({"version": 1, "checkpoints": entries}))
+    assert expand(paths) == [paths[2], paths[0], paths[1]]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a/ckpt_1.keras", "a/ckpt_3.keras", "b/ckpt_1.keras", "b/ckpt_2.keras"],
+        ["a/ckpt_3.keras", "a/last.keras", "b/ckpt_2.keras"],
+        ["epoch_2/model.keras", "epoch_10/model.keras"],
+    ],
+)
+def test_folders_whose_epochs_are_shared_or_unknown_are_ordered_by_name(
+    names: list[str], tmp_path: Path
+) -> None:
+    paths = _touch(tmp_path, *names)
+    assert expand(paths[::-1]) == paths
