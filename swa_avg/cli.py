@@ -40,6 +40,8 @@ class _Group(DefaultGroup):  # type: ignore[misc]
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if ctx.resilient_parsing and not args:  # completing the first word: it may be a command
             return click.Group.parse_args(self, ctx, args)
+        if "--" in args and args[0] not in self.commands:  # which the group would keep from the command
+            args = [str(self.default_cmd_name), *args]
         return list(super().parse_args(ctx, args))
 
     def invoke(self, ctx: click.Context) -> Any:

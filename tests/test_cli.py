@@ -76,6 +76,17 @@ def test_quoted_patterns_and_the_default_output(folder: Path, swa_avg: Cli) -> N
     assert Path("swa.keras").exists()
 
 
+@pytest.mark.parametrize("options", [(), ("-q",), ("-o", "swa.keras"), ("average",)], ids=str)
+def test_after_two_dashes_everything_is_a_name(options: tuple[str, ...], folder: Path, swa_avg: Cli) -> None:
+    for number, name in enumerate(("-1.keras", "inspect", "--"), 3):
+        makers.write_archive(folder / name, makers.weights(number))
+    ended = swa_avg(*options, "--json", "--", "-1.keras", "inspect", "--", "./ckpt_2.keras")
+    assert ended.code == 0, ended.err
+    assert [entry["path"] for entry in json.loads(ended.out)["inputs"]] == [
+        "-1.keras", "--", "ckpt_2.keras", "inspect"
+    ]  # fmt: skip
+
+
 def test_the_order_of_names_and_a_second_run_change_no_byte(folder: Path, swa_avg: Cli) -> None:
     swa_avg("ckpt_1.keras", "ckpt_2.keras", "ckpt_10.keras", "-o", "a.keras")
     swa_avg("ckpt_10.keras", "ckpt_1.keras", "ckpt_2.keras", "-o", "b.keras", "--threads", "3")
