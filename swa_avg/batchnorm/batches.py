@@ -323,8 +323,10 @@ def features_of(element: Any, inputs: int) -> Any:
 
 
 def as_array(values: Any) -> Array:
+    """Return a tensor of any framework as an array; bfloat16 of torch, which NumPy lacks, as float32."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
+        values = values.float() if str(values.dtype) == "torch.bfloat16" else values
     return np.asarray(values)
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swa_avg.batchnorm.backends import Step, compiled, leaked, random_state_kept, to_numpy, value_of
-from swa_avg.batchnorm.batches import ArrayData, Data, RowDigests
+from swa_avg.batchnorm.backends import Step, compiled, leaked, random_state_kept, seed_torch, value_of
+from swa_avg.batchnorm.batches import ArrayData, Data, RowDigests, as_array
 from swa_avg.batchnorm.data import open_data
 from swa_avg.batchnorm.moments import ESTIMATORS, Statistics
 from swa_avg.batchnorm.observe import SEED_STATE, Outcome, batchnorm_layers, make_step
@@ -229,7 +229,7 @@ class Runner:
         """Run one batch, and return what travels."""
         batch, rows, digests = data.batch(number)
         integers, floats = self.run(number, batch)
-        return Measured(to_numpy(integers), to_numpy(floats), rows, digests)
+        return Measured(as_array(integers), as_array(floats), rows, digests)
 
 
 def _first(run: Step, step: Step, values: list[Any], inputs: Any, data: Data) -> tuple[Step, Outcome]:
@@ -257,7 +257,7 @@ def _take(
 ) -> None:
     interrupts.check()
     if pending is not None:
-        integers, floats = to_numpy(pending[0]), to_numpy(pending[1])
+        integers, floats = as_array(pending[0]), as_array(pending[1])
         _check_finite(integers, floats, layers, tally, data)
         tally.add(integers, floats)
         if progress is not None:
@@ -283,16 +283,19 @@ def _seeded(values: Sequence[Any], variables: Sequence[Any], seed: int, batch: i
     Files do not store the state of generators, so that a loaded model would drop other units in each
     process; and what is dropped in a batch must not depend on who ran the batches before it. For batch b,
     counted from 0, the k-th generator gets the first word of NumPy's SeedSequence([seed, k, b]), without its
-    top bit, and counter 0.
+    top bit, and counter 0; torch's own generators get that of the number after the last k.
     """
     from keras import ops
+
+    def word(k: int) -> int:
+        return int(np.random.SeedSequence([seed, k, batch]).generate_state(1)[0]) & 0x7FFFFFFF
 
     values = list(values)
     generators = [number for number, variable in enumerate(variables) if variable.name == SEED_STATE]
     for k, number in enumerate(generators):
-        word = int(np.random.SeedSequence([seed, k, batch]).generate_state(1)[0]) & 0x7FFFFFFF
-        state = np.array([word, 0])
+        state = np.array([word(k), 0])
         values[number] = ops.cast(ops.convert_to_tensor(state), variables[number].dtype)
+    seed_torch(word(len(generators)))
     return values
 
 
@@ -357,7 +360,7 @@ def _path(layer: Any) -> str:
 
 
 def _array(variable: Any) -> NDArray[np.float64]:
-    return to_numpy(value_of(variable)).astype(np.float64)
+    return as_array(value_of(variable)).astype(np.float64)
 
 
 def _assign(layers: Sequence[Any], new: Mapping[int, Statistics], source: str) -> None:
@@ -388,7 +391,7 @@ def _values(layer: Any, new: Statistics) -> Iterator[tuple[Any, NDArray[np.float
 
 @contextmanager
 def _all_or_nothing(variables: Sequence[Any]) -> Iterator[None]:
-    before = [(variable, np.array(to_numpy(value_of(variable)))) for variable in variables]
+    before = [(variable, np.array(as_array(value_of(variable)))) for variable in variables]
     with interrupts_held() as deliver:
         try:
             yield
