@@ -19,12 +19,12 @@ from swa_avg.batchnorm.data import open_data
 from swa_avg.batchnorm.moments import ESTIMATORS, Statistics
 from swa_avg.batchnorm.observe import SEED_STATE, Outcome, batchnorm_layers, make_step
 from swa_avg.batchnorm.report import LayerReport, RefreshReport, drift_between, standard_error
-from swa_avg.batchnorm.spec import Shape, Spec
+from swa_avg.batchnorm.spec import ARGUMENTS, Purpose, Shape, Spec
 from swa_avg.batchnorm.tally import Tally
 from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
 from swa_avg.interrupts import interrupts, interrupts_held
 
-__all__ = ["Progress", "arranger", "inputs_of", "refresh_batchnorm"]
+__all__ = ["Progress", "arranger", "check_data", "inputs_of", "refresh_batchnorm"]
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm.elsewhere import Elsewhere
@@ -47,6 +47,7 @@ def refresh_batchnorm(
     preprocess: Callable[[Any], Any] | None = None,
     progress: Progress | None = None,
     elsewhere: Elsewhere | None = None,
+    purpose: Purpose = ARGUMENTS,
 ) -> RefreshReport:
     """Re-estimate the statistics of every BatchNorm layer of a built Keras model, in place.
 
@@ -69,6 +70,7 @@ def refresh_batchnorm(
         progress: Told how many rows have been used.
         elsewhere: Other machines to run batches on. The first runs here, and all of them where they cannot be
             drawn by number, or where the model hands state from batch to batch.
+        purpose: Who is told by what names to ask for something else.
 
     Raises:
         UsageError: the request, or the model, cannot be worked with.
@@ -80,7 +82,13 @@ def refresh_batchnorm(
     if not getattr(model, "built", False):
         raise UsageError("the model is not built: call it on one batch, or load its weights first")
     spec = spec_of(
-        model, inputs=inputs, batch_size=batch_size, samples=samples, seed=seed, preprocess=preprocess
+        model,
+        inputs=inputs,
+        batch_size=batch_size,
+        samples=samples,
+        seed=seed,
+        preprocess=preprocess,
+        purpose=purpose,
     )
     layers, active = batchnorm_layers(model), active_layers(model)
     with random_state_kept(), open_data(data, spec) as batches:
@@ -91,6 +99,17 @@ def refresh_batchnorm(
         report = _report(model, layers, active, batches, tally, new, estimator)
         _assign(active, new, batches.source)
     return report
+
+
+def check_data(model: Any, data: Any, *, batch_size: int | None, samples: int | None) -> None:
+    """Raise what `refresh_batchnorm` would about these data, as far as a look at them tells.
+
+    Of arrays, all rows are looked at; of batches, the first, unless looking would use it up.
+    """
+    spec = spec_of(model, inputs=(), batch_size=batch_size, samples=samples, purpose=ARGUMENTS)
+    with random_state_kept(), open_data(data, spec) as batches:
+        if active_layers(model):
+            batches.check()
 
 
 def active_layers(model: Any) -> list[Any]:
