@@ -24,6 +24,7 @@ import keras
 import numpy as np
 
 from swa_avg.batchnorm.checkpoint import Refresh
+from swa_avg.batchnorm.refresh import active_layers, check_data
 from swa_avg.errors import SwaAvgError, UsageError
 from swa_avg.index import MODES, Entry, is_plain_name
 from swa_avg.metrics import direction
@@ -314,13 +315,16 @@ class SWA(CheckpointSaver):
         cycle_length: Epochs in a cycle of the learning rate, counted from `swa_start`: average the ends of
             the cycles only.
         bn_data: What `swa_avg.refresh_batchnorm` takes, such as the training inputs: for models with
-            BatchNorm, whose statistics are not those of the averaged weights.
+            BatchNorm, whose statistics are not those of the averaged weights. Looked at as training begins:
+            all rows of arrays, and the first of batches that can be iterated over again.
         bn_batch_size: Rows a batch of `bn_data`, if that does not come in batches; 128 by default.
+        bn_samples: Rows of `bn_data` to use; all by default.
         keep_checkpoints: Keep the files that were averaged.
         verbose: 1 prints what is done.
 
     Raises:
         UsageError: an argument has no meaning.
+        UnreadableError: (in `fit`) `bn_data` cannot be read, do not fit the model, or hold NaN.
         MismatchError: (at the end of `fit`) the weights cannot be averaged: quantized, or not finite.
         SystemRefusalError: (in `fit`) disk full, permission denied, input/output error.
     """
@@ -332,6 +336,7 @@ class SWA(CheckpointSaver):
         cycle_length: int | None = None,
         bn_data: Any = None,
         bn_batch_size: int | None = None,
+        bn_samples: int | None = None,
         keep_checkpoints: bool = True,
         verbose: int = 0,
     ) -> None:
@@ -339,10 +344,19 @@ class SWA(CheckpointSaver):
             raise UsageError(
                 f"filepath {str(filepath)!r} names a file; expected a folder, for swa.keras in it"
             )
+        for name, value in (("bn_batch_size", bn_batch_size), ("bn_samples", bn_samples)):
+            if value is not None:
+                _check_count(name, value)
         super().__init__(filepath, swa_start, cycle_length=cycle_length, verbose=verbose)
         self._bn_data = bn_data
         self._bn_batch_size = bn_batch_size
+        self._bn_samples = bn_samples
         self._keep_checkpoints = keep_checkpoints
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
+        if _is_chief(self.model):
+            self._check_bn_data()
+        super().on_train_begin(logs)
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         super().on_train_end(logs)
@@ -353,7 +367,12 @@ class SWA(CheckpointSaver):
         output = self._folder.path / "swa.keras"
         refresh = None
         if self._bn_data is not None:
-            refresh = Refresh(self._bn_data, batch_size=self._bn_batch_size, model=self.model)
+            refresh = Refresh(
+                self._bn_data,
+                batch_size=self._bn_batch_size,
+                samples=self._bn_samples,
+                model=self.model,
+            )
         report = average(paths, output, overwrite=True, refresh=refresh)
         if refresh is None:
             self.model.load_weights(output)
@@ -362,6 +381,18 @@ class SWA(CheckpointSaver):
             print(f"\nThe model has the mean of {len(paths)} epochs, and is saved as {output}")
         if not self._keep_checkpoints:
             self._warn(self._folder.forget([entry.file for entry in entries]))
+
+    def _check_bn_data(self) -> None:
+        """Say now, not after hours of training, what the refresh will say of its data."""
+        to_refresh = active_layers(self.model)
+        if self._bn_data is not None:
+            check_data(self.model, self._bn_data, batch_size=self._bn_batch_size, samples=self._bn_samples)
+            if not to_refresh:
+                self._warn(["the model has no BatchNorm to refresh: bn_data will change nothing"])
+        elif to_refresh:
+            self._warn(
+                ["the model has BatchNorm, whose statistics will not fit averaged weights: pass bn_data"]
+            )
 
     def _is_captured(self, entry: Entry) -> bool:
         """Tell whether an entry is of the epochs to average; later ones are of an earlier, longer run."""

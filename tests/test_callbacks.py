@@ -14,6 +14,7 @@ import oracle
 
 keras = pytest.importorskip("keras")
 
+from swa_avg import refresh_batchnorm  # noqa: E402
 from swa_avg.callbacks import SWA, CheckpointSaver  # noqa: E402
 from swa_avg.errors import MismatchError, SystemRefusalError, UnreadableError, UsageError  # noqa: E402
 from swa_avg.index import read_index  # noqa: E402
@@ -23,6 +24,8 @@ pytestmark = [
     pytest.mark.keras,
     # Keras's own, with NumPy 2.4
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    # torch's own, when it compiles
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
 ]
 
 L = keras.layers
@@ -170,6 +173,7 @@ class TestWhatIsSaved:
             assert_loads_as(tmp_path / name, recorder.steps[step - 1])
         assert [(e.epoch, e.step) for e in index_of(tmp_path).entries] == [(2, 4), (3, 8), (4, 12)]
 
+    @pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras has no such steps there")
     def test_steps_per_execution_are_counted_in_full(self, tmp_path):
         model = small()
         model.compile("sgd", "mse", steps_per_execution=2)
@@ -310,6 +314,7 @@ class TestBackground:
         assert_same_model_file(tmp_path / "run" / "ckpt_0001.keras", tmp_path / "reference.keras")
 
     def test_vocabularies_are_saved(self, tmp_path):
+        pytest.importorskip("tensorflow")
         model = compiled(text_model())
         with CheckpointSaver(tmp_path / "run") as saver:
             saver.save(model, 0)
@@ -698,7 +703,11 @@ class TestSWA:
         assert_weights(model_swa, means.expected())
         assert_weights(keras.models.load_model("model_dumps/swa.keras"), means.expected())
 
-    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+    # Off by default on JAX.
+    @pytest.mark.parametrize(
+        "dtype",
+        ["float16", "bfloat16", "float32", *(["float64"] if keras.backend.backend() != "jax" else [])],
+    )
     @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
     def test_every_weight_of_every_layer_is_the_rounded_float64_mean(self, tmp_path, dtype):
         means = Means(1)
@@ -725,6 +734,102 @@ class TestSWA:
             fit(compiled(model), SWA(tmp_path, 2, bn_data=X, bn_batch_size=8))
         np.testing.assert_allclose(model.layers[0].moving_mean.numpy(), X.mean(0), atol=1e-6)
         np.testing.assert_allclose(model.layers[0].moving_variance.numpy(), X.var(0), rtol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("data", "problem"),
+        [
+            (np.ones((24, 5), "f"), "data: array: expected rows of shape [4]; found [5]"),
+            (np.ones((24, 4), "c8"), "data: array: expected numbers; found complex64[24, 4]"),
+            (np.array(["a"] * 24), "data: array: expected numbers; found <U1[24]"),
+            (X[:0], "data: array: expected at least one row; found float32[0, 4]"),
+            (np.where(np.arange(24)[:, None] == 7, np.nan, X), "data: array: expected finite numbers; found NaN or infinity in row 7"),
+            ({"a": X, "b": X}, "data: expected input; found a float32[24, 4], b float32[24, 4]"),
+            ([], "data: expected at least one row; found none"),
+            ([X[:, :3]], "data: input: expected rows of shape [4]; found [3]"),
+            (4, "data: expected arrays or an iterable of batches; found int"),
+            ("gone.npz", "gone.npz: no such file or directory"),
+        ],
+    )  # fmt: skip
+    def test_data_that_will_not_do_are_refused_before_training_and_as_a_refresh_would(
+        self, tmp_path, data, problem
+    ):
+        recorder = Recorder()
+        layers = [keras.Input((4,), name="input"), L.BatchNormalization(), L.Dense(1)]
+        model = compiled(keras.Sequential(layers))
+        with pytest.raises(UnreadableError) as error:
+            fit(model, recorder, SWA(tmp_path / "run", 2, bn_data=data))
+        assert str(error.value) == problem
+        assert recorder.steps == []
+        assert not (tmp_path / "run").exists()
+        with pytest.raises(UnreadableError) as error:
+            refresh_batchnorm(model, data)
+        assert str(error.value) == problem
+
+    def test_of_several_inputs_a_missing_one_is_named_before_training(self, tmp_path):
+        a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
+        model = compiled(keras.Model([a, b], L.Dense(1)(L.BatchNormalization()(L.Add()([a, b])))))
+        for data, problem in (
+            ({"a": X, "other": X}, "data: expected b; found a float32[24, 4], other float32[24, 4]"),
+            ({"a": X, "b": X[:9]}, "data: expected arrays of one length; found a 24, b 9"),
+            ([[X]], "data: expected batches of 2 inputs; found 1"),
+        ):
+            with pytest.raises(UnreadableError) as error:
+                model.fit([X, X], Y, epochs=4, verbose=0, callbacks=[SWA(tmp_path, 2, bn_data=data)])
+            assert str(error.value) == problem
+
+    def test_data_that_never_end_are_refused_before_training_without_a_number_of_samples(self, tmp_path):
+        tf = pytest.importorskip("tensorflow")
+        endless = tf.data.Dataset.from_tensor_slices(X).batch(8).repeat()
+        model = small(L.BatchNormalization())
+        with pytest.raises(UsageError, match=r"data never ends; say how many samples to use$"):
+            fit(model, SWA(tmp_path, 2, bn_data=endless))
+        with pytest.warns(UserWarning, match="have not settled"):
+            fit(model, SWA(tmp_path, 2, bn_data=endless, bn_samples=24))
+
+    def test_batches_that_come_once_all_go_into_the_refresh(self, tmp_path):
+        class Once:
+            def __init__(self):
+                self.batches = iter([X[:8], X[8:16], X[16:]])
+
+            def __iter__(self):
+                return self.batches
+
+        for batches in (Once(), Once().batches, (part for part in Once())):
+            model = keras.Sequential([keras.Input((4,)), L.BatchNormalization(), L.Dense(1)])
+            with pytest.warns(UserWarning, match="have not settled"):
+                fit(compiled(model), SWA(tmp_path, 2, bn_data=batches))
+            np.testing.assert_allclose(model.layers[0].moving_mean.numpy(), X.mean(0), atol=1e-6)
+
+    def test_the_look_at_the_data_leaves_global_generators_alone(self, tmp_path):
+        class Noisy:
+            def __len__(self):
+                return 3
+
+            def __getitem__(self, number):
+                return X[8 * number : 8 * number + 8] + np.random.normal(size=(8, 4))
+
+        class State(keras.callbacks.Callback):
+            def on_train_begin(self, logs=None):
+                self.found = np.random.get_state()[1].tolist(), np.random.get_state()[2]
+
+        state = State()
+        np.random.seed(3)
+        expected = np.random.get_state()[1].tolist(), np.random.get_state()[2]
+        with pytest.warns(UserWarning, match="have not settled"):
+            fit(small(L.BatchNormalization()), SWA(tmp_path, 2, bn_data=Noisy()), state, shuffle=False)
+        assert state.found == expected
+
+    def test_what_will_come_of_batchnorm_is_said_as_training_begins(self, tmp_path):
+        class StopHere(keras.callbacks.Callback):
+            def on_epoch_begin(self, epoch, logs=None):
+                raise KeyboardInterrupt
+
+        for model, data, said in (
+            (small(L.BatchNormalization()), None, "statistics will not fit averaged weights: pass bn_data"),
+            (small(), X, "the model has no BatchNorm to refresh: bn_data will change nothing"),
+        ):
+            with pytest.warns(UserWarning, match=said), pytest.raises(KeyboardInterrupt):
+                fit(model, SWA(tmp_path, 2, bn_data=data), StopHere())
 
     def test_one_epoch_is_said_to_be_one(self, tmp_path):
         with pytest.warns(UserWarning, match="averaged one epoch only"):
@@ -862,7 +967,9 @@ print("same")
 """
 
 
-def test_a_mirrored_model_on_two_devices_is_saved_and_averaged(tmp_path, run_python):
+def test_a_mirrored_model_on_two_devices_is_saved_and_averaged(tmp_path, run_python, monkeypatch):
+    pytest.importorskip("tensorflow")
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
     ended = run_python(MIRRORED, tmp_path)
     assert ended.stdout.endswith("same\n"), ended.stderr
 

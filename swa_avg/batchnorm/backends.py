@@ -11,7 +11,7 @@ import numpy as np
 
 from swa_avg.interrupts import interrupts_held
 
-__all__ = ["Step", "compiled", "leaked", "random_state_kept", "squared_difference", "to_numpy", "value_of"]
+__all__ = ["Step", "compiled", "leaked", "random_state_kept", "seed_torch", "squared_difference", "value_of"]
 
 Step = Callable[[list[Any], Any], Any]
 
@@ -105,6 +105,16 @@ def _torch_state_kept(model: Any) -> Iterator[None]:
             module.training = mode
 
 
+def seed_torch(seed: int) -> None:
+    """Seed torch's own generators, from which dropout without a seed draws there; elsewhere nothing does."""
+    from keras import backend
+
+    if backend.backend() == "torch":
+        import torch
+
+        torch.manual_seed(seed)
+
+
 def leaked(error: Exception) -> bool:
     """Tell whether tracing failed because moments were computed inside a loop of the graph."""
     from keras import backend
@@ -138,13 +148,6 @@ def squared_difference(first: Any, second: Any) -> Any:
 
         return tf.math.squared_difference(first, second)
     return ops.square(first - second)
-
-
-def to_numpy(tensor: Any) -> np.ndarray[Any, Any]:
-    """Return a tensor of any framework as an array."""
-    if hasattr(tensor, "detach"):
-        tensor = tensor.detach().cpu()
-    return np.asarray(tensor)
 
 
 @contextmanager

@@ -23,6 +23,8 @@ __all__ = ["ArrayData", "Data", "RowDigests", "StreamData", "as_array", "check_r
 Array = NDArray[Any]
 RowDigests = dict[str, tuple[str, bytes]]
 """Of each input: type and shape of a row, in words, and the BLAKE2b-256 of each row, one after the other."""
+_NONE = "expected at least one row; found none"
+_RESHAPE = "choose the array with {0}-input, or reshape it with {0}-preprocess"
 
 
 class Data(ABC):
@@ -48,6 +50,10 @@ class Data(ABC):
     def _batches(self) -> Iterator[tuple[dict[str, Array], Array | None]]:
         """Yield raw batches by input, and which rows they are where rows have numbers."""
 
+    @abstractmethod
+    def check(self) -> None:
+        """Raise what iterating would, as far as a look can tell that leaves all batches there."""
+
     def __iter__(self) -> Iterator[tuple[Batch, int]]:
         """Yield (batch, rows in it); errors as for `labelled`."""
         for batch, _, rows in self.labelled():
@@ -64,7 +70,7 @@ class Data(ABC):
             self.count(rows, row_digests(raw))
             yield batch, targets, rows
         if not self.samples:
-            raise UnreadableError(self.source, "expected at least one row; found none")
+            raise UnreadableError(self.source, _NONE)
 
     def _prepared(self, raw: dict[str, Array], numbers: Array | None) -> tuple[Batch, Batch, int]:
         """Check a raw batch, and make it what the model and its loss take."""
@@ -109,7 +115,7 @@ class Data(ABC):
             if expected is not None and not fits(tuple(shape), expected):
                 key = self._keys.get(name, name)
                 problem = f"expected rows of shape {list(expected[1:])}; found {list(shape[1:])}"
-                raise UnreadableError(self.source, problem, tensor=key or None, hint=_hint(self.spec))
+                raise UnreadableError(self.source, problem, tensor=key or None, hint=self.spec.hint(_RESHAPE))
 
     @property
     def digest(self) -> str:
@@ -170,6 +176,10 @@ class ArrayData(Data):
         yield from _ahead(self._read, range(self.batches))
         self.check_source()
 
+    def check(self) -> None:
+        for raw, numbers in self._batches():
+            self._prepared(raw, numbers)
+
     @property
     def batches(self) -> int:
         """How many batches there are."""
@@ -225,6 +235,14 @@ class StreamData(Data):
             if left == 0:
                 return
 
+    def check(self) -> None:
+        if iter(self._source) is iter(self._source):
+            return  # the only one, which a look would move on
+        first = next(self._batches(), None)
+        if first is None:
+            raise UnreadableError(self.source, _NONE)
+        self._prepared(*first)
+
     def raw(self) -> Iterator[dict[str, tuple[str, Array]]]:
         """Yield input of the model -> (key, array) of each batch, whole and unchecked."""
         for element in self._source:
@@ -254,11 +272,6 @@ def _title(name: str) -> str:
     if name.startswith(TARGET):
         return f"the target {name[1:]}".rstrip()
     return name or "the input"
-
-
-def _hint(spec: Spec) -> str:
-    option = spec.purpose.option
-    return f"choose the array with {option}-input, or reshape it with {option}-preprocess"
 
 
 def pick(source: str, spec: Spec, element: Any) -> dict[str, tuple[str, Any]]:
@@ -312,7 +325,7 @@ def check_rows(source: str, spec: Spec, rows: Mapping[str, tuple[str, Rows]]) ->
         expected = spec.shape_of(name)
         if spec.preprocess is None and expected is not None and not fits(array.shape, expected):
             problem = f"expected rows of shape {list(expected[1:])}; found {list(array.shape[1:])}"
-            raise UnreadableError(source, problem, tensor=key or None, hint=_hint(spec))
+            raise UnreadableError(source, problem, tensor=key or None, hint=spec.hint(_RESHAPE))
 
 
 def features_of(element: Any, inputs: int) -> Any:
@@ -323,8 +336,10 @@ def features_of(element: Any, inputs: int) -> Any:
 
 
 def as_array(values: Any) -> Array:
+    """Return a tensor of any framework as an array; bfloat16 of torch, which NumPy lacks, as float32."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
+        values = values.float() if str(values.dtype) == "torch.bfloat16" else values
     return np.asarray(values)
 
 

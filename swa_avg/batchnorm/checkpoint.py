@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from swa_avg.batchnorm.functions import import_function, import_module, names_function
+from swa_avg.batchnorm.spec import ARGUMENTS, TRAINING
 from swa_avg.errors import Finding, MismatchError, SwaAvgError, UsageError
 from swa_avg.formats import Checkpoint, open_checkpoint
 from swa_avg.formats.hdf5 import LEGACY_MODEL, LEGACY_WEIGHTS, Hdf5Checkpoint
@@ -149,6 +150,7 @@ def refresh_loaded(
             preprocess=import_function(refresh.preprocess) if refresh.preprocess else None,
             progress=progress,
             elsewhere=elsewhere,
+            purpose=TRAINING if isinstance(refresh.model, str | None) else ARGUMENTS,
         )
         with closing(_saved(model, checkpoint, scratch / "after")) as after:
             return _changed(checkpoint, before, after), report

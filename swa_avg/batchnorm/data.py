@@ -101,9 +101,7 @@ def _from_object(made: Any, source: str, spec: Spec) -> Data:
         found = type(made).__name__
         raise UnreadableError(source, f"expected arrays or an iterable of batches; found {found}")
     if spec.samples is None and _endless(made):
-        raise UsageError(
-            f"{source} never ends; say how many samples to use with {spec.purpose.option}-samples"
-        )
+        raise UsageError(f"{source} never ends; say how many samples to use" + spec.hint(" with {}-samples"))
     return StreamData(source, spec, made)
 
 

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swa_avg.batchnorm.backends import Step, compiled, leaked, random_state_kept, to_numpy, value_of
-from swa_avg.batchnorm.batches import ArrayData, Data, RowDigests
+from swa_avg.batchnorm.backends import Step, compiled, leaked, random_state_kept, seed_torch, value_of
+from swa_avg.batchnorm.batches import ArrayData, Data, RowDigests, as_array
 from swa_avg.batchnorm.data import open_data
 from swa_avg.batchnorm.moments import ESTIMATORS, Statistics
 from swa_avg.batchnorm.observe import SEED_STATE, Outcome, batchnorm_layers, make_step
 from swa_avg.batchnorm.report import LayerReport, RefreshReport, drift_between, standard_error
-from swa_avg.batchnorm.spec import Shape, Spec
+from swa_avg.batchnorm.spec import ARGUMENTS, Purpose, Shape, Spec
 from swa_avg.batchnorm.tally import Tally
 from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
 from swa_avg.interrupts import interrupts, interrupts_held
 
-__all__ = ["Progress", "arranger", "inputs_of", "refresh_batchnorm"]
+__all__ = ["Progress", "arranger", "check_data", "inputs_of", "refresh_batchnorm"]
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm.elsewhere import Elsewhere
@@ -47,6 +47,7 @@ def refresh_batchnorm(
     preprocess: Callable[[Any], Any] | None = None,
     progress: Progress | None = None,
     elsewhere: Elsewhere | None = None,
+    purpose: Purpose = ARGUMENTS,
 ) -> RefreshReport:
     """Re-estimate the statistics of every BatchNorm layer of a built Keras model, in place.
 
@@ -69,6 +70,7 @@ def refresh_batchnorm(
         progress: Told how many rows have been used.
         elsewhere: Other machines to run batches on. The first runs here, and all of them where they cannot be
             drawn by number, or where the model hands state from batch to batch.
+        purpose: Who is told by what names to ask for something else.
 
     Raises:
         UsageError: the request, or the model, cannot be worked with.
@@ -80,7 +82,13 @@ def refresh_batchnorm(
     if not getattr(model, "built", False):
         raise UsageError("the model is not built: call it on one batch, or load its weights first")
     spec = spec_of(
-        model, inputs=inputs, batch_size=batch_size, samples=samples, seed=seed, preprocess=preprocess
+        model,
+        inputs=inputs,
+        batch_size=batch_size,
+        samples=samples,
+        seed=seed,
+        preprocess=preprocess,
+        purpose=purpose,
     )
     layers, active = batchnorm_layers(model), active_layers(model)
     with random_state_kept(), open_data(data, spec) as batches:
@@ -91,6 +99,17 @@ def refresh_batchnorm(
         report = _report(model, layers, active, batches, tally, new, estimator)
         _assign(active, new, batches.source)
     return report
+
+
+def check_data(model: Any, data: Any, *, batch_size: int | None, samples: int | None) -> None:
+    """Raise what `refresh_batchnorm` would about these data, as far as a look at them tells.
+
+    Of arrays, all rows are looked at; of batches, the first, unless looking would use it up.
+    """
+    spec = spec_of(model, inputs=(), batch_size=batch_size, samples=samples, purpose=ARGUMENTS)
+    with random_state_kept(), open_data(data, spec) as batches:
+        if active_layers(model):
+            batches.check()
 
 
 def active_layers(model: Any) -> list[Any]:
@@ -229,7 +248,7 @@ class Runner:
         """Run one batch, and return what travels."""
         batch, rows, digests = data.batch(number)
         integers, floats = self.run(number, batch)
-        return Measured(to_numpy(integers), to_numpy(floats), rows, digests)
+        return Measured(as_array(integers), as_array(floats), rows, digests)
 
 
 def _first(run: Step, step: Step, values: list[Any], inputs: Any, data: Data) -> tuple[Step, Outcome]:
@@ -257,7 +276,7 @@ def _take(
 ) -> None:
     interrupts.check()
     if pending is not None:
-        integers, floats = to_numpy(pending[0]), to_numpy(pending[1])
+        integers, floats = as_array(pending[0]), as_array(pending[1])
         _check_finite(integers, floats, layers, tally, data)
         tally.add(integers, floats)
         if progress is not None:
@@ -283,16 +302,19 @@ def _seeded(values: Sequence[Any], variables: Sequence[Any], seed: int, batch: i
     Files do not store the state of generators, so that a loaded model would drop other units in each
     process; and what is dropped in a batch must not depend on who ran the batches before it. For batch b,
     counted from 0, the k-th generator gets the first word of NumPy's SeedSequence([seed, k, b]), without its
-    top bit, and counter 0.
+    top bit, and counter 0; torch's own generators get that of the number after the last k.
     """
     from keras import ops
+
+    def word(k: int) -> int:
+        return int(np.random.SeedSequence([seed, k, batch]).generate_state(1)[0]) & 0x7FFFFFFF
 
     values = list(values)
     generators = [number for number, variable in enumerate(variables) if variable.name == SEED_STATE]
     for k, number in enumerate(generators):
-        word = int(np.random.SeedSequence([seed, k, batch]).generate_state(1)[0]) & 0x7FFFFFFF
-        state = np.array([word, 0])
+        state = np.array([word(k), 0])
         values[number] = ops.cast(ops.convert_to_tensor(state), variables[number].dtype)
+    seed_torch(word(len(generators)))
     return values
 
 
@@ -357,7 +379,7 @@ def _path(layer: Any) -> str:
 
 
 def _array(variable: Any) -> NDArray[np.float64]:
-    return to_numpy(value_of(variable)).astype(np.float64)
+    return as_array(value_of(variable)).astype(np.float64)
 
 
 def _assign(layers: Sequence[Any], new: Mapping[int, Statistics], source: str) -> None:
@@ -388,7 +410,7 @@ def _values(layer: Any, new: Statistics) -> Iterator[tuple[Any, NDArray[np.float
 
 @contextmanager
 def _all_or_nothing(variables: Sequence[Any]) -> Iterator[None]:
-    before = [(variable, np.array(to_numpy(value_of(variable)))) for variable in variables]
+    before = [(variable, np.array(as_array(value_of(variable)))) for variable in variables]
     with interrupts_held() as deliver:
         try:
             yield

@@ -137,9 +137,9 @@ class RefreshReport:
                 return (
                     "the data look preprocessed differently from training: at the first BatchNorm layer "
                     f"({layer.name}) the mean moved by {drift.mean_shift:.3g} standard deviations and the "
-                    f"variance changed by a factor of {drift.variance_ratio:.3g}; scale the data as in "
-                    "training, or use --bn-preprocess (after a few hundred steps of training alone, moving "
-                    "statistics lie so far behind by themselves)",
+                    f"variance changed by a factor of {drift.variance_ratio:.3g}; preprocess the data as in "
+                    "training (after a few hundred steps of training alone, moving statistics lie so far "
+                    "behind by themselves)",
                 )
         return ()
 

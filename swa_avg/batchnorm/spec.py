@@ -8,7 +8,7 @@ from typing import Any
 
 from swa_avg.errors import UnreadableError, UsageError
 
-__all__ = ["TARGET", "TRAINING", "VALIDATION", "Batch", "Purpose", "Shape", "Spec", "fits"]
+__all__ = ["ARGUMENTS", "TARGET", "TRAINING", "VALIDATION", "Batch", "Purpose", "Shape", "Spec", "fits"]
 
 Batch = Any
 """What the model's call takes: an array, or where there are several inputs, a mapping from their names to
@@ -25,7 +25,7 @@ class Purpose:
     """What data are for."""
 
     option: str
-    """How the options that describe them start."""
+    """How the options that describe them start; empty where arguments in Python do."""
     keys: tuple[str, ...]
     """What their inputs are usually called."""
     targets: tuple[str, ...] = ()
@@ -35,6 +35,8 @@ class Purpose:
 
 
 TRAINING = Purpose("--bn", ("x", "x_train", "images"))
+ARGUMENTS = Purpose("", TRAINING.keys)
+"""Training data that were handed over in Python."""
 VALIDATION = Purpose(
     "--val", ("x", "x_val", "x_test", "images"), ("y", "y_val", "y_test", "labels"), shuffled=False
 )
@@ -86,9 +88,9 @@ class Spec:
             if not key or (names and name not in names) or name in bound:
                 expected = ", ".join(f"{key or 'KEY'}={name}" for name in names)
                 side = {"input": "input", "target": "output"}[what]
+                option = f"{self.purpose.option}-{what}" if self.purpose.option else f"{what}s:"
                 raise UsageError(
-                    f"{self.purpose.option}-{what} {entry} names no {side} of the model, or one twice; "
-                    f"use {expected}"
+                    f"{option} {entry} names no {side} of the model, or one twice; use {expected}"
                 )
             bound[name] = key
         return bound
@@ -142,9 +144,13 @@ class Spec:
             expected = unknown[0] if unknown else " and ".join(missing) or f"one array for the model's {what}"
             shown = ", ".join(map(str, arrays.values())) or "no numeric array"
             side = {"input": "INPUT", "target": "OUTPUT"}[what]
-            hint = f"choose with {self.purpose.option}-{what} KEY" + (f"={side}" if len(names) > 1 else "")
+            hint = self.hint(f"choose with {{}}-{what} KEY" + (f"={side}" if len(names) > 1 else ""))
             raise UnreadableError(source, f"expected {expected or 'one array'}; found {shown}", hint=hint)
         return {name: chosen[name] for name in names}
+
+    def hint(self, text: str) -> str:
+        """Return what to do by options, with how they start in the place of `{}`; nothing in Python."""
+        return text.format(self.purpose.option) if self.purpose.option else ""
 
     def shape_of(self, name: str) -> Shape | None:
         if name.startswith(TARGET):

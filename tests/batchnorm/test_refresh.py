@@ -20,7 +20,11 @@ sklearn_datasets = pytest.importorskip("sklearn.datasets")
 
 from swa_avg.batchnorm.refresh import refresh_batchnorm  # noqa: E402
 
-pytestmark = pytest.mark.keras
+pytestmark = [
+    pytest.mark.keras,
+    # Keras's own, with NumPy 2.4
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 L = keras.layers
 BACKEND = keras.backend.backend()
@@ -295,8 +299,7 @@ LOOSER = {"mixed_float16": 1e-4, "mixed_bfloat16": 1e-3, "far_from_zero": 1e-3}
 
 
 def numpy_of(tensor):
-    tensor = tensor.value if isinstance(tensor, keras.Variable) else tensor
-    return np.array(tensor.numpy() if hasattr(tensor, "numpy") else tensor)
+    return np.array(keras.ops.convert_to_numpy(tensor))
 
 
 def state_of(model):
@@ -314,10 +317,18 @@ def batchnorms(model):
 
 
 def seed_generators(model, batch, seed=0):
-    """The documented state: for each batch, the k-th generator from SeedSequence([seed, k, batch])."""
+    """The documented state: for each batch, the k-th generator from SeedSequence([seed, k, batch]); torch's last."""
     states = [variable for variable in model.variables if variable.name == "seed_generator_state"]
-    for k, variable in enumerate(states):
-        variable.assign([int(np.random.SeedSequence([seed, k, batch]).generate_state(1)[0]) & 0x7FFFFFFF, 0])
+    words = [
+        int(np.random.SeedSequence([seed, k, batch]).generate_state(1)[0]) & 0x7FFFFFFF
+        for k in range(len(states) + 1)
+    ]
+    for variable, word in zip(states, words, strict=False):
+        variable.assign([word, 0])
+    if BACKEND == "torch":
+        import torch
+
+        torch.manual_seed(words[-1])
 
 
 def seen(model, batches):
@@ -403,6 +414,29 @@ def test_statistics_are_those_of_all_the_data_at_once(kind):
         calls = expected[id(layer)]
         assert entry.calls == max(map(len, calls))
         assert entry.count == sum(len(values) for batch in calls for values in batch)
+
+
+def test_statistics_that_are_stored_as_bfloat16_are_rounded_to_it():
+    model, batches = half_precision("bfloat16")
+    expected = seen(model, batches)
+    refresh_batchnorm(model, batches)
+    layer = batchnorms(model)[0]
+    assert_close(layer, *pooled(expected[id(layer)]), 2**-8)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="a generator of torch's")
+def test_torch_starts_from_the_seed_and_not_from_where_its_own_generator_is():
+    import torch
+
+    model, _ = dropout_between()
+    outcomes = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        refresh_batchnorm(model, digits()[:500])
+        assert torch.equal(torch.get_rng_state(), before)
+        outcomes.append(np.concatenate([v.ravel() for v in state_of(model)]))
+    np.testing.assert_array_equal(outcomes[0], outcomes[1])
 
 
 def one_layer():
@@ -790,13 +824,13 @@ def test_the_worst_layers_come_first():
     assert report.lines()[1].endswith("BatchNorm layer")
 
 
-def test_everything_here_holds_on_jax_too():
-    if BACKEND == "jax":
-        return
-    pytest.importorskip("jax")
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+@pytest.mark.parametrize("backend", sorted({"jax", "torch"} - {BACKEND}))
+def test_everything_here_holds_on_other_backends_too(backend):
+    pytest.importorskip(backend)
+    environment = {**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"}
     kinds = "spatial smaller_last_batch twice channels_first masked time_distributed renorm dropout_between"
-    chosen = " or ".join([*kinds.split(), "mixed_float16", "other_state", "progress-KeyboardInterrupt"])
+    tests = ["float16", "other_state", "own_generator", "progress-KeyboardInterrupt"]
+    chosen = " or ".join([*kinds.split(), *tests])
     command = [sys.executable, "-m", "pytest", str(Path(__file__)), "-k", chosen, "-p", "no:cacheprovider"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode == 0, ended.stdout[-3000:]
