@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from swa_avg import __version__
 from swa_avg.arithmetic import UnfitError
-from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError, UsageError
+from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError, UsageError, first_line
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -100,12 +100,12 @@ class ClusterExecutor(Executor):
         """
         try:
             self._client.wait_for_workers(1, timeout=_PATIENCE)
-        except TimeoutError:
+        except (TimeoutError, asyncio.TimeoutError):  # two classes, in Python 3.10
             raise self.refusal("the cluster has no worker", "start some: dask worker ADDRESS") from None
         for worker, theirs in self._client.run(_versions, on_error="return").items():
             self._last_worker = worker
             if not isinstance(theirs, dict):
-                raise self.refusal(f"worker {worker} cannot run swa-avg ({_first_line(theirs)})", _INSTALL)
+                raise self.refusal(f"worker {worker} cannot run swa-avg ({first_line(theirs)})", _INSTALL)
             _check_versions(self._versions, theirs, worker, self._address)
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -251,7 +251,7 @@ def _pickled(thing: object) -> bytes:
     try:
         return bytes(cloudpickle.dumps(thing))
     except Exception as error:  # of whichever class the thing has for it
-        problem = f"what was passed cannot be sent to a cluster ({_first_line(error)})"
+        problem = f"what was passed cannot be sent to a cluster ({first_line(error)})"
         raise UsageError(f"{problem}; name a file or MODULE:FUNCTION") from error
 
 
@@ -321,11 +321,11 @@ def _identity(address: str, problem: str | None = None) -> dict[str, Any]:
         try:
             asking = asyncio.wait_for(_ask(address), _CONNECT + 1)
             found = executor.submit(asyncio.run, asking).result()
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, asyncio.TimeoutError) as error:
             silent = problem or f"no Dask scheduler answers there, within {_CONNECT:.0f} s"
             raise _refusal(address, silent, started) from error
         except (ValueError, TypeError) as error:
-            silent = f"not the address of a Dask scheduler ({_first_line(error)})"
+            silent = f"not the address of a Dask scheduler ({first_line(error)})"
             raise _refusal(address, silent, "expected such as tcp://node1:8786") from error
     if found.get("type") != "Scheduler":
         kind = str(found.get("type", "something")).lower()
@@ -347,10 +347,6 @@ async def _ask(address: str) -> dict[str, Any]:
 
 def _refusal(address: str, problem: str, hint: str) -> SystemRefusalError:
     return SystemRefusalError(errno.ECONNREFUSED, f"{problem}; {hint.replace('ADDRESS', address)}", address)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ __all__ = [
     "UnreadableError",
     "UsageError",
     "escape",
+    "first_line",
 ]
 
 
@@ -32,6 +33,11 @@ def escape(text: object) -> str:
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode("ascii")
         for char in str(text)
     )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that says anything, or the name of its class."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class SwaAvgError(Exception):

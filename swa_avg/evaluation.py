@@ -18,7 +18,7 @@ from swa_avg.batchnorm.elsewhere import absolute, check_keras, keras_versions, m
 from swa_avg.batchnorm.functions import import_function
 from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.batchnorm.spec import VALIDATION, Spec
-from swa_avg.errors import SwaAvgError, UnreadableError, UsageError
+from swa_avg.errors import SwaAvgError, UnreadableError, UsageError, first_line
 from swa_avg.formats import open_checkpoint
 from swa_avg.metrics import direction, main_metric
 
@@ -209,10 +209,7 @@ class Evaluator:
                 except SwaAvgError:
                     raise
                 except Exception as error:  # of whichever class the backend has for shapes and types
-                    reason = next((line for line in str(error).splitlines() if line.strip()), "")
-                    problem = (
-                        f"the model cannot be evaluated on these data ({reason or type(error).__name__})"
-                    )
+                    problem = f"the model cannot be evaluated on these data ({first_line(error)})"
                     raise UnreadableError(data.source, problem) from error
             self.digest, self.rows, self.source = data.digest, data.samples, data.source
         metrics = meter.result()

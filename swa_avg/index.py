@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from swa_avg.errors import SwaAvgError, UnreadableError
+from swa_avg.formats.image import open_file, refusal
 from swa_avg.strict_json import parse_json
 
 __all__ = [
@@ -113,12 +114,10 @@ def read_index(path: Path) -> Index:
         UnreadableError: it cannot be read, is no index, or one of another version.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             data = file.read(_MAX_BYTES + 1)
     except OSError as error:
-        if isinstance(error, SwaAvgError):
-            raise
-        raise UnreadableError(path, (error.strerror or str(error)).lower()) from error
+        raise (error if isinstance(error, SwaAvgError) else refusal(path, error)) from error
     if len(data) > _MAX_BYTES:
         raise UnreadableError(path, f"the index is larger than {_MAX_BYTES >> 20} MiB")
     value = parse_json(data, path, "the index")

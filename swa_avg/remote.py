@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import IO, Any, cast
 
-from swa_avg.errors import SwaAvgError, SystemRefusalError, UnreadableError, UsageError
+from swa_avg.errors import SwaAvgError, SystemRefusalError, UnreadableError, UsageError, first_line
 
 __all__ = [
     "RemoteFile",
@@ -172,7 +172,7 @@ class RemotePath:
                 return cast("tuple[Any, str]", fsspec.url_to_fs(self.url))
         except SystemRefusalError as error:
             if isinstance(error.__cause__, ImportError | ValueError):
-                raise UsageError(f"{self.url}: {_first_line(error.__cause__)}") from error.__cause__
+                raise UsageError(f"{self.url}: {first_line(error.__cause__)}") from error.__cause__
             raise
 
 
@@ -398,10 +398,10 @@ def _asked(url: str) -> Iterator[None]:
     except FileNotFoundError as error:
         cause = error.__cause__  # over HTTP fsspec says so of everything that goes wrong
         if type(cause).__module__.startswith("aiohttp") and getattr(cause, "status", None) != 404:
-            raise SystemRefusalError(errno.EIO, _first_line(cause or error), url) from error
+            raise SystemRefusalError(errno.EIO, first_line(cause or error), url) from error
         raise SystemRefusalError(errno.ENOENT, "no such file or bucket", url) from error
     except PermissionError as error:
-        reason = f"access denied ({_first_line(error)}); check the credentials, and what they allow"
+        reason = f"access denied ({first_line(error)}); check the credentials, and what they allow"
         raise SystemRefusalError(errno.EACCES, reason, url) from error
     except Exception as error:
         if type(error).__name__ in (
@@ -410,8 +410,4 @@ def _asked(url: str) -> Iterator[None]:
         ):  # whichever of Python's it derives from
             raise SystemRefusalError(errno.ETIMEDOUT, "the service does not answer", url) from error
         number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-        raise SystemRefusalError(number, _first_line(error), url) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SystemRefusalError(number, first_line(error), url) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -129,6 +129,12 @@ def sweep(
         UsageError, UnreadableError, MismatchError, SystemRefusalError: as for `average`.
     """
     named = expand(inputs)
+    for data in (validation.data, refresh and refresh.data):
+        if isinstance(data, Iterator):
+            raise UsageError(
+                "a sweep reads its data anew for each candidate; pass arrays, a file or MODULE:FUNCTION, "
+                "not an iterator"
+            )
     target = output_path(output, named)
     paths = select(named, epochs=epochs, last=last, every=every)
     if len(paths) < 2:
@@ -148,6 +154,11 @@ def sweep(
         beside = publication.output.parent
         folder = Path(stack.enter_context(TemporaryDirectory(dir=beside, prefix=".swa-avg-")))
         loading = refresh or loading or Loading()
+        if not isinstance(loading.model, str | Path | None):
+            raise UsageError(
+                "a sweep gives the model other weights for each candidate; name a file or MODULE:FUNCTION "
+                "that makes one, not a live model"
+            )
         check_request(loading, checkpoints[-1], "a sweep", compiled=validation.metric is None)
         steps = len(rows) + (len(paths) - 1 if with_greedy else 0) + (POINTS if draw else 0)
         trials = Trials(

@@ -124,6 +124,12 @@ def test_a_missing_index_is_unreadable(tmp_path):
         read_index(tmp_path / "checkpoints.json")
 
 
+def test_a_pipe_in_the_place_of_an_index_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "checkpoints.json")
+    with pytest.raises(UnreadableError, match="not a regular file"):
+        read_index(tmp_path / "checkpoints.json")
+
+
 def test_names_that_lead_elsewhere_are_not_plain():
     assert is_plain_name("ckpt_0001.keras")
     assert not any(is_plain_name(name) for name in ("", ".", "..", "a/b", "a\\b", "c:a", "a\0", "a\x1b"))

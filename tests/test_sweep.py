@@ -15,6 +15,9 @@ import pytest
 
 import oracle
 from conftest import Ended
+from swa_avg import Refresh, Validation, sweep
+from swa_avg.batchnorm.checkpoint import Loading
+from swa_avg.errors import UsageError
 
 keras = pytest.importorskip("keras")
 pytestmark = [pytest.mark.keras, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -433,6 +436,20 @@ def test_what_cannot_be_scored_is_one_line(here: Path, swa_avg: Cli) -> None:
     assert ended.err.count("\n") == 1
     Path("c.npz").unlink()
     assert _names(here) == before
+
+
+def test_what_one_candidate_would_use_up_is_refused(here: Path) -> None:
+    model = keras.models.load_model("ckpt_1.keras")
+    with pytest.raises(UsageError, match="not a live model"):
+        sweep("ckpt_*.keras", validation=Validation("val.npz"), loading=Loading(model=model))
+    assert model.optimizer is not None
+    batches = iter([(np.zeros((1, 8, 8, 1), "float32"), np.zeros(1))])
+    for options in (
+        {"validation": Validation(batches)},
+        {"validation": Validation("val.npz"), "refresh": Refresh(batches)},
+    ):
+        with pytest.raises(UsageError, match="reads its data anew for each candidate"):
+            sweep("ckpt_*.keras", **options)
 
 
 def test_a_model_that_was_not_compiled_needs_a_metric(here: Path, swa_avg: Cli) -> None:

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swa_avg.batchnorm.draw import Permutation
+from swa_avg.batchnorm.functions import told
 from swa_avg.batchnorm.rows import Rows, describe
 from swa_avg.batchnorm.spec import TARGET, Batch, Spec, fits
-from swa_avg.errors import UnreadableError
+from swa_avg.errors import SwaAvgError, UnreadableError
 
 __all__ = ["ArrayData", "Data", "RowDigests", "StreamData", "as_array", "check_rows", "features_of", "pick"]
 
@@ -166,6 +167,9 @@ class ArrayData(Data):
         if spec.whole_batches:
             rest = self.total % spec.batch_size
             self.total -= rest
+            if not self.total:
+                problem = f"the model takes batches of {spec.batch_size} rows only; found {rest} rows"
+                raise UnreadableError(source, problem)
             if rest:
                 self.notes.append(
                     f"left out {rest} rows, since the model takes batches of {spec.batch_size} only"
@@ -245,14 +249,36 @@ class StreamData(Data):
 
     def raw(self) -> Iterator[dict[str, tuple[str, Array]]]:
         """Yield input of the model -> (key, array) of each batch, whole and unchecked."""
-        for element in self._source:
+        for element in self._elements():
+            if isinstance(element, tuple | list) and not element:
+                raise UnreadableError(self.source, "expected batches; found an empty tuple")
             picked = {
                 name: (key, as_array(part))
                 for name, (key, part) in pick(self.source, self.spec, element).items()
             }
+            for key, values in picked.values():
+                if values.ndim == 0:
+                    raise UnreadableError(
+                        self.source, "expected an array of rows; found a single value", tensor=key or None
+                    )
             if not self.used:
                 self._describe(features_of(element, len(self.spec.names)), picked)
             yield picked
+
+    def _elements(self) -> Iterator[Any]:
+        """Yield the batches; what goes wrong in the making of one is told as the source's."""
+        elements: Iterator[Any] | None = None
+        while True:
+            try:
+                elements = iter(self._source) if elements is None else elements
+                element = next(elements)
+            except StopIteration:
+                return
+            except SwaAvgError:
+                raise
+            except Exception as error:
+                raise UnreadableError(self.source, f"no batch came ({told(error)})") from error
+            yield element
 
     def _describe(self, features: Any, picked: Mapping[str, tuple[str, Array]]) -> None:
         for name, (key, values) in picked.items():

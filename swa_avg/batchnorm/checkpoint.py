@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from swa_avg.batchnorm.functions import import_function, import_module, names_function
 from swa_avg.batchnorm.spec import ARGUMENTS, TRAINING
-from swa_avg.errors import Finding, MismatchError, SwaAvgError, UsageError
+from swa_avg.errors import Finding, MismatchError, SwaAvgError, UsageError, first_line
 from swa_avg.formats import Checkpoint, open_checkpoint
 from swa_avg.formats.hdf5 import LEGACY_MODEL, LEGACY_WEIGHTS, Hdf5Checkpoint
 from swa_avg.policy import has_lambda
@@ -49,7 +49,7 @@ class Loading:
 
     model: Any = None
     """For weights alone: a `.keras` file, a JSON configuration, or `MODULE:FUNCTION` that returns the model;
-    or a live Keras model, which gets the averaged weights and their statistics."""
+    or, for a refresh alone, a live Keras model, which gets the averaged weights and their statistics."""
     imports: Sequence[str] = ()
     """Modules that register the model's own classes with Keras."""
     unsafe: bool = False
@@ -150,7 +150,7 @@ def refresh_loaded(
             preprocess=import_function(refresh.preprocess) if refresh.preprocess else None,
             progress=progress,
             elsewhere=elsewhere,
-            purpose=TRAINING if isinstance(refresh.model, str | None) else ARGUMENTS,
+            purpose=TRAINING if isinstance(refresh.model, str | Path | None) else ARGUMENTS,
         )
         with closing(_saved(model, checkpoint, scratch / "after")) as after:
             return _changed(checkpoint, before, after), report
@@ -207,8 +207,8 @@ def load_model(checkpoint: Checkpoint, loading: Loading, *, compiled: bool = Fal
         if checkpoint.config is not None and loading.model is None:
             return keras.models.load_model(checkpoint.path, compile=compiled, safe_mode=not loading.unsafe)
         model = loading.model
-        if isinstance(model, str):
-            model = _build(model, loading, keras, compiled=compiled)
+        if isinstance(model, str | Path):
+            model = _build(str(model), loading, keras, compiled=compiled)
         model.load_weights(checkpoint.path)
     return model
 
@@ -231,9 +231,8 @@ def _complaints_named() -> Iterator[None]:
     except (ValueError, TypeError, AttributeError, ImportError, KeyError, OSError) as error:
         if isinstance(error, SwaAvgError):
             raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UsageError(
-            f"Keras cannot load the model ({reason}); its own classes come with --import MODULE"
+            f"Keras cannot load the model ({first_line(error)}); its own classes come with --import MODULE"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -35,12 +36,12 @@ def open_data(source: Any, spec: Spec) -> Data:
         UsageError: the function cannot be imported.
         SystemRefusalError: there is no room to unpack a compressed array.
     """
-    if isinstance(source, str) and not Path(source).exists() and names_function(source):
+    if isinstance(source, str) and names_function(source) and not Path(source).exists():
         made = import_function(source)()
         return _from_object(made, source, spec)
     if isinstance(source, str | Path):
         path = Path(source)
-        if path.is_dir():
+        if os.path.isdir(path):  # noqa: PTH112 (which takes any name)
             return open_saved(path, spec)
         return _from_file(path, spec)
     return _from_object(source, "data", spec)

@@ -21,7 +21,7 @@ from swa_avg.batchnorm.observe import SEED_STATE, Outcome, batchnorm_layers, mak
 from swa_avg.batchnorm.report import LayerReport, RefreshReport, drift_between, standard_error
 from swa_avg.batchnorm.spec import ARGUMENTS, Purpose, Shape, Spec
 from swa_avg.batchnorm.tally import Tally
-from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
+from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError, first_line
 from swa_avg.interrupts import interrupts, interrupts_held
 
 __all__ = ["Progress", "arranger", "check_data", "inputs_of", "refresh_batchnorm"]
@@ -262,7 +262,7 @@ def _first(run: Step, step: Step, values: list[Any], inputs: Any, data: Data) ->
             )
             return step, step(values, inputs)
         if isinstance(error, ValueError | TypeError) and not data.spec.names:
-            problem = f"the model does not take this data ({str(error).splitlines()[0]})"
+            problem = f"the model does not take this data ({first_line(error)})"
             raise UnreadableError(data.source, problem) from error
         raise
 

@@ -10,7 +10,7 @@ from typing import Any
 from swa_avg.batchnorm.batches import ArrayData, Data, StreamData, check_rows, pick
 from swa_avg.batchnorm.rows import Rows, RowWriter
 from swa_avg.batchnorm.spec import Spec, fits
-from swa_avg.errors import UnreadableError, UsageError
+from swa_avg.errors import UnreadableError, UsageError, first_line
 
 __all__ = ["open_saved"]
 
@@ -99,4 +99,4 @@ def _readable(path: Path) -> Iterator[None]:
     except (tf.errors.OpError, ProtobufError, ValueError, TypeError) as error:
         if isinstance(error, UnreadableError | UsageError):
             raise
-        raise UnreadableError(path, f"damaged dataset ({str(error).splitlines()[0]})") from error
+        raise UnreadableError(path, f"damaged dataset ({first_line(error)})") from error

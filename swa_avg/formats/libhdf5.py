@@ -14,13 +14,13 @@ from typing import Any
 import h5py
 from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t
 
-from swa_avg.errors import SwaAvgError, UnreadableError
+from swa_avg.errors import SwaAvgError, UnreadableError, first_line
 from swa_avg.formats.base import Tensor
 from swa_avg.formats.image import Image, ImageFile
 from swa_avg.formats.layout import Walk
 from swa_avg.formats.structure import NewerStructureError, Structures
 
-__all__ = ["attributes_of", "check_readable", "first_line", "walk_newer"]
+__all__ = ["attributes_of", "check_readable", "walk_newer"]
 
 _KNOWN_TYPES: dict[tuple[int, int], tuple[tuple[str, Any], ...]] = {
     (h5t.FLOAT, 2): (("float16", h5t.IEEE_F16LE),),
@@ -50,10 +50,6 @@ def walk_newer(walk: Walk, structures: Structures) -> None:
             if address not in known:
                 known[address] = attributes_of(structures, address)
             objects[path] = known[address]
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def attributes_of(structures: Structures, address: int) -> tuple[bytes, ...]:

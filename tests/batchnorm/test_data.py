@@ -275,6 +275,7 @@ def test_a_model_of_a_fixed_batch_size_gets_whole_batches():
     found, data = rows_of(IMAGES, **options)
     assert len(found) == data.total == 48
     assert data.notes == ["left out 2 rows, since the model takes batches of 16 only"]
+    assert "the model takes batches of 16 rows only; found 10 rows" in refused(IMAGES[:10], **options)
     with pytest.raises(UsageError, match="batches of 16 only, not of 20"):
         Spec(batch_size=20, **options)
 
@@ -430,6 +431,20 @@ def test_streams_of_the_wrong_kind_are_refused():
     assert "expected numbers; found <U1" in refused([np.array(["a"])])
     assert "expected batches of 2 inputs; found 1" in refused([IMAGES], input_names=["a", "b"])
     assert "expected equal numbers of rows" in refused([[IMAGES, LABELS[:3]]], input_names=["a", "b"])
+    assert "expected batches; found an empty tuple" in refused([()])
+    for options in ({}, {"samples": 3}):
+        assert "expected an array of rows; found a single value" in refused([np.float32(1)], **options)
+
+
+def test_what_a_maker_of_batches_raises_is_told_with_its_place(tmp_path):
+    def batches():
+        yield IMAGES
+        with open(tmp_path / "17.png", "rb"):
+            pass
+
+    text = refused(batches())
+    assert "no batch came (FileNotFoundError: [Errno 2] No such file or directory:" in text
+    assert re.search(r"17\.png' \(test_data\.py, line \d+\)\)$", text)
 
 
 @pytest.mark.parametrize("options", [{"samples": 0}, {"batch_size": 0}, {"samples": -3}])
@@ -441,6 +456,7 @@ def test_numbers_below_one_are_usage_errors(options):
 def test_missing_files_and_other_things_are_unreadable(tmp_path):
     assert "no such file or directory" in refused(tmp_path / "none.npz")
     assert "without dataset_spec.pb" in refused(tmp_path)
+    assert "file name too long" in refused("z" * 300)
     os.mkfifo(tmp_path / "fifo.npz")
     assert "not a regular file" in refused(tmp_path / "fifo.npz")
     (tmp_path / "empty.npz").touch()

@@ -784,6 +784,14 @@ def test_the_report_tells_drift_against_numbers_worked_out_by_hand():
     assert (report.samples, report.batches) == (100, 10)
 
 
+def test_a_constant_channel_is_reported_though_epsilon_is_zero():
+    model = keras.Sequential([keras.Input((2,)), L.BatchNormalization(epsilon=0.0)])
+    report = refresh_batchnorm(model, np.array([[1.0, 1.0], [1.0, 3.0]] * 50, "float32"), batch_size=10)
+    assert report.lines()
+    again = refresh_batchnorm(model, np.array([[1.0, 1.0], [1.0, 3.0]] * 50, "float32"), batch_size=10)
+    assert again.layers[0].drift.score == pytest.approx(0, abs=1e-6)
+
+
 def test_a_second_refresh_reports_no_drift_and_that_it_settled():
     model = one_layer()
     refresh_batchnorm(model, digits(), batch_size=100)
