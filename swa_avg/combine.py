@@ -58,7 +58,7 @@ class Combiner:
     verify: bool = True
     """Read every byte of every input and hold its CRC-32 against the one that its container declares; else,
     only that of the newest, which is read whole anyway."""
-    progress: Callable[[int], None] = lambda count: None
+    progress: Callable[[int], None] | None = None
     """Told how many more bytes have been read."""
     together: int = 0
     """Blocks a task, where workers have memory of their own; 0: they are threads, and fill buffers here."""
@@ -170,7 +170,8 @@ class Combiner:
         except UnfitError:
             raise MismatchError(list(unfit(self.plan, self.block_bytes))) from None
         for block, (averages, checksums) in zip(blocks, results, strict=True):
-            self.progress(block.cost(self.plan, self.verify))
+            if self.progress is not None:
+                self.progress(block.cost(self.plan, self.verify))
             for position, checksum in enumerate(checksums):
                 running[position] = crc32_combine(running[position], checksum, block.size)
             self._written = not self.together or isinstance(averages, Written)

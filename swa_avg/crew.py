@@ -39,7 +39,7 @@ class Crew:
         plan: Plan,
         rows: Sequence[Sequence[float]],
         verify: bool,
-        progress: Callable[[int], None] = lambda count: None,
+        progress: Callable[[int], None] | None = None,
     ) -> Combiner:
         return Combiner(
             plan,

@@ -172,7 +172,7 @@ def average(
         )
         total = bytes_to_read(plan, verify)
         report = Report(target, plan, method, verify, total, crew.memory)
-        combiner = crew.combiner(plan, [coefficients], verify, partial(progress or _ignore, total))
+        combiner = crew.combiner(plan, [coefficients], verify, progress and partial(progress, total))
         check_shared_files(plan)
         check_contents(plan, combiner.checksums)
         refreshed = None
@@ -239,10 +239,6 @@ def write_draft(
     with Publication(draft, overwrite=False) as publication:
         template.write(image, lambda: None, publication)
         publication.publish()
-
-
-def _ignore(total: int, count: int) -> None:
-    pass
 
 
 def output_path(output: str | Path | None, named: Sequence[Path]) -> Path:

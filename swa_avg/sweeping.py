@@ -167,7 +167,7 @@ def sweep(
             crew,
             folder,
             *_scoring(Scorer(validation, loading, refresh), crew),
-            partial(score_progress or _nothing, steps),
+            score_progress and partial(score_progress, steps),
         )
         scored = trials.scored(rows, verify=verify, progress=progress)
         singles, averages = scored[: len(paths)], scored[len(paths) :]
@@ -217,10 +217,6 @@ def _drawing(output: Path, *, overwrite: bool) -> Callable[[SweepReport], bytes]
             raise
         raise UsageError("--path needs matplotlib; pip install 'swa-avg[plot]'") from None
     return partial(plot, suffix=output.suffix)
-
-
-def _nothing(total: int, count: int) -> None:
-    pass
 
 
 def candidate_rows(paths: Sequence[Path], tried: Sequence[str]) -> tuple[list[Candidate], bool]:

@@ -66,7 +66,7 @@ class Trials:
     """Has a draft scored, here or on a cluster."""
     at_once: int
     """Drafts on disk."""
-    progress: Callable[[int], None]
+    progress: Callable[[int], None] | None
     last: Scoring | None = None
     decides: tuple[str, str] | None = None
     """The metric that decides and its mode, once the first score is known."""
@@ -86,7 +86,7 @@ class Trials:
         inputs = [self.checkpoints[number] for number in used]
         matrix = [[row.coefficients[number] for number in used] for row in rows]
         plan = make_plan(inputs, inputs[-1], matrix[0])
-        advance = partial(progress or _nothing, bytes_to_read(plan, verify))
+        advance = progress and partial(progress, bytes_to_read(plan, verify))
         return self.crew.combiner(plan, matrix, verify, advance)
 
     def scored(
@@ -137,7 +137,8 @@ class Trials:
         scored = Scored(candidate, score.metrics, score.refresh, badness(score.metrics[monitor], mode))
         if self.best is None or rank(scored) <= rank(self.best):
             self.best, self.best_values = scored, score.values
-        self.progress(1)
+        if self.progress is not None:
+            self.progress(1)
         return scored
 
 
@@ -167,7 +168,3 @@ def line(trials: Trials, average: Candidate) -> tuple[Mapping[str, float], ...]:
         points.append((share, Candidate(f"line:{share}", tuple(mixed))))
     scored = trials.scored([candidate for _, candidate in points])
     return tuple({"at": share, **point.metrics} for (share, _), point in zip(points, scored, strict=True))
-
-
-def _nothing(total: int, count: int) -> None:
-    pass

@@ -26,7 +26,7 @@ from swa_avg.errors import MismatchError, SystemRefusalError, UnreadableError, U
 distributed = pytest.importorskip("distributed")
 
 from swa_avg import cluster as module  # noqa: E402
-from swa_avg import resources, run  # noqa: E402
+from swa_avg import combine, resources, run  # noqa: E402
 from swa_avg import worker as work  # noqa: E402
 from swa_avg.batchnorm.checkpoint import Refresh  # noqa: E402
 from swa_avg.evaluation import Validation  # noqa: E402
@@ -378,7 +378,14 @@ def test_an_interruption_cancels_the_work_and_leaves_nothing(
 ) -> None:
     paths = write_run(tmp_path)
     calls = itertools.count()
-    monkeypatch.setattr(run, "_ignore", lambda total, count: next(calls) == 3 and signal.raise_signal(number))
+    combined = combine.crc32_combine
+
+    def interrupted(*args: int) -> int:
+        if next(calls) == 3:
+            signal.raise_signal(number)
+        return combined(*args)
+
+    monkeypatch.setattr(combine, "crc32_combine", interrupted)
     ended = swa_avg(*paths, "-o", tmp_path / "swa.keras", "--cluster", cluster.scheduler_address)
     word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[signal.Signals(number)]
     assert (ended.code, ended.err) == (128 + number, f"swa-avg: {word}; nothing was written\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import IO
 
 from swa_avg.errors import SwaAvgError, UnreadableError
 from swa_avg.formats import archive, hdf5, sharded
@@ -14,7 +15,7 @@ __all__ = ["FORMATS", "Checkpoint", "Image", "Tensor", "open_checkpoint"]
 
 # First bytes of a file -> how it is opened. What a file is called says nothing: TensorFlow 2.12 writes
 # HDF5 files named `.keras`.
-FORMATS: dict[bytes, Callable[[Path, Checkpoint | None], Checkpoint]] = {
+FORMATS: dict[bytes, Callable[[Path, IO[bytes], Checkpoint | None], Checkpoint]] = {
     archive.SIGNATURE: archive.open_archive,
     hdf5.SIGNATURE: hdf5.open_hdf5,
     b"{": sharded.open_sharded,
@@ -49,16 +50,20 @@ def open_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
 
 
 def _open(path: Path, like: Checkpoint | None) -> Checkpoint:
-    with open_file(path) as file:
+    file = open_file(path)
+    try:
         head = file.read(64)
-    if not head:
-        raise UnreadableError(path, "the file is empty")
-    for signature, open_format in FORMATS.items():
-        if head.lstrip().startswith(signature):
-            return open_format(path, like)
-    raise UnreadableError(
-        path, "not a Keras checkpoint: neither a .keras archive, nor HDF5, nor a .weights.json"
-    )
+        if not head:
+            raise UnreadableError(path, "the file is empty")
+        for signature, open_format in FORMATS.items():
+            if head.lstrip().startswith(signature):
+                return open_format(path, file, like)
+        raise UnreadableError(
+            path, "not a Keras checkpoint: neither a .keras archive, nor HDF5, nor a .weights.json"
+        )
+    except BaseException:
+        file.close()
+        raise
 
 
 def _check_places(checkpoint: Checkpoint, like: Checkpoint) -> None:

@@ -13,7 +13,7 @@ from typing import IO, Any
 from swa_avg.errors import SwaAvgError, UnreadableError
 from swa_avg.formats.base import PROVENANCE, Checkpoint, Chunk, Provenance, Stage
 from swa_avg.formats.hdf5 import WEIGHTS, Hdf5Checkpoint, is_keras_store, layer_names
-from swa_avg.formats.image import Image, ImageFile, open_file
+from swa_avg.formats.image import Image, ImageFile
 from swa_avg.formats.layout import read_layout
 from swa_avg.formats.stored_zip import StoredZip
 from swa_avg.strict_json import MAX_JSON, parse_json
@@ -96,38 +96,33 @@ class ArchiveCheckpoint(Checkpoint):
         super().close()
 
 
-def open_archive(path: Path, like: Checkpoint | None = None) -> ArchiveCheckpoint:
-    """Open a `.keras` archive; `like` as for `open_hdf5`.
+def open_archive(path: Path, file: IO[bytes], like: Checkpoint | None = None) -> ArchiveCheckpoint:
+    """Open a `.keras` archive; `file` and `like` as for `open_hdf5`.
 
     Raises:
         UnreadableError: the archive is damaged, unsafe or not what Keras writes.
     """
-    file = open_file(path)
+    whole = Image(path, file, 0, file.seek(0, 2))
     try:
-        whole = Image(path, file, 0, file.seek(0, 2))
-        try:
-            archive = zipfile.ZipFile(ImageFile(whole))
-            members = _members(whole, archive)
-            image = _weights_image(whole, members)
-            metadata, config_bytes = (_small(whole, archive, name) for name in (_METADATA, _CONFIG))
-        except (
-            zipfile.BadZipFile,
-            struct.error,
-            ValueError,
-            NotImplementedError,
-            OverflowError,
-            EOFError,
-            RuntimeError,
-        ) as error:
-            if isinstance(error, SwaAvgError):
-                raise
-            if isinstance(error.__context__, SwaAvgError):  # zipfile takes it for damage
-                raise error.__context__ from None
-            raise UnreadableError(path, f"damaged .keras archive ({error})") from error
-        return _checkpoint(path, image, archive, config_bytes, parse_json(metadata, path, _METADATA), like)
-    except BaseException:
-        file.close()
-        raise
+        archive = zipfile.ZipFile(ImageFile(whole))
+        members = _members(whole, archive)
+        image = _weights_image(whole, members)
+        metadata, config_bytes = (_small(whole, archive, name) for name in (_METADATA, _CONFIG))
+    except (
+        zipfile.BadZipFile,
+        struct.error,
+        ValueError,
+        NotImplementedError,
+        OverflowError,
+        EOFError,
+        RuntimeError,
+    ) as error:
+        if isinstance(error, SwaAvgError):
+            raise
+        if isinstance(error.__context__, SwaAvgError):  # zipfile takes it for damage
+            raise error.__context__ from None
+        raise UnreadableError(path, f"damaged .keras archive ({error})") from error
+    return _checkpoint(path, image, archive, config_bytes, parse_json(metadata, path, _METADATA), like)
 
 
 def _small(whole: Image, archive: zipfile.ZipFile, name: str) -> bytes:

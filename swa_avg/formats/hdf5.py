@@ -10,7 +10,7 @@ from typing import IO
 from swa_avg.errors import UnreadableError
 from swa_avg.formats.attributes import AttributeReader, DamagedStructureError
 from swa_avg.formats.base import PROVENANCE, Checkpoint, Chunk, Provenance, Stage, write_image
-from swa_avg.formats.image import Image, open_file
+from swa_avg.formats.image import Image
 from swa_avg.formats.layout import SIGNATURE, Layout, read_layout
 from swa_avg.strict_json import parse_json
 
@@ -64,25 +64,21 @@ class Hdf5Checkpoint(Checkpoint):
         return replace(self, **strip(self, groups, scratch))
 
 
-def open_hdf5(path: Path, like: Checkpoint | None = None) -> Hdf5Checkpoint:
+def open_hdf5(path: Path, file: IO[bytes], like: Checkpoint | None = None) -> Hdf5Checkpoint:
     """Open a Keras checkpoint that is a bare HDF5 file.
 
-    `like` is a checkpoint of the same run; where every byte outside the tensors is the same, its layout is
-    taken over without parsing the file.
+    `file` is `path`, open for reading; whoever opened it closes it where this fails. `like` is a
+    checkpoint of the same run; where every byte outside the tensors is the same, its layout is taken over
+    without parsing the file.
 
     Raises:
         UnreadableError: the file is damaged, is not a Keras checkpoint, or stores a tensor in another way
             than as one contiguous run of bytes.
     """
-    file = open_file(path)
-    try:
-        image = Image(path, file, 0, file.seek(0, 2))
-        if isinstance(like, Hdf5Checkpoint) and like.shares_layout((image,)):
-            return replace(like, path=path, images=(image,))
-        return _keras_checkpoint(path, image, read_layout(image))
-    except BaseException:
-        file.close()
-        raise
+    image = Image(path, file, 0, file.seek(0, 2))
+    if isinstance(like, Hdf5Checkpoint) and like.shares_layout((image,)):
+        return replace(like, path=path, images=(image,))
+    return _keras_checkpoint(path, image, read_layout(image))
 
 
 def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoint:

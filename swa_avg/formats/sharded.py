@@ -86,13 +86,13 @@ class ShardedCheckpoint(Checkpoint):
         return replace(self, map={**self.map, "weight_map": kept}, **strip(self, ("optimizer",), scratch))
 
 
-def open_sharded(path: Path, like: Checkpoint | None = None) -> ShardedCheckpoint:
-    """Open a `.weights.json` and all its shards; `like` as for `open_hdf5`.
+def open_sharded(path: Path, file: IO[bytes], like: Checkpoint | None = None) -> ShardedCheckpoint:
+    """Open a `.weights.json` and all its shards; `file`, which is closed, and `like` as for `open_hdf5`.
 
     Raises:
         UnreadableError: the map or a shard is missing, damaged or unsafe, or they disagree.
     """
-    with open_file(path) as file:
+    with file:
         size = file.seek(0, 2)
         if size > MAX_JSON:
             raise UnreadableError(path, f"the shard map is larger than {MAX_JSON >> 20} MiB")
@@ -104,8 +104,8 @@ def open_sharded(path: Path, like: Checkpoint | None = None) -> ShardedCheckpoin
     images: list[Image] = []
     try:
         for shard in shards:
-            file = open_file(path.with_name(shard), follow=False)
-            images.append(Image(path.with_name(shard), file, 0, file.seek(0, 2)))
+            part = open_file(path.with_name(shard), follow=False)
+            images.append(Image(path.with_name(shard), part, 0, part.seek(0, 2)))
         own: dict[str, Any] = {
             "path": path,
             "images": tuple(images),
