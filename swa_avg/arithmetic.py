@@ -23,9 +23,10 @@ Row = tuple[tuple[float, ...], float]
 
 
 def factors_of(coefficients: Sequence[float]) -> Row:
-    """Return factors and divisor of a row: of equal coefficients 1/n, or 0, a plain sum to divide by n.
+    """Return factors and divisor of a row.
 
-    Each product and 1/n itself would be rounded.
+    Where all coefficients but zeros are 1/n, the factors are 1 and the divisor is n: a plain sum, of which
+    nothing is rounded before the division.
     """
     used = [coefficient for coefficient in coefficients if coefficient]
     if used == [1.0 / len(used)] * len(used):

@@ -122,7 +122,6 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
         self._period = count * (cycle_length or 1)
         self._filename = filename or _default_name(by_step=self._by_step, weights_only=weights_only)
         _check_filename(self._filename, by_step=self._by_step, weights_only=weights_only)
-        self._weights_only = weights_only
         self._include_optimizer = include_optimizer
         self._monitor = monitor
         self._mode = mode

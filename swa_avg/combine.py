@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from isal.isal_zlib import crc32, crc32_combine
+from isal.isal_zlib import crc32_combine
 
 from swa_avg.arithmetic import UnfitError, all_finite, factors_of, widen
 from swa_avg.blocks import Block, Source, blocks_of, read_pieces
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
 from swa_avg.formats.base import Tensor, Written
-from swa_avg.formats.image import Image
 from swa_avg.plan import Plan
 from swa_avg.policy import FLOATS
 from swa_avg.worker import SLACK, STRETCH, Averaged, BlockWorker, Target, aligned
@@ -32,10 +31,9 @@ from swa_avg.worker import SLACK, STRETCH, Averaged, BlockWorker, Target, aligne
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Combiner", "block_memory", "checksum_of", "stream_values", "unfit"]
+__all__ = ["Combiner", "block_memory", "stream_values", "unfit"]
 
 _PENDING = 2  # blocks a thread: one worked on, one waiting to be written
-_CHUNK = 2**18
 
 _Underway = tuple[tuple[Block, ...], "NDArray[np.uint8] | None", "Future[list[Averaged]] | None"]
 """Blocks, the buffer that they are averaged into, and the work."""
@@ -63,7 +61,7 @@ class Combiner:
     together: int = 0
     """Blocks a task, where workers have memory of their own; 0: they are threads, and fill buffers here."""
     sent: int = 0
-    """Tasks under way at most while averages are sent back: they may all arrive at once."""
+    """Most tasks under way while workers send averages back, since all of them may arrive together."""
     checksums: list[list[int | None]] = field(init=False)
     """CRC-32 of each input's images: as declared by its container, and as computed once an image is done."""
 
@@ -236,15 +234,6 @@ def unfit(plan: Plan, block_bytes: int) -> Iterator[Finding]:
                     break
     if not found:
         yield Finding(plan.template.path, "sum", "does not fit into float64")
-
-
-def checksum_of(image: Image, start: int = 0, stop: int | None = None) -> int:
-    """Return the CRC-32 of an image, or of a part of it."""
-    stop = image.size if stop is None else stop
-    checksum = 0
-    for position in range(start, stop, _CHUNK):
-        checksum = crc32(image.read(position, min(_CHUNK, stop - position)), checksum)
-    return checksum
 
 
 def block_memory(block_bytes: int, threads: int, rows: int = 1) -> int:

@@ -20,7 +20,6 @@ __all__ = ["check_digests", "read_digests"]
 
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
 _MAX_BYTES = 64 * 2**20
-_CHUNK = 2**20
 
 
 def read_digests(path: Path) -> dict[Path, str]:
@@ -32,7 +31,7 @@ def read_digests(path: Path) -> dict[Path, str]:
         UnreadableError: it is missing, or a line is something else, or two lines disagree on a file.
     """
     with open_file(path) as file:
-        image = Image(path, file, 0, file.seek(0, 2))
+        image = Image(path, file)
         if image.size > _MAX_BYTES:
             raise UnreadableError(path, f"a list of digests larger than {_MAX_BYTES >> 20} MiB")
         text = image.read(0, image.size).decode("utf-8", "surrogateescape")
@@ -79,7 +78,6 @@ def _sha256(opened: Image | None, path: Path) -> str:
     """Return the digest of a whole file: by the descriptor that is averaged from, or of a map by its name."""
     digest = hashlib.sha256()
     with contextlib.nullcontext(opened.file) if opened else open_file(path) as file:
-        whole = Image(path, file, 0, file.seek(0, 2))
-        for start in range(0, whole.size, _CHUNK):
-            digest.update(whole.read(start, min(_CHUNK, whole.size - start)))
+        for chunk in Image(path, file).chunks():
+            digest.update(chunk)
     return digest.hexdigest()

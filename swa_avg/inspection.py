@@ -148,13 +148,14 @@ def inspect_checkpoints(
 
     Args:
         inputs, epochs, best, monitor, mode, last, every: Which checkpoints, as for `average`.
-        method, decay, sigma_rel, weights: Of which average distances are told, as for `average`.
+        method, decay, sigma_rel, weights: The average that distances are told to, as for `average`.
         dtype: `bfloat16`, where untagged 2-byte tensors of weights-only files hold that.
         plot: A `.png`, `.svg` or `.pdf` to draw the pictures into; needs matplotlib.
         report: A `.html` to write a page with pictures and tables into; needs matplotlib.
         overwrite: Replace existing outputs.
         progress: Told (bytes to read in all, bytes read since the last call).
-        published: Told that an output has its name, before SIGINT and SIGTERM that came meanwhile are.
+        published: Called right after an output got its name, before a SIGINT or SIGTERM that came meanwhile
+            takes effect.
 
     Raises:
         UsageError: the request cannot be met as it was made.

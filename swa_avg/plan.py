@@ -38,11 +38,6 @@ class Plan:
     dropped: tuple[Tensor, ...]
     """The optimizer state that is left out."""
 
-    @property
-    def averaged_bytes(self) -> int:
-        """Bytes that the averaged tensors take in each input."""
-        return sum(tensor.nbytes for tensor in self.averaged)
-
 
 def make_plan(
     inputs: Sequence[Checkpoint],

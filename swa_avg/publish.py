@@ -79,7 +79,7 @@ class Publication:
         """Open file, final path."""
         self._temporaries: list[Path] = []
         self._moved: list[tuple[Path, os.stat_result]] = []
-        """Names that were free and are taken by files of ours, and which files these are."""
+        """Final names that were free and that we gave to our files, with the files' stat."""
         self._scratch: list[IO[bytes]] = []
 
     def create(self, name: str, size: int = 0) -> IO[bytes]:

@@ -142,7 +142,8 @@ def average(
         dry_run: Plan, and write nothing.
         progress: Told how many bytes have been read.
         refresh_progress: Told how many rows of data have been used, as by `refresh_batchnorm`.
-        published: Told that the output has its name, before SIGINT and SIGTERM that came meanwhile are.
+        published: Called right after the output got its name, before a SIGINT or SIGTERM that came meanwhile
+            takes effect.
 
     Raises:
         UsageError: the request cannot be met as it was made.

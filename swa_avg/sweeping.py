@@ -117,7 +117,7 @@ def sweep(
         validation: Data and metric. Choose by data that you did not train on, and do not report the score
             that it was chosen by.
         refresh: Training data to re-estimate BatchNorm statistics on.
-        loading: How to load the model, without a refresh, which says it itself.
+        loading: How to load the model; `refresh`, where there is one, says it itself.
         tried: Averages, as `candidates.parse` reads them; by default, `candidates.default_candidates`.
         require_improvement: Write nothing if no average is better than the best single checkpoint.
         path: Also score 11 points on the line from the last checkpoint to the best average, each refreshed

@@ -55,7 +55,7 @@ def rank(scored: Scored) -> tuple[float, int]:
 
 @dataclass
 class Trials:
-    """Makes candidates into drafts, one at a time, and has each scored by one live model."""
+    """Writes candidates as drafts, up to `at_once` at a time, and has each scored by a live model."""
 
     checkpoints: Sequence[Checkpoint]
     publication: Publication

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swa_avg.blocks import Block
-from swa_avg.combine import Combiner, checksum_of
+from swa_avg.combine import Combiner
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
 from swa_avg.formats import Checkpoint, Tensor, open_checkpoint
 from swa_avg.formats.archive import ArchiveCheckpoint
@@ -136,7 +136,7 @@ def _check_inputs(checkpoints: Sequence[Checkpoint], record: Record) -> None:
             findings.append(Finding(checkpoint.path, "weights", problem))
             continue
         for image, expected in zip(checkpoint.images, entry.crc32, strict=True):
-            now = f"{checksum_of(image):08x}"
+            now = f"{image.checksum():08x}"
             then = expected or (now if image.crc32 is None else f"{image.crc32:08x}")
             if now != then:
                 problem = f"has changed since: its CRC-32 was {then}, and is {now} now"
@@ -166,7 +166,7 @@ def _digest_findings(found: Checkpoint, record: Record) -> Iterator[Finding]:
     for name, expected in record.values.items():
         tensor = found.tensors.get(name)
         if tensor is not None:
-            now = f"{checksum_of(found.images[tensor.image], tensor.offset, tensor.stop):08x}"
+            now = f"{found.images[tensor.image].checksum(tensor.offset, tensor.stop):08x}"
             if now != expected:
                 problem = f"its CRC-32 is {now}; the refresh of BatchNorm left {expected}"
                 yield Finding(found.path, name, problem)
@@ -226,7 +226,7 @@ def _surroundings(found: Checkpoint, template: Checkpoint, *, rebuilt: bool) -> 
     if _layer_names(found) != _layer_names(template):
         yield Finding(found.path, "layer names", "differ from the newest input's")
     for image in found.images:
-        if image.crc32 is not None and (now := checksum_of(image)) != image.crc32:
+        if image.crc32 is not None and (now := image.checksum()) != image.crc32:
             problem = f"damaged: its CRC-32 is {now:08x}, the archive says {image.crc32:08x}"
             yield Finding(found.path, "model.weights.h5", problem)
     if not isinstance(found, Hdf5Checkpoint) and not rebuilt and not template.shares_layout(found.images):

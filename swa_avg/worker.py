@@ -99,10 +99,7 @@ class BlockWorker:
         """Return the CRC-32 of a stretch of image `index` of input `number`, and its bytes."""
         image = self.inputs[number].images[index]
         stop = min(start + STRETCH, image.size)
-        checksum = 0
-        for position in range(start, stop, self.block_bytes):
-            checksum = crc32(image.read(position, min(self.block_bytes, stop - position)), checksum)
-        return checksum, stop - start
+        return image.checksum(start, stop, self.block_bytes), stop - start
 
     def _combine(self, block: Block, averages: NDArray[np.uint8]) -> list[int]:
         """Average a block into `averages`; return the CRC-32 of its bytes in each of the `checked` inputs."""

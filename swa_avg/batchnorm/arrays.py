@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from isal.isal_zlib import crc32
 
 from swa_avg.batchnorm.rows import FileRows, Rows, describe, room_for
 from swa_avg.errors import SystemRefusalError, UnreadableError
@@ -84,7 +83,7 @@ class ArrayFile:
         self.arrays: dict[str, Stored | _Unusable] = {}
         self.others: list[str] = []
         """What an archive holds besides numeric arrays: only named, never looked into."""
-        self._whole = Image(path, self._files[0], 0, self._files[0].seek(0, 2))
+        self._whole = Image(path, self._files[0])
 
     def check_unchanged(self) -> None:
         """Raise UnreadableError if the file was written to since it was opened."""
@@ -193,11 +192,7 @@ class ArrayFile:
             raise UnreadableError(self.path, f"damaged .npz archive ({error})", tensor=key) from error
 
     def _check_sum(self, key: str, start: int, info: zipfile.ZipInfo) -> None:
-        checksum = 0
-        for position in range(0, info.file_size, _CHUNK):
-            size = min(_CHUNK, info.file_size - position)
-            checksum = crc32(self._whole.read(start + position, size), checksum)
-        if checksum != info.CRC:
+        if self._whole.checksum(start, start + info.file_size) != info.CRC:
             raise UnreadableError(self.path, "damaged: its CRC-32 is not the archive's", tensor=key)
 
     def _transposed(self, rows: FileRows) -> Rows:

@@ -39,7 +39,6 @@ __all__ = [
     "without_greeting",
 ]
 
-_CHUNK = 2**20
 _TRUST = "{} holds a Lambda layer, which is code: add --unsafe if you trust who wrote it"
 
 
@@ -165,10 +164,7 @@ def with_values(
     tensors = [checkpoint.tensors[name] for name in values if checkpoint.tensors[name].image == index]
     for tensor in [*sorted(tensors, key=lambda tensor: tensor.offset), None]:
         stop = image.size if tensor is None else tensor.offset
-        while position < stop:
-            chunk = image.read(position, min(_CHUNK, stop - position))
-            position += len(chunk)
-            yield chunk
+        yield from image.chunks(position, stop)
         if tensor is not None:
             yield values[tensor.name]
             position = tensor.stop

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["ESTIMATORS", "Moments", "Statistics", "merge_all"]
+__all__ = ["ESTIMATORS", "Moments", "Statistics"]
 
 Vector = NDArray[np.float64]
 
@@ -53,14 +51,6 @@ class Moments:
         seen = counts > 0
         m2 = np.where(seen, counts * np.asarray(variance, np.float64), 0.0)
         return cls(counts.copy(), np.where(seen, means, 0.0), m2, m2)
-
-    @classmethod
-    def of_values(cls, values: NDArray[Any]) -> Moments:
-        """Return the two-pass moments of `values`, shape (n, channels), as one batch."""
-        data = values.astype(np.float64)
-        if not len(data):
-            return cls.empty(data.shape[1])
-        return cls.of_batch(len(data), data.mean(axis=0), data.var(axis=0))
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both sets together, exact but for float64 rounding.
@@ -105,8 +95,3 @@ ESTIMATORS: dict[str, Callable[[Moments], Statistics]] = {
     "pooled": Moments.pooled,
     "batch-mean": Moments.batch_mean,
 }
-
-
-def merge_all(parts: list[Moments]) -> Moments:
-    """Return the moments of one or more sets together."""
-    return reduce(Moments.merge, parts)

@@ -60,17 +60,19 @@ def refresh_batchnorm(
     Args:
         model: Built, on any backend. Layers with `trainable=False` keep their statistics.
         data: What `open_data` takes: a file, a folder, `MODULE:FUNCTION`, arrays or batches. Labels are
-        ignored. estimator: `pooled`, mean and variance of all data as one population; `batch-mean`, means of
-            the batches' statistics weighted by size, as the code of the SWA paper computes them.
+            ignored.
+        estimator: `pooled`, mean and variance of all data as one population; `batch-mean`, means of the
+            batches' statistics weighted by size, as the code of the SWA paper computes them.
         batch_size: Rows a batch, where the data do not come in batches; 128 by default.
         samples: Rows to use; all by default.
         seed: Of the order of the rows, and of the model's random layers: the same seed gives the same
-        statistics. inputs: `KEY` or `KEY=INPUT`, where the data's names do not say which array goes where;
-        or a mapping. preprocess: Applied to each batch, as the model is to take it.
+            statistics.
+        inputs: `KEY` or `KEY=INPUT`, where the data's names do not say which array goes where; or a mapping.
+        preprocess: Applied to each batch, as the model is to take it.
         progress: Told how many rows have been used.
         elsewhere: Other machines to run batches on. The first runs here, and all of them where they cannot be
             drawn by number, or where the model hands state from batch to batch.
-        purpose: Who is told by what names to ask for something else.
+        purpose: Whose names for these arguments the messages use: options, or none.
 
     Raises:
         UsageError: the request, or the model, cannot be worked with.

@@ -102,7 +102,7 @@ def open_archive(path: Path, file: IO[bytes], like: Checkpoint | None = None) ->
     Raises:
         UnreadableError: the archive is damaged, unsafe or not what Keras writes.
     """
-    whole = Image(path, file, 0, file.seek(0, 2))
+    whole = Image(path, file)
     try:
         archive = zipfile.ZipFile(ImageFile(whole))
         members = _members(whole, archive)

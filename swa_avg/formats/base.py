@@ -121,7 +121,7 @@ class Checkpoint(ABC):
         """
 
     def shares_layout(self, images: Sequence[Image]) -> bool:
-        """Tell whether `images` hold the same bytes as this checkpoint's, the tensors' values apart.
+        """Tell whether `images` are this checkpoint's byte for byte outside the tensors' values.
 
         Keras writes the checkpoints of one run so; their tensors then lie in the same places, and parsing
         one of them is enough.

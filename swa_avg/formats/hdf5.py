@@ -54,7 +54,7 @@ class Hdf5Checkpoint(Checkpoint):
         if record is not None:
             write_provenance(file, record, self.path, self.tensors.values())
         # There is no checksum that would tell of damage to what was copied.
-        check_readable(Image(self.path, file, 0, file.seek(0, 2)), self.tensors)
+        check_readable(Image(self.path, file), self.tensors)
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         from swa_avg.formats.rebuild import strip
@@ -75,7 +75,7 @@ def open_hdf5(path: Path, file: IO[bytes], like: Checkpoint | None = None) -> Hd
         UnreadableError: the file is damaged, is not a Keras checkpoint, or stores a tensor in another way
             than as one contiguous run of bytes.
     """
-    image = Image(path, file, 0, file.seek(0, 2))
+    image = Image(path, file)
     if isinstance(like, Hdf5Checkpoint) and like.shares_layout((image,)):
         return replace(like, path=path, images=(image,))
     return _keras_checkpoint(path, image, read_layout(image))

@@ -12,6 +12,8 @@ from pathlib import Path
 from threading import Lock
 from typing import IO, Any
 
+from isal.isal_zlib import crc32
+
 from swa_avg.errors import SwaAvgError, SystemRefusalError, UnreadableError
 from swa_avg.remote import RemoteFile, open_remote, remote
 
@@ -19,6 +21,9 @@ __all__ = ["Image", "ImageFile", "open_file", "refusal"]
 
 # What an input cannot cause by being what it is: the machine has run out of something.
 _SYSTEM_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR}
+
+
+_CHUNK = 2**18
 
 
 def open_file(path: Path, *, follow: bool = True) -> IO[bytes]:
@@ -65,11 +70,11 @@ class Image:
     is unpickled, once it is read from.
     """
 
-    def __init__(self, path: Path, file: IO[bytes], offset: int, size: int) -> None:
+    def __init__(self, path: Path, file: IO[bytes], offset: int = 0, size: int | None = None) -> None:
         self.path = path
         self.file = file
         self.offset = offset
-        self.size = size
+        self.size = file.seek(0, os.SEEK_END) if size is None else size
         self.crc32: int | None = None
         """CRC-32 of the whole image where the container declares one."""
         self._state: Hashable = file.version if isinstance(file, RemoteFile) else self._stat()
@@ -112,6 +117,20 @@ class Image:
         self.read_into(memoryview(buffer), position)
         return bytes(buffer)
 
+    def chunks(self, start: int = 0, stop: int | None = None, size: int = _CHUNK) -> Iterator[bytes]:
+        """Yield the bytes from `start` to `stop`, by default the end, `size` at a time at most; errors as for
+        `read_into`."""
+        stop = self.size if stop is None else stop
+        for position in range(start, stop, size):
+            yield self.read(position, min(size, stop - position))
+
+    def checksum(self, start: int = 0, stop: int | None = None, size: int = _CHUNK) -> int:
+        """Return the CRC-32 of the bytes that `chunks` yields."""
+        checksum = 0
+        for chunk in self.chunks(start, stop, size):
+            checksum = crc32(chunk, checksum)
+        return checksum
+
     def ranges(self, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         """Yield the bytes of each range (start, stop); errors as for `read_into`."""
         if isinstance(self.file, RemoteFile):
@@ -119,7 +138,7 @@ class Image:
         return (self.read(start, stop - start) for start, stop in ranges)
 
     def settle(self) -> None:
-        """Read what is asked for and no more from now on: what a parser looks at has been read."""
+        """Stop reading ahead, which serves parsing: the structure has been parsed."""
         if isinstance(self.file, RemoteFile):
             self.file.settle()
 

@@ -26,7 +26,6 @@ from swa_avg.formats.structure import Structures
 __all__ = ["strip", "write_provenance"]
 
 _ATTRIBUTE_BYTES = 60_000  # HDF5 takes 64 kB an attribute
-_CHUNK = 2**20
 
 
 def strip(checkpoint: Checkpoint, groups: Sequence[str], scratch: Callable[[], IO[bytes]]) -> dict[str, Any]:
@@ -47,14 +46,14 @@ def strip(checkpoint: Checkpoint, groups: Sequence[str], scratch: Callable[[], I
         with h5py.File(file, "w") as target:
             _rebuild(target, image, layout, groups, kept)
         file.flush()
-        stripped = Image(image.path, file, 0, file.seek(0, 2))
+        stripped = Image(image.path, file)
         images.append(stripped)
         for name, tensor in read_layout(stripped, index).tensors.items():
             own = checkpoint.tensors[name]
             tensors[name] = replace(tensor, dtype=own.dtype, role=own.role)
-            for start in range(0, tensor.nbytes, _CHUNK):
-                file.seek(tensor.offset + start)
-                file.write(image.read(own.offset + start, min(_CHUNK, tensor.nbytes - start)))
+            file.seek(tensor.offset)
+            for chunk in image.chunks(own.offset, own.stop):
+                file.write(chunk)
         file.flush()
         images[-1] = Image(image.path, file, 0, stripped.size)  # it was written to since
     return {"images": tuple(images), "tensors": tensors}
@@ -174,14 +173,14 @@ def write_provenance(
     try:
         with h5py.File(_GuardedFile(file, tensors), "r+") as hdf5:
             root = h5o.get_info(hdf5.id).addr
-            image = Image(path, file, 0, file.seek(0, 2))
+            image = Image(path, file)
             for body in attributes_of(Structures(image), root):  # of an average that was an input
                 if whole_name(decode(body).name) == PROVENANCE:
                     del hdf5.attrs[decode(body).name.decode()]
             for name, part in zip(names, parts, strict=True):
                 hdf5.attrs[name] = np.bytes_(part)
         file.flush()
-        with h5py.File(ImageFile(Image(path, file, 0, file.seek(0, 2))), "r") as hdf5:
+        with h5py.File(ImageFile(Image(path, file)), "r") as hdf5:
             if b"".join(bytes(hdf5.attrs[name]) for name in names) != text:
                 raise ValueError("the record of how it was made does not read back")
     except (OSError, RuntimeError, KeyError, ValueError) as error:

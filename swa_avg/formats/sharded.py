@@ -105,7 +105,7 @@ def open_sharded(path: Path, file: IO[bytes], like: Checkpoint | None = None) ->
     try:
         for shard in shards:
             part = open_file(path.with_name(shard), follow=False)
-            images.append(Image(path.with_name(shard), part, 0, part.seek(0, 2)))
+            images.append(Image(path.with_name(shard), part))
         own: dict[str, Any] = {
             "path": path,
             "images": tuple(images),
