@@ -21,6 +21,7 @@ import makers
 import oracle
 from conftest import Ended
 from swa_avg import average
+from swa_avg.batchnorm.spec import Spec
 from swa_avg.errors import UsageError
 
 Cli = Callable[..., Ended]
@@ -232,10 +233,34 @@ def test_tensors_that_are_one_in_one_checkpoint_only_do_not_fit(folder: Path, sw
     assert (ended.code, ended.err) == (4, f"swa-avg: error: {line}\n")
 
 
-def test_options_of_a_refresh_need_one(folder: Path, swa_avg: Cli) -> None:
-    ended = swa_avg("ckpt_1.keras", "ckpt_2.keras", "--bn-samples", "5")
-    line = "--bn-samples goes with --bn-refresh (see swa-avg --help)"
-    assert (ended.code, ended.err) == (2, f"swa-avg: error: {line}\n")
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--bn-input", "x"),
+        ("--bn-batch-size", "5"),
+        ("--bn-samples", "5"),
+        ("--bn-estimator", "pooled"),
+        ("--bn-seed", "0"),
+        ("--bn-preprocess", "math:sqrt"),
+        ("--model", "ckpt_1.keras"),
+        ("--import", "math"),
+        ("--unsafe",),
+    ],
+    ids=str,
+)
+def test_options_of_a_refresh_need_one(option: tuple[str, ...], folder: Path, swa_avg: Cli) -> None:
+    line = f"{option[0]} goes with --bn-refresh (see swa-avg --help)"
+    _refused(swa_avg("ckpt_1.keras", "ckpt_2.keras", *option), 2, line)
+    if option[0].startswith("--bn"):
+        _refused(swa_avg("sweep", "ckpt_1.keras", "ckpt_2.keras", "--val", "x.npz", *option), 2, line)
+
+
+def test_a_negative_seed_is_refused(folder: Path, swa_avg: Cli) -> None:
+    ended = swa_avg("ckpt_*.keras", "--bn-refresh", "x.npz", "--bn-seed", "-1")
+    line = "Invalid value for '--bn-seed': -1 is not in the range x>=0. (see swa-avg --help)"
+    _refused(ended, 2, line)
+    with pytest.raises(UsageError, match=r"^the seed must be at least 0, not -1$"):
+        Spec(seed=-1)
 
 
 def test_the_index_ranks_and_numbers(folder: Path, swa_avg: Cli) -> None:
