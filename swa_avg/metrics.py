@@ -38,4 +38,4 @@ def direction(model: Any, monitor: str) -> str:
         return "min"
     if _GREATER.search(name):
         return "max"
-    raise UsageError(f"monitor={monitor!r}: say which values are better, with mode='min' or mode='max'")
+    raise UsageError(f"monitor {monitor}: say which values are better, with mode min or max")

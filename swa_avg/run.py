@@ -121,7 +121,7 @@ def average(
             else by the last whole number in each name.
         best: Of these, the best so many by a metric in the index.
         monitor: That metric; the one that the index monitors by default.
-        mode: `min` or `max`, for a metric that the index does not monitor.
+        mode: `min` or `max`, for a metric that the index does not monitor and whose name does not tell.
         last: Of these, the last so many.
         every: Of these, every so many-th, counted back from the newest.
         method: `uniform`; `ema` with `decay`; `power-ema` with `sigma_rel`; `weights` with `weights`.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
 from swa_avg.index import INDEX_NAME, MODES, Entry, Index, read_index
+from swa_avg.metrics import direction
 from swa_avg.remote import as_path, find, remote
 
 __all__ = ["epoch_number", "epochs_of", "expand", "natural_key", "parse_epochs", "read_indices", "select"]
@@ -246,10 +247,12 @@ def select(
     if best is None and (monitor is not None or mode is not None):
         raise UsageError("--monitor and --mode go with --best")
     if epochs is not None:
-        wanted = parse_epochs(epochs)
-        chosen = [
-            path for path, epoch in zip(chosen, epochs_of(chosen, "--epochs"), strict=True) if epoch in wanted
-        ]
+        wanted, known = parse_epochs(epochs), epochs_of(chosen, "--epochs")
+        chosen = [path for path, epoch in zip(chosen, known, strict=True) if epoch in wanted]
+        if not chosen:
+            there = sorted(set(known))
+            shown = ", ".join(map(str, there)) if len(there) < 6 else f"{there[0]} to {there[-1]}"
+            raise UsageError(f"--epochs {epochs}: none of the checkpoints; their epochs are {shown}")
     if best is not None:
         chosen = _best(chosen, best, monitor, mode)
     if last is not None:
@@ -258,8 +261,6 @@ def select(
         chosen = chosen[-last:]
     if every is not None:
         chosen = chosen[::-1][::every][::-1]
-    if not chosen:
-        raise UsageError(f"none of the {len(paths)} checkpoints was selected")
     return chosen
 
 
@@ -275,17 +276,14 @@ def _best(paths: Sequence[Path], count: int, monitor: str | None, mode: str | No
     for path in paths:
         index, entry = indexed[path]
         name = monitor or index.monitor
+        there = ", ".join(entry.metrics) or "none"
         if name is None:
-            raise UsageError("--best needs --monitor NAME: the index monitors no metric")
+            raise UsageError(f"--best needs --monitor NAME, a metric in the index: {there}")
         if name not in entry.metrics:
-            raise UsageError(
-                f"{path.name} has no metric {name!r} in the index, but {', '.join(entry.metrics) or 'none'}"
-            )
-        direction = mode or (index.mode if name == index.monitor else None)
-        if direction is None:
-            raise UsageError(f"--monitor {name} needs --mode min or --mode max")
+            raise UsageError(f"{path.name} has no metric {name!r} in the index, but {there}")
+        better = mode or (index.mode if name == index.monitor else None) or direction(None, name)
         value = entry.metrics[name]
-        values.append(math.inf if math.isnan(value) else -value if direction == "max" else value)
+        values.append(math.inf if math.isnan(value) else -value if better == "max" else value)
     ranked = sorted(range(len(paths)), key=lambda position: (values[position], -position))
     return [paths[position] for position in sorted(ranked[:count])]
 

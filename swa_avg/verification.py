@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -24,7 +25,7 @@ from swa_avg.formats.hdf5 import WEIGHTS, Hdf5Checkpoint
 from swa_avg.formats.sharded import ShardedCheckpoint
 from swa_avg.plan import Plan, config_differences, make_plan
 from swa_avg.policy import resolve_dtypes
-from swa_avg.provenance import Record, read_record
+from swa_avg.provenance import Record, RecordedInput, read_record
 from swa_avg.remote import as_path, kept_at_hand
 from swa_avg.resources import fit_memory
 from swa_avg.run import as_output, open_all
@@ -55,7 +56,7 @@ class Verification:
 
 def verify(
     output: str | Path,
-    inputs: str | Path | None = None,
+    inputs: str | Path | Sequence[str | Path] = (),
     *,
     max_memory: int | None = None,
     threads: int | None = None,
@@ -67,7 +68,7 @@ def verify(
 
     Args:
         output: What `average` or `sweep` wrote.
-        inputs: Folder of the inputs; the output's own by default.
+        inputs: Folder of the inputs, or folders; the output's own by default.
         max_memory: Bytes of resident memory to stay under.
         threads: Worker threads; the machine's cores up to 4 by default.
 
@@ -82,7 +83,8 @@ def verify(
         found = stack.enter_context(closing(open_checkpoint(stack.enter_context(kept_at_hand(output)))))
         record = read_record(found)
         (found,) = resolve_dtypes([found], record.dtype)
-        paths = _paths(record, output, as_path(inputs) if inputs is not None else output.parent)
+        named = [inputs] if isinstance(inputs, str | Path) else inputs
+        paths = _paths(record, output, list(dict.fromkeys(map(as_path, named))) or [output.parent])
         checkpoints = resolve_dtypes(open_all(paths, stack), record.dtype)
         _check_inputs(checkpoints, record)
         template = as_output(checkpoints[-1], output)
@@ -107,14 +109,38 @@ def verify(
     return Verification(output, tuple(paths), record, count, copied, digests, tuple(findings))
 
 
-def _paths(record: Record, output: Path, folder: Path) -> list[Path]:
-    paths = [folder / entry.name for entry in record.inputs]
-    missing = [path.name for path in paths if not path.exists()]
+def _paths(record: Record, output: Path, folders: Sequence[Path]) -> list[Path]:
+    """Return the path of each input: of several files of its name, of the one that the record tells of."""
+    wanted = Counter(entry.name for entry in record.inputs)
+    held = {name: [path for folder in folders if (path := folder / name).exists()] for name in wanted}
+    where = " or ".join(map(str, folders))
+    for name, count in wanted.items():
+        if len(held[name]) < count > 1:
+            problem = f"was made from {count} checkpoints named {name}, {len(held[name])} found in {where}"
+            raise UnreadableError(output, problem, hint="name each folder with --inputs")
+    missing = [name for name, found in held.items() if not found]
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         hint = "say with --inputs which folder holds them"
-        raise UnreadableError(output, f"was made from {shown}, not found in {folder}", hint=hint)
+        raise UnreadableError(output, f"was made from {shown}, not found in {where}", hint=hint)
+    paths = []
+    for entry in record.inputs:
+        left = held[entry.name]
+        path = left[0]
+        if len(left) > 1:
+            path = next((path for path in left if _is_that_of_then(path, entry)), path)
+        if wanted[entry.name] > 1:
+            left.remove(path)
+        paths.append(path)
     return paths
+
+
+def _is_that_of_then(path: Path, entry: RecordedInput) -> bool:
+    try:
+        with closing(open_checkpoint(path)) as checkpoint:
+            return not any(_changes(checkpoint, entry))
+    except UnreadableError:
+        return False
 
 
 def _scratch(stack: ExitStack) -> Callable[[], IO[bytes]]:
@@ -129,20 +155,23 @@ def _scratch(stack: ExitStack) -> Callable[[], IO[bytes]]:
 
 def _check_inputs(checkpoints: Sequence[Checkpoint], record: Record) -> None:
     """Raise MismatchError if an input is not what it was when the output was made."""
-    findings = []
-    for checkpoint, entry in zip(checkpoints, record.inputs, strict=True):
-        if checkpoint.size != entry.size or len(checkpoint.images) != len(entry.crc32):
-            problem = f"has changed since: {entry.size} bytes of weights then, {checkpoint.size} now"
-            findings.append(Finding(checkpoint.path, "weights", problem))
-            continue
-        for image, expected in zip(checkpoint.images, entry.crc32, strict=True):
-            now = f"{image.checksum():08x}"
-            then = expected or (now if image.crc32 is None else f"{image.crc32:08x}")
-            if now != then:
-                problem = f"has changed since: its CRC-32 was {then}, and is {now} now"
-                findings.append(Finding(checkpoint.path, image.path.name, problem))
+    pairs = zip(checkpoints, record.inputs, strict=True)
+    findings = [finding for checkpoint, entry in pairs for finding in _changes(checkpoint, entry)]
     if findings:
         raise MismatchError(findings)
+
+
+def _changes(checkpoint: Checkpoint, entry: RecordedInput) -> Iterator[Finding]:
+    if checkpoint.size != entry.size or len(checkpoint.images) != len(entry.crc32):
+        problem = f"has changed since: {entry.size} bytes of weights then, {checkpoint.size} now"
+        yield Finding(checkpoint.path, "weights", problem)
+        return
+    for image, expected in zip(checkpoint.images, entry.crc32, strict=True):
+        now = f"{image.checksum():08x}"
+        then = expected or (now if image.crc32 is None else f"{image.crc32:08x}")
+        if now != then:
+            problem = f"has changed since: its CRC-32 was {then}, and is {now} now"
+            yield Finding(checkpoint.path, image.path.name, problem)
 
 
 def _shape_findings(found: Checkpoint, plan: Plan, record: Record) -> Iterator[Finding]:

@@ -431,7 +431,7 @@ class TestKeeping:
         assert index_of(tmp_path).mode == "max"
 
     def test_an_unclear_direction_is_refused(self, tmp_path):
-        with pytest.raises(UsageError, match="mode='min' or mode='max'"):
+        with pytest.raises(UsageError, match="with mode min or max"):
             CheckpointSaver(tmp_path, monitor="quality").save(small(), 0, {"quality": 1})
 
     def test_a_metric_that_is_not_logged_is_refused_with_those_that_are(self, tmp_path):

@@ -21,6 +21,7 @@ import makers
 import oracle
 from conftest import Ended
 from swa_avg import average
+from swa_avg.batchnorm.spec import Spec
 from swa_avg.errors import UsageError
 
 Cli = Callable[..., Ended]
@@ -141,7 +142,11 @@ def test_selection_is_by_natural_order_and_inclusive_epochs(folder: Path, swa_av
 
 def _index(folder: Path, **settings: object) -> None:
     entries = [
-        {"file": f"ckpt_{n}.keras", "epoch": n + 100, "metrics": {"val_loss": loss, "val_accuracy": 1 - loss}}
+        {
+            "file": f"ckpt_{n}.keras",
+            "epoch": n + 100,
+            "metrics": {"val_loss": loss, "val_accuracy": 1 - loss, "R": 1},
+        }
         for n, loss in ((1, 0.3), (2, 0.1), (10, 0.2))
     ]
     index = {"version": 1, "monitor": "val_loss", "mode": "min", "checkpoints": entries} | settings
@@ -228,10 +233,34 @@ def test_tensors_that_are_one_in_one_checkpoint_only_do_not_fit(folder: Path, sw
     assert (ended.code, ended.err) == (4, f"swa-avg: error: {line}\n")
 
 
-def test_options_of_a_refresh_need_one(folder: Path, swa_avg: Cli) -> None:
-    ended = swa_avg("ckpt_1.keras", "ckpt_2.keras", "--bn-samples", "5")
-    line = "--bn-samples goes with --bn-refresh (see swa-avg --help)"
-    assert (ended.code, ended.err) == (2, f"swa-avg: error: {line}\n")
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--bn-input", "x"),
+        ("--bn-batch-size", "5"),
+        ("--bn-samples", "5"),
+        ("--bn-estimator", "pooled"),
+        ("--bn-seed", "0"),
+        ("--bn-preprocess", "math:sqrt"),
+        ("--model", "ckpt_1.keras"),
+        ("--import", "math"),
+        ("--unsafe",),
+    ],
+    ids=str,
+)
+def test_options_of_a_refresh_need_one(option: tuple[str, ...], folder: Path, swa_avg: Cli) -> None:
+    line = f"{option[0]} goes with --bn-refresh (see swa-avg --help)"
+    _refused(swa_avg("ckpt_1.keras", "ckpt_2.keras", *option), 2, line)
+    if option[0].startswith("--bn"):
+        _refused(swa_avg("sweep", "ckpt_1.keras", "ckpt_2.keras", "--val", "x.npz", *option), 2, line)
+
+
+def test_a_negative_seed_is_refused(folder: Path, swa_avg: Cli) -> None:
+    ended = swa_avg("ckpt_*.keras", "--bn-refresh", "x.npz", "--bn-seed", "-1")
+    line = "Invalid value for '--bn-seed': -1 is not in the range x>=0. (see swa-avg --help)"
+    _refused(ended, 2, line)
+    with pytest.raises(UsageError, match=r"^the seed must be at least 0, not -1$"):
+        Spec(seed=-1)
 
 
 def test_the_index_ranks_and_numbers(folder: Path, swa_avg: Cli) -> None:
@@ -243,21 +272,28 @@ def test_the_index_ranks_and_numbers(folder: Path, swa_avg: Cli) -> None:
 
     assert chosen("--best", "2") == ["ckpt_2.keras", "ckpt_10.keras"]
     assert chosen("--best", "1", "--monitor", "val_accuracy", "--mode", "min") == ["ckpt_1.keras"]
+    assert chosen("--best", "1", "--monitor", "val_accuracy") == ["ckpt_2.keras"]
     assert chosen("ckpt_1.keras", "ckpt_2.keras", "--best", "1") == ["ckpt_2.keras"]
     assert chosen("--epochs", "101:102") == ["ckpt_1.keras", "ckpt_2.keras"]
 
 
 def test_an_index_that_does_not_fit_is_reported(folder: Path, swa_avg: Cli) -> None:
     _index(folder)
+    _index(folder, monitor=None, mode=None)
     _refused(
-        swa_avg("--best", "1", "--monitor", "val_accuracy"),
+        swa_avg("--best", "1"),
         2,
-        "--monitor val_accuracy needs --mode min or --mode max",
+        "--best needs --monitor NAME, a metric in the index: val_loss, val_accuracy, R",
+    )
+    _refused(
+        swa_avg("--best", "1", "--monitor", "R"),
+        2,
+        "monitor R: say which values are better, with mode min or max",
     )
     _refused(
         swa_avg("--best", "1", "--monitor", "auc"),
         2,
-        "ckpt_1.keras has no metric 'auc' in the index, but val_loss, val_accuracy",
+        "ckpt_1.keras has no metric 'auc' in the index, but val_loss, val_accuracy, R",
     )
     _refused(swa_avg("--best", "4"), 2, "--best 4, but only 3 checkpoints were found")
     _refused(swa_avg("--mode", "max"), 2, "--monitor and --mode go with --best")
@@ -550,7 +586,10 @@ def test_names_from_files_are_printed_escaped(tmp_path: Path, swa_avg: Cli) -> N
         (("ckpt_*.keras", "--last", "4"), "--last 4, but only 3 checkpoints were found"),
         (("ckpt_*.keras", "--last", "0"), "--last is 0; expected 1 or more"),
         (("ckpt_*.keras", "--every", "-1"), "--every is -1; expected 1 or more"),
-        (("ckpt_*.keras", "--epochs", "50:60"), "none of the 3 checkpoints was selected"),
+        (
+            ("ckpt_*.keras", "--epochs", "50:60"),
+            "--epochs 50:60: none of the checkpoints; their epochs are 1, 2, 10",
+        ),
         (
             ("ckpt_*.keras", "--epochs", "a:b"),
             "--epochs 'a:b'; expected A:B or A:B:STEP, such as 140:150 or 100:200:10",

@@ -54,6 +54,14 @@ def test_open_ended_epochs_reach_the_newest(tmp_path: Path) -> None:
     assert select(paths, epochs="4:") == paths[3:]
 
 
+def test_epochs_that_there_are_not_are_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    paths = [tmp_path / f"ckpt_{number}.keras" for number in range(0, 60, 10)]
+    for path in paths:
+        path.touch()
+    with pytest.raises(UsageError, match=r"^--epochs 5: none of the checkpoints; their epochs are 0 to 50$"):
+        select(paths, epochs="5")
+
+
 def test_filters_apply_in_order_epochs_last_every(tmp_path: Path) -> None:
     paths = [tmp_path / f"ckpt_{number}.keras" for number in range(1, 21)]
     for path in paths:

@@ -396,7 +396,7 @@ def test_what_cannot_be_scored_is_one_line(here: Path, swa_avg: Cli) -> None:
     _line(
         swa_avg(*command, "--metric", "elsewhere:nan"),
         2,
-        "monitor='nan': say which values are better, with mode='min' or mode='max'",
+        "monitor nan: say which values are better, with mode min or max",
     )
     _line(
         swa_avg("sweep", "ckpt_1.keras", "--val", "val.npz"),

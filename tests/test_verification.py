@@ -15,6 +15,7 @@ import pytest
 
 import makers
 from conftest import Ended
+from swa_avg.verification import verify
 
 Cli = Callable[..., Ended]
 WRITERS = {
@@ -214,6 +215,46 @@ def test_inputs_are_found_in_the_folder_that_is_named(tmp_path: Path, swa_avg: C
         f"{tmp_path / 'out'}; say with --inputs which folder holds them\n",
     )
     assert swa_avg("verify", target, "--inputs", tmp_path).code == 0
+
+
+@pytest.mark.parametrize("options", [(), ("--no-verify",)], ids=str)
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+def test_inputs_of_one_name_are_told_apart_by_their_content(
+    suffix: str, options: tuple[str, ...], tmp_path: Path, swa_avg: Cli
+) -> None:
+    folders = [tmp_path / name for name in ("a", "b")]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        WRITERS[suffix](folder / f"ckpt{suffix}", makers.weights(number))
+    target = tmp_path / f"swa{suffix}"
+    average = ("--method", "weights", "--weights", "0.25,0.75")
+    assert (
+        swa_avg(*(folder / f"ckpt{suffix}" for folder in folders), "-o", target, *average, *options).code == 0
+    )
+    for named in (folders, folders[::-1]) if suffix == ".keras" or not options else (folders,):
+        ended = swa_avg("verify", target, "--inputs", named[0], "--inputs", named[1], "--json")
+        assert ended.code == 0, ended.err
+        assert json.loads(ended.out)["inputs"] == [str(folder / f"ckpt{suffix}") for folder in folders]
+    assert verify(target, folders).equal
+    ended = swa_avg("verify", target, "--inputs", folders[0], "--inputs", folders[0])
+    assert (ended.code, ended.err) == (
+        3,
+        f"swa-avg: error: {target}: was made from 2 checkpoints named ckpt{suffix}, 1 found in {folders[0]}; "
+        "name each folder with --inputs\n",
+    )
+
+
+def test_of_one_name_in_several_folders_the_input_of_then_is_taken(tmp_path: Path, swa_avg: Cli) -> None:
+    for folder in ("damaged", "other", "run"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "damaged" / "ckpt_1.keras").write_bytes(b"PK\x03\x04")
+    makers.write_archive(tmp_path / "other" / "ckpt_1.keras", makers.weights(3))
+    for number in (1, 2):
+        makers.write_archive(tmp_path / "run" / f"ckpt_{number}.keras", makers.weights(number))
+    target = tmp_path / "swa.keras"
+    assert swa_avg(tmp_path / "run" / "ckpt_*.keras", "-o", target).code == 0
+    folders = [tmp_path / folder for folder in ("damaged", "other", "run")]
+    assert verify(target, folders).inputs == tuple(folders[2] / f"ckpt_{number}.keras" for number in (1, 2))
 
 
 @pytest.mark.parametrize("suffix", WRITERS)

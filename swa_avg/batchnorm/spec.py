@@ -63,6 +63,8 @@ class Spec:
             raise UsageError(f"the number of samples must be at least 1, not {samples}")
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"the batch size must be at least 1, not {batch_size}")
+        if seed < 0:
+            raise UsageError(f"the seed must be at least 0, not {seed}")
         self.names = list(input_names)
         self.shapes = list(input_shapes) or [None] * max(1, len(self.names))
         fixed = next((shape[0] for shape in self.shapes if shape and shape[0]), None)

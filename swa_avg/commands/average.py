@@ -76,7 +76,7 @@ def average(
     """
     from swa_avg.run import average as run
 
-    refresh, _ = take_refresh(options)
+    refresh, _ = take_refresh(options, loads=False)
     with (
         progress_bar(quiet, "averaging", in_bytes=True) as progress,
         progress_bar(quiet, "refreshing") as rows,

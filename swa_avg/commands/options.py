@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm.checkpoint import Loading, Refresh
@@ -87,7 +88,13 @@ _REFRESH = (
         show_default=True,
         help="All rows as one population, or the mean of the batches.",
     ),
-    click.option("--bn-seed", type=int, default=0, metavar="N", help="Of the order of rows.  [default: 0]"),
+    click.option(
+        "--bn-seed",
+        type=click.IntRange(0),
+        default=0,
+        metavar="N",
+        help="Of the order of rows.  [default: 0]",
+    ),
     click.option("--bn-preprocess", metavar="MODULE:FUNCTION", help="Applied to each batch."),
     click.option(
         "--model", metavar="PATH", help="For weights alone: .keras, JSON config or MODULE:FUNCTION."
@@ -97,6 +104,7 @@ _REFRESH = (
     ),
     click.option("--unsafe", is_flag=True, help="Load Lambda layers: run code that the checkpoint holds."),
 )
+_LOADING = ("model", "imports", "unsafe")
 _RESOURCES = (
     click.option("--max-memory", type=Size(), help="Stay under this much memory, such as 150M."),
     click.option(
@@ -148,15 +156,21 @@ def cluster_option(command: Command) -> Command:
     return option(command)
 
 
-def take_refresh(options: dict[str, Any]) -> tuple[Refresh | None, Loading]:
-    """Take the options of a refresh out of `options`; the second value says how the model is loaded."""
+def take_refresh(options: dict[str, Any], *, loads: bool) -> tuple[Refresh | None, Loading]:
+    """Take the options of a refresh out of `options`; the second value says how the model is loaded.
+
+    `loads` says that the command loads the model without a refresh, too.
+    """
     from swa_avg.batchnorm.checkpoint import Loading, Refresh
 
     if options["bn_refresh"] is None:
-        given = [n for n in ("input", "batch_size", "samples", "preprocess") if options[f"bn_{n}"]]
-        if given:
-            raise click.UsageError(f"--bn-{given[0].replace('_', '-')} goes with --bn-refresh")
-    loading = {name: options.pop(name) for name in ("model", "imports", "unsafe")}
+        context = click.get_current_context()
+        for option in context.command.params:
+            name = str(option.name)
+            idle = name.startswith("bn_") or (name in _LOADING and not loads)
+            if idle and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"{option.opts[0]} goes with --bn-refresh")
+    loading = {name: options.pop(name) for name in _LOADING}
     taken = {
         field: options.pop(option)
         for option, field in (

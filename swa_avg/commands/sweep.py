@@ -102,7 +102,7 @@ def sweep(
     from swa_avg.evaluation import Validation
     from swa_avg.sweeping import sweep as run
 
-    refresh, loading = take_refresh(options)
+    refresh, loading = take_refresh(options, loads=True)
     validation = Validation(
         options.pop("val"),
         inputs=options.pop("val_input"),

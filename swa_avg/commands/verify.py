@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,13 +20,22 @@ __all__ = ["verify"]
 @click.command()
 @click.argument("output", type=click.Path())
 @click.option(
-    "--inputs", type=click.Path(), metavar="FOLDER", help="Where the inputs are.  [default: beside OUTPUT]"
+    "--inputs",
+    type=click.Path(),
+    multiple=True,
+    metavar="FOLDER",
+    help="Where the inputs are, several times if need be.  [default: beside OUTPUT]",
 )
 @resource_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def verify(
-    output: str, inputs: str | None, max_memory: int | None, threads: int | None, as_json: bool, quiet: bool
+    output: str,
+    inputs: Sequence[str],
+    max_memory: int | None,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Derive OUTPUT again from the inputs that it names, and compare every tensor.
 

@@ -140,7 +140,7 @@ def test_names_of_any_characters_work_and_are_printed_on_one_line(
         (["--max-memory", "inf"], r"Invalid value for '--max-memory': 'inf' is not a size; .*"),
         (["--max-memory", "-1"], "--max-memory -1 is too little; at least .*"),
         (["--threads", "0"], r"Invalid value for '--threads': 0 is not in the range 1<=x<=64\. .*"),
-        (["--epochs", "9" * 5000], ".*--epochs.*|none of the 2 checkpoints was selected"),
+        (["--epochs", "9" * 5000], ".*--epochs.*"),
         (["--last", "9" * 5000], ".*"),
         (["--\n\x1b[31m"], r"No such option:? '?--\\n\\x1b\[31m.*"),
     ],
