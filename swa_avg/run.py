@@ -265,9 +265,11 @@ def plan_output(
     """Plan an average in the form that the output's suffix and `optimizer` ask for."""
     if optimizer not in ("keep", "drop"):
         raise UsageError(f"optimizer is keep or drop, not {optimizer!r}")
-    template = as_output(checkpoints[-1], output)
-    if optimizer == "drop" and not dry_run and any(map(is_model_optimizer, template.tensors.values())):
-        template = template.without_optimizer(scratch)
+    template = checkpoints[-1]
+    if all(checkpoint.kind == template.kind for checkpoint in checkpoints):  # else the plan names the others
+        template = as_output(template, output)
+        if optimizer == "drop" and not dry_run and any(map(is_model_optimizer, template.tensors.values())):
+            template = template.without_optimizer(scratch)
     return make_plan(checkpoints, template, coefficients, drop_optimizer=optimizer == "drop")
 
 
@@ -338,10 +340,13 @@ def open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:
 
 def as_output(newest: Checkpoint, output: Path) -> Checkpoint:
     """Return the newest checkpoint as what the output's suffix asks for."""
-    if isinstance(newest, ArchiveCheckpoint) and output.name.endswith(".weights.h5"):
-        return newest.as_weights()
-    if not output.name.endswith((*newest.suffixes, _suffix(newest.path))):
-        expected = " or ".join(newest.suffixes)
+    suffixes = newest.suffixes
+    if isinstance(newest, ArchiveCheckpoint):
+        if output.name.endswith(".weights.h5"):
+            return newest.as_weights()
+        suffixes = (*suffixes, ".weights.h5")
+    if not output.name.endswith((*suffixes, _suffix(newest.path))):
+        expected = " or ".join(suffixes)
         raise UsageError(
             f"the output {output.name} must end with {expected}, since the inputs are {newest.kind}"
         )

@@ -382,8 +382,14 @@ def test_outputs_that_are_not_plain_files_are_refused(folder: Path, swa_avg: Cli
         ("fifo.keras", "the output fifo.keras exists and is not a regular file"),
         ("link.keras", "the output link.keras is a symbolic link; name the file itself"),
         ("no/such/swa.keras", "the folder of the output does not exist: no/such"),
-        ("swa.txt", "the output swa.txt must end with .keras, since the inputs are .keras archive"),
-        ("swa.h5", "the output swa.h5 must end with .keras, since the inputs are .keras archive"),
+        (
+            "swa.txt",
+            "the output swa.txt must end with .keras or .weights.h5, since the inputs are .keras archive",
+        ),
+        (
+            "swa.h5",
+            "the output swa.h5 must end with .keras or .weights.h5, since the inputs are .keras archive",
+        ),
     ):
         _refused(swa_avg("ckpt_*.keras", "-o", name, "--overwrite"), 2, problem)
     assert Path("link.keras").is_symlink()
@@ -519,10 +525,11 @@ def test_quantized_and_lora_checkpoints_are_refused(tmp_path: Path, swa_avg: Cli
     )
 
 
-def test_formats_do_not_mix(folder: Path, swa_avg: Cli) -> None:
+@pytest.mark.parametrize("output", ["swa.keras", "swa.weights.h5", "swa.h5"])
+def test_formats_do_not_mix(output: str, folder: Path, swa_avg: Cli) -> None:
     makers.write_weights(folder / "ckpt_3.weights.h5", makers.weights(3))
     _refused(
-        swa_avg("ckpt_3.weights.h5", "ckpt_10.keras"),
+        swa_avg("ckpt_3.weights.h5", "ckpt_10.keras", "-o", output),
         4,
         "ckpt_3.weights.h5: format: is a Keras weights; ckpt_10.keras is a .keras archive",
     )

@@ -49,8 +49,8 @@ OUTPUTS = {
     "link.keras": r"the output link\.keras is a symbolic link; name the file itself",
     "broken.keras": r"the output broken\.keras is a symbolic link; name the file itself",
     "gone/swa.keras": "the folder of the output does not exist: gone",
-    "swa.h5": r"the output swa\.h5 must end with \.keras, since the inputs are \.keras archive",
-    "swa": r"the output swa must end with \.keras, since the inputs are \.keras archive",
+    "swa.h5": r"the output swa\.h5 must end with \.keras or \.weights\.h5, since the inputs are \.keras archive",
+    "swa": r"the output swa must end with \.keras or \.weights\.h5, since the inputs are \.keras archive",
 }
 
 
