@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from swa_avg.errors import UsageError
+from swa_avg.words import counted
 
 __all__ = ["METHODS", "ema", "given", "power_ema", "uniform"]
 
@@ -86,7 +87,9 @@ def given(count: int, weights: Sequence[float]) -> list[float]:
         UsageError: they are not one a checkpoint, not finite, or do not sum to 1.
     """
     if len(weights) != count:
-        raise UsageError(f"--weights has {len(weights)} numbers for {count} checkpoints")
+        raise UsageError(
+            f"--weights has {counted(len(weights), 'number')} for {counted(count, 'checkpoint')}"
+        )
     total = sum(weights)  # not finite if one of them is not
     if not abs(total - 1.0) <= _SUM_TOLERANCE:
         raise UsageError(f"--weights sum to {total}; expected finite numbers with sum 1")

@@ -6,6 +6,7 @@ import os
 
 from swa_avg.combine import block_memory
 from swa_avg.errors import UsageError
+from swa_avg.words import size_text
 
 __all__ = ["REMOTE_THREADS", "allow_open_files", "fit_cluster", "fit_memory", "peak_memory"]
 
@@ -45,8 +46,7 @@ def fit_memory(
         elif threads > 1:
             threads -= 1
         else:
-            what = "too many candidates" if max_memory is None else f"--max-memory {max_memory} is too little"
-            raise UsageError(f"{what}; at least {needed} bytes are needed")
+            raise _too_little(max_memory, needed)
     return block_bytes, threads
 
 
@@ -63,11 +63,17 @@ def fit_cluster(
     block = block_bytes * rows
     room = max(_CLUSTER_ROOM, block) if max_memory is None else max_memory - process
     if room < block:
-        problem = f"--max-memory {max_memory} is too little"
-        raise UsageError(f"{problem}; at least {process + block} bytes are needed")
+        raise _too_little(max_memory, process + block)
     together = max(1, min(_TASK_BYTES // block, room // block))
     sent = room // (together * block)
     return block_bytes, together, sent, process + min(sent, 4 * threads) * together * block
+
+
+def _too_little(max_memory: int | None, needed: int) -> UsageError:
+    what = (
+        "too many candidates" if max_memory is None else f"--max-memory {size_text(max_memory)} is too little"
+    )
+    return UsageError(f"{what}; at least {-(-needed // 2**20)} MiB are needed")
 
 
 def peak_memory(block_bytes: int, threads: int, rows: int = 1, *, far: bool = False) -> int:

@@ -15,6 +15,7 @@ from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
 from swa_avg.index import INDEX_NAME, MODES, Entry, Index, read_index
 from swa_avg.metrics import direction
 from swa_avg.remote import as_path, find, remote
+from swa_avg.words import counted
 
 __all__ = ["epoch_number", "epochs_of", "expand", "natural_key", "parse_epochs", "read_indices", "select"]
 
@@ -257,7 +258,7 @@ def select(
         chosen = _best(chosen, best, monitor, mode)
     if last is not None:
         if last > len(chosen):
-            raise UsageError(f"--last {last}, but only {len(chosen)} checkpoints were found")
+            raise UsageError(f"--last {last}, but found only {counted(len(chosen), 'checkpoint')}")
         chosen = chosen[-last:]
     if every is not None:
         chosen = chosen[::-1][::every][::-1]
@@ -271,7 +272,7 @@ def _best(paths: Sequence[Path], count: int, monitor: str | None, mode: str | No
     if missing:
         raise UsageError(f"--best goes by the metrics in {INDEX_NAME}, which does not name {missing[0]}")
     if count > len(paths):
-        raise UsageError(f"--best {count}, but only {len(paths)} checkpoints were found")
+        raise UsageError(f"--best {count}, but found only {counted(len(paths), 'checkpoint')}")
     values = []
     for path in paths:
         index, entry = indexed[path]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
     "checkpoint_table",
     "contents_table",
+    "counted",
     "epoch_labels",
     "number_text",
     "observations",
@@ -33,6 +34,11 @@ def size_text(count: float) -> str:
             break
         count /= 1024
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return `1 checkpoint`, `2 checkpoints`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def number_text(value: float | None, digits: int = 4) -> str:
@@ -139,8 +145,7 @@ def observations(inspection: Inspection) -> list[str]:
     count = len(inspection.checkpoints)
     sentences = []
     if inspection.findings:
-        some = len(inspection.findings)
-        sentences.append(f"cannot be averaged: {some} finding{'s' if some > 1 else ''}")
+        sentences.append(f"cannot be averaged: {counted(len(inspection.findings), 'finding')}")
     elif count > 1:
         averaged, copied = len(inspection.treatments["averaged"]), len(inspection.treatments["copied"])
         sentences.append(f"they fit together; tensors averaged: {averaged}, copied: {copied}")

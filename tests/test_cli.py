@@ -295,7 +295,7 @@ def test_an_index_that_does_not_fit_is_reported(folder: Path, swa_avg: Cli) -> N
         2,
         "ckpt_1.keras has no metric 'auc' in the index, but val_loss, val_accuracy, R",
     )
-    _refused(swa_avg("--best", "4"), 2, "--best 4, but only 3 checkpoints were found")
+    _refused(swa_avg("--best", "4"), 2, "--best 4, but found only 3 checkpoints")
     _refused(swa_avg("--mode", "max"), 2, "--monitor and --mode go with --best")
     makers.write_archive(folder / "ckpt_11.keras", makers.weights(11))
     _refused(
@@ -590,7 +590,8 @@ def test_names_from_files_are_printed_escaped(tmp_path: Path, swa_avg: Cli) -> N
             "no checkpoints named, and no checkpoints.json here; such as: swa-avg 'ckpt_*.keras' -o swa.keras",
         ),
         (("nothing_*.keras",), "no file matches 'nothing_*.keras'"),
-        (("ckpt_*.keras", "--last", "4"), "--last 4, but only 3 checkpoints were found"),
+        (("ckpt_*.keras", "--last", "4"), "--last 4, but found only 3 checkpoints"),
+        (("ckpt_1.keras", "--last", "2"), "--last 2, but found only 1 checkpoint"),
         (("ckpt_*.keras", "--last", "0"), "--last is 0; expected 1 or more"),
         (("ckpt_*.keras", "--every", "-1"), "--every is -1; expected 1 or more"),
         (
@@ -606,6 +607,10 @@ def test_names_from_files_are_printed_escaped(tmp_path: Path, swa_avg: Cli) -> N
         (
             ("ckpt_*.keras", "--method", "weights", "--weights", "1,1"),
             "--weights has 2 numbers for 3 checkpoints",
+        ),
+        (
+            ("ckpt_1.keras", "--method", "weights", "--weights", "1,0"),
+            "--weights has 2 numbers for 1 checkpoint",
         ),
         (
             ("ckpt_*.keras", "--method", "weights", "--weights", "1,1,1"),
@@ -628,11 +633,12 @@ def test_requests_that_cannot_be_met(
 def test_the_memory_limit_that_is_named_is_enough(folder: Path, swa_avg: Cli) -> None:
     ended = swa_avg("ckpt_*.keras", "--max-memory", "1M")
     assert ended.code == 2
-    least = int(
-        ended.err.removeprefix("swa-avg: error: --max-memory 1048576 is too little; at least ").split()[0]
-    )
-    assert swa_avg("ckpt_*.keras", "--max-memory", least - 1).code == 2
-    assert swa_avg("ckpt_*.keras", "--max-memory", least).code == 0
+    line = r"swa-avg: error: --max-memory 1\.0 MiB is too little; at least (\d+) MiB are needed\n"
+    match = re.fullmatch(line, ended.err)
+    assert match is not None
+    least = int(match[1])
+    assert swa_avg("ckpt_*.keras", "--max-memory", f"{least - 1}M").code == 2
+    assert swa_avg("ckpt_*.keras", "--max-memory", f"{least}MiB").code == 0
 
 
 def test_unknown_options_end_with_one_line(swa_avg: Cli) -> None:
@@ -643,7 +649,11 @@ def test_unknown_options_end_with_one_line(swa_avg: Cli) -> None:
 
 
 def test_one_input_is_copied_bit_for_bit(folder: Path, swa_avg: Cli) -> None:
-    assert swa_avg("ckpt_1.keras", "-o", "swa.keras").code == 0
+    ended = swa_avg("ckpt_1.keras", "-o", "swa.keras")
+    assert (ended.code, ended.err.splitlines()[-1]) == (
+        0,
+        "wrote swa.keras: the uniform average of 1 checkpoint",
+    )
     for name, value in oracle.read_arrays(Path("swa.keras")).items():
         assert value.tobytes() == np.asarray(makers.weights(1)[name]).tobytes()
 

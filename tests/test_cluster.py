@@ -462,7 +462,7 @@ def test_threads_and_cluster_exclude_each_other(tmp_path: Path) -> None:
 
 
 def test_too_little_memory_for_one_block_is_refused(cluster: Any, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--max-memory 1048576 is too little"):
+    with pytest.raises(UsageError, match=r"--max-memory 1\.0 MiB is too little"):
         average(
             write_run(tmp_path), tmp_path / "swa.keras", max_memory=2**20, cluster=cluster.scheduler_address
         )

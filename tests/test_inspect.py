@@ -140,12 +140,12 @@ def test_verbose_lists_tensors_and_distances(tmp_path: Path, swa_avg: Cli) -> No
         "2  0  6  2",
         "8  6  0  5",
         "",
-        "averaged: 1 tensors",
+        "averaged: 1 tensor",
         "  layers/dense/vars/0",
         "",
         "compared: 0 tensors",
         "",
-        "copied: 1 tensors",
+        "copied: 1 tensor",
         "  optimizer/vars/0",
         "",
         "BatchNorm layers: none",
@@ -352,7 +352,7 @@ def test_squares_that_overflow_leave_out_the_distances(tmp_path: Path, swa_avg: 
     [
         (["none.keras"], 3, "none.keras: no such file"),
         (["damaged.keras"], 3, "damaged.keras: damaged .keras archive (File is not a zip file)"),
-        (["ckpt_*.keras", "--last", "9"], 2, "--last 9, but only 5 checkpoints were found"),
+        (["ckpt_*.keras", "--last", "9"], 2, "--last 9, but found only 5 checkpoints"),
         (
             ["ckpt_*.keras", "--decay", "0.5"],
             2,

@@ -181,7 +181,7 @@ def test_memory_is_kept_under_a_limit(tmp_path: Path, memory: Any, swa_avg: Cli)
     command = ("memory://run/ckpt_*.keras", "-o", tmp_path / "x.keras", "--dry-run", "--json", "--max-memory")
     limited = swa_avg(*command, "190M")
     assert json.loads(limited.out)["peak_memory"] <= 190 * 2**20
-    assert "--max-memory 104857600 is too little" in swa_avg(*command, "100M").err
+    assert "--max-memory 100.0 MiB is too little" in swa_avg(*command, "100M").err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

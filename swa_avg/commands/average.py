@@ -17,7 +17,7 @@ from swa_avg.commands.options import (
 )
 from swa_avg.commands.terminal import batchnorm_warning, progress_bar, say
 from swa_avg.interrupts import interrupts
-from swa_avg.words import size_text
+from swa_avg.words import counted, size_text
 
 if TYPE_CHECKING:
     from swa_avg.run import Report
@@ -108,7 +108,9 @@ def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
         for checkpoint, coefficient in zip(plan.inputs, plan.coefficients, strict=True):
             lines.append(f"{coefficient:12.6g}  {checkpoint.path}")
         for title, tensors in _treatments(report).items():
-            lines.append(f"{title}: {len(tensors)} tensors, {size_text(sum(t.nbytes for t in tensors))}")
+            lines.append(
+                f"{title}: {counted(len(tensors), 'tensor')}, {size_text(sum(t.nbytes for t in tensors))}"
+            )
             if verbose:
                 lines.extend(f"  {tensor.name}  {tensor}" for tensor in tensors)
         memory = size_text(report.peak_memory)
@@ -124,7 +126,9 @@ def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
     if not report.verify and any(remote(checkpoint.path) for checkpoint in plan.inputs):
         lines.append("of URLs only what is averaged is read, and no checksum checked; --verify does both")
     verb = "would write" if dry_run else "wrote"
-    lines.append(f"{verb} {report.output}: the {report.method} average of {len(plan.inputs)} checkpoints")
+    lines.append(
+        f"{verb} {report.output}: the {report.method} average of {counted(len(plan.inputs), 'checkpoint')}"
+    )
     say(lines)
 
 

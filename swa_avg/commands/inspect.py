@@ -71,7 +71,7 @@ def _lines(inspection: Inspection, *, verbose: bool) -> list[str]:
         lines += ["", f"distances, by {axis}", *_aligned([*labels, ""], rows)]
     if verbose:
         for title, names in inspection.treatments.items():
-            lines += ["", f"{title}: {len(names)} tensors", *(f"  {name}" for name in names)]
+            lines += ["", f"{title}: {words.counted(len(names), 'tensor')}", *(f"  {name}" for name in names)]
         layers = inspection.checkpoints[-1].batchnorm_layers
         lines += ["", f"BatchNorm layers: {', '.join(layers) or 'none'}"]
     sentences = words.observations(inspection)

@@ -18,6 +18,7 @@ from swa_avg.commands.options import (
 from swa_avg.commands.terminal import batchnorm_warning, progress_bar, say
 from swa_avg.errors import NoImprovementError
 from swa_avg.interrupts import interrupts
+from swa_avg.words import counted
 
 if TYPE_CHECKING:
     from swa_avg.sweeping import SweepReport
@@ -182,7 +183,8 @@ def _table(report: SweepReport, *, written: bool, verbose: bool) -> list[str]:
 def _outcome(report: SweepReport) -> str:
     winner, best = report.winner, report.best_single
     score, alone = (f"{scored.metrics[report.monitor]:.6g}" for scored in (winner, best))
-    what = f"wrote {report.output}: {winner.candidate.name}, {report.monitor} {score} on {report.rows} rows"
+    rows = counted(report.rows, "row")
+    what = f"wrote {report.output}: {winner.candidate.name}, {report.monitor} {score} on {rows}"
     if not winner.candidate.is_average:
         return f"{what}; no average is as good"
     verb = "beats" if report.improved else "equals"

@@ -10,6 +10,7 @@ import click
 from swa_avg.commands.options import resource_options
 from swa_avg.commands.terminal import first_few, say
 from swa_avg.errors import MismatchError
+from swa_avg.words import counted
 
 if TYPE_CHECKING:
     from swa_avg.verification import Verification
@@ -67,7 +68,8 @@ def _describe(result: Verification) -> None:
     average = f"the {result.record.method} average of {count} checkpoints"
     lines.append(
         f"equal: {result.output} is {average if count > 1 else result.inputs[0].name} "
-        f"({result.averaged} tensors averaged again, {result.copied} compared with the newest input's)"
+        f"({counted(result.averaged, 'tensor')} averaged again, "
+        f"{result.copied} compared with the newest input's)"
     )
     say(lines)
 

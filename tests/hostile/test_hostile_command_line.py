@@ -138,7 +138,7 @@ def test_names_of_any_characters_work_and_are_printed_on_one_line(
         (["--method", "ema", "--decay", "nan"], ".*decay.*nan.*"),
         (["--max-memory", "nan"], r"Invalid value for '--max-memory': 'nan' is not a size; .*"),
         (["--max-memory", "inf"], r"Invalid value for '--max-memory': 'inf' is not a size; .*"),
-        (["--max-memory", "-1"], "--max-memory -1 is too little; at least .*"),
+        (["--max-memory", "-1"], "--max-memory -1 B is too little; at least .*"),
         (["--threads", "0"], r"Invalid value for '--threads': 0 is not in the range 1<=x<=64\. .*"),
         (["--epochs", "9" * 5000], ".*--epochs.*"),
         (["--last", "9" * 5000], ".*"),
