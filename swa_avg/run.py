@@ -71,7 +71,8 @@ class Report:
     @cached_property
     def batchnorm_layers(self) -> list[str]:
         """BatchNorm layers whose statistics are averages of statistics, not those of the averaged weights."""
-        return batchnorm_layers(self.plan.inputs[-1])
+        alone = sum(map(bool, self.plan.coefficients)) == 1
+        return [] if alone else batchnorm_layers(self.plan.inputs[-1])
 
 
 def average(

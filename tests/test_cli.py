@@ -650,10 +650,7 @@ def test_unknown_options_end_with_one_line(swa_avg: Cli) -> None:
 
 def test_one_input_is_copied_bit_for_bit(folder: Path, swa_avg: Cli) -> None:
     ended = swa_avg("ckpt_1.keras", "-o", "swa.keras")
-    assert (ended.code, ended.err.splitlines()[-1]) == (
-        0,
-        "wrote swa.keras: the uniform average of 1 checkpoint",
-    )
+    assert (ended.code, ended.err) == (0, "wrote swa.keras: the uniform average of 1 checkpoint\n")
     for name, value in oracle.read_arrays(Path("swa.keras")).items():
         assert value.tobytes() == np.asarray(makers.weights(1)[name]).tobytes()
 

@@ -167,8 +167,10 @@ def _table(report: SweepReport, *, written: bool, verbose: bool) -> list[str]:
         lines.append(f"{len(report.singles)} single checkpoints were scored; --verbose lists them")
     if report.winner.refresh is not None:
         lines.extend(f"warning: {warning}" for warning in report.winner.refresh.warnings)
-    elif report.batchnorm_layers:
+    elif report.batchnorm_layers and report.winner.candidate.is_average:
         lines.append(batchnorm_warning(report.batchnorm_layers))
+    elif report.batchnorm_layers:
+        lines.append("BatchNorm was not refreshed: averages may score far better with --bn-refresh DATA")
     if report.path:
         lines.append("on the line from the last checkpoint to the best average:")
         lines.extend(
