@@ -124,7 +124,7 @@ def read_index(path: Path) -> Index:
     try:
         return _index(value)
     except (TypeError, ValueError) as error:
-        hint = "name the checkpoints themselves, or move this file away"
+        hint = "move this file away, and name the checkpoints"
         raise UnreadableError(path, f"not an index of checkpoints: {error}", hint=hint) from error
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from swa_avg.errors import Finding
+from swa_avg.errors import Finding, UsageError
 from swa_avg.formats.base import Checkpoint, Tensor
 
 __all__ = [
@@ -67,7 +67,12 @@ def resolve_dtypes(checkpoints: Sequence[Checkpoint], untagged: str | None) -> l
 
     Keras 2, and every legacy file, stores bfloat16 as two opaque bytes; that it is bfloat16 only the
     model's configuration says, or the user with `--dtype`. Checkpoints that share their tensors still do.
+
+    Raises:
+        UsageError: the user's is another type.
     """
+    if untagged not in (None, "bfloat16"):
+        raise UsageError(f"dtype is bfloat16, not {untagged!r}")
     resolved: dict[int, Mapping[str, Tensor]] = {}
     for checkpoint in checkpoints:
         tensors = checkpoint.tensors

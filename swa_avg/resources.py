@@ -32,8 +32,10 @@ def fit_memory(
     says that an input is read from a service, which takes its time for each answer.
 
     Raises:
-        UsageError: the limit is too low.
+        UsageError: the limit is too low, or there is no thread.
     """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}; expected 1 or more")
     block_bytes = _REMOTE_BLOCK_BYTES if far else _BLOCK_BYTES
     threads = threads or (REMOTE_THREADS if far else min(4, os.cpu_count() or 1))
     if max_memory is None and rows == 1:

@@ -17,7 +17,7 @@ from swa_avg.blocks import bytes_to_read
 from swa_avg.combine import Combiner
 from swa_avg.crew import hired
 from swa_avg.digests import check_digests, read_digests
-from swa_avg.errors import Finding, MismatchError, UsageError
+from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UsageError, escape
 from swa_avg.formats import Checkpoint, open_checkpoint
 from swa_avg.formats.archive import ArchiveCheckpoint
 from swa_avg.formats.base import Chunk
@@ -246,6 +246,15 @@ def write_draft(
 def output_path(output: str | Path | None, named: Sequence[Path]) -> Path:
     """Return where the output goes, in the current folder by default, and never over an input."""
     target = as_path(output) if output is not None else Path("swa" + _suffix(named[-1]))
+    if remote(target) is None:
+        try:
+            target.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:  # such as a name that is too long
+            raise SystemRefusalError(error.errno, str(error.strerror), str(target)) from error
+        except ValueError as error:
+            raise UsageError(f"the output {escape(target)}: {error}") from error
     for path in named:
         if _same_file(target, path):
             raise UsageError(

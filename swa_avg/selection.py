@@ -9,6 +9,7 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from datetime import datetime
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 
 from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
@@ -99,7 +100,7 @@ def expand(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _ordered(paths: Sequence[Path]) -> list[Path]:
-    by_name = sorted(paths, key=natural_key)
+    by_name = sorted(paths, key=lambda path: (natural_key(path), str(path)))
     if len({path.parent for path in by_name}) < 2:
         return by_name
     indexed = read_indices(by_name)
@@ -241,8 +242,8 @@ def select(
     _check_distinct(paths)
     chosen = list(paths)
     for option, number in (("--best", best), ("--last", last), ("--every", every)):
-        if number is not None and number < 1:
-            raise UsageError(f"{option} is {number}; expected 1 or more")
+        if number is not None and not (isinstance(number, Integral) and number >= 1):
+            raise UsageError(f"{option} is {number!r}; expected 1 or more")
     if mode not in (None, *MODES):
         raise UsageError(f"mode is {' or '.join(MODES)}, not {mode!r}")
     if best is None and (monitor is not None or mode is not None):

@@ -22,7 +22,7 @@ import oracle
 from conftest import Ended
 from swa_avg import average
 from swa_avg.batchnorm.spec import Spec
-from swa_avg.errors import UsageError
+from swa_avg.errors import SystemRefusalError, UsageError
 
 Cli = Callable[..., Ended]
 
@@ -200,6 +200,11 @@ def test_an_index_of_two_runs_is_refused(folder: Path, swa_avg: Cli) -> None:
         ({"method": "emma"}, "the method is uniform or ema or power-ema or weights, not 'emma'"),
         ({"optimizer": "dropp"}, "optimizer is keep or drop, not 'dropp'"),
         ({"best": 1, "mode": "maxx"}, "mode is min or max, not 'maxx'"),
+        ({"dtype": "float16"}, "dtype is bfloat16, not 'float16'"),
+        ({"threads": 0}, "threads is 0; expected 1 or more"),
+        ({"threads": -1}, "threads is -1; expected 1 or more"),
+        ({"last": "3"}, "--last is '3'; expected 1 or more"),
+        ({"every": 1.5}, "--every is 1.5; expected 1 or more"),
     ],
 )
 def test_values_that_there_are_not_are_refused_in_python_too(
@@ -208,6 +213,15 @@ def test_values_that_there_are_not_are_refused_in_python_too(
     with pytest.raises(UsageError, match=re.escape(problem)):
         average(["ckpt_*.keras"], "swa.keras", **options)  # type: ignore[arg-type]
     assert not (folder / "swa.keras").exists()
+
+
+def test_names_that_no_output_can_have_are_refused(folder: Path, swa_avg: Cli) -> None:
+    with pytest.raises(UsageError, match=r"^the output a\\x00b\.keras: .*null"):
+        average(["ckpt_*.keras"], "a\0b.keras")
+    name = "x" * 300 + ".keras"
+    with pytest.raises(SystemRefusalError, match="File name too long"):
+        average(["ckpt_*.keras"], name)
+    _refused(swa_avg("ckpt_*.keras", "-o", name), 5, f"{name}: File name too long")
 
 
 def test_a_checkpoint_that_does_not_count_must_be_finite_too(folder: Path, swa_avg: Cli) -> None:

@@ -17,6 +17,13 @@ def test_order_is_natural() -> None:
     ]  # fmt: skip
 
 
+def test_the_order_is_the_same_however_the_names_are_given(tmp_path: Path) -> None:
+    paths = [tmp_path / "ckpt_01.keras", tmp_path / "ckpt_1.keras"]
+    for path in paths:
+        path.touch()
+    assert expand(paths) == expand(paths[::-1]) == paths
+
+
 @pytest.mark.parametrize(
     ("name", "number"),
     [

@@ -39,7 +39,7 @@ __all__ = ["average"]
     show_default=True,
     help="Copy the newest checkpoint's optimizer state, or leave it out.",
 )
-@click.option("--dtype", type=click.Choice(["bfloat16"]), help="What untagged 2-byte tensors hold.")
+@click.option("--dtype", type=click.Choice(["bfloat16"]), help="Take untagged 2-byte values as this.")
 @refresh_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option(

@@ -22,7 +22,7 @@ __all__ = ["inspect"]
 @click.argument("checkpoints", nargs=-1, type=click.Path())
 @selection_options
 @method_options
-@click.option("--dtype", type=click.Choice(["bfloat16"]), help="What untagged 2-byte tensors hold.")
+@click.option("--dtype", type=click.Choice(["bfloat16"]), help="Take untagged 2-byte values as this.")
 @click.option("--plot", type=click.Path(), metavar="OUT.png", help="Draw the pictures (.png, .svg or .pdf).")
 @click.option(
     "--report", type=click.Path(), metavar="OUT.html", help="Write a page with pictures and tables."

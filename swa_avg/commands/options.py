@@ -61,7 +61,7 @@ _BY_METRIC = (
     click.option(
         "--best", type=int, metavar="N", help="Of these, the best N by a metric in checkpoints.json."
     ),
-    click.option("--monitor", metavar="NAME", help="That metric.  [default: the monitored one]"),
+    click.option("--monitor", metavar="NAME", help="The metric of --best.  [default: the monitored one]"),
     click.option("--mode", type=click.Choice(["min", "max"]), help="Whether less or more of it is better."),
 )
 _BY_PLACE = (
@@ -93,7 +93,7 @@ _REFRESH = (
         type=click.IntRange(0),
         default=0,
         metavar="N",
-        help="Of the order of rows.  [default: 0]",
+        help="Of the order of rows, and of dropout.  [default: 0]",
     ),
     click.option("--bn-preprocess", metavar="MODULE:FUNCTION", help="Applied to each batch."),
     click.option(
