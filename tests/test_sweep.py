@@ -344,6 +344,13 @@ def test_checkpoints_at_a_url_are_swept(here: Path, swa_avg: Cli) -> None:
     assert swa_avg("sweep", "ckpt_*.keras", "-o", "local.keras", *command).code == 0
     Path("far.keras").write_bytes(system.cat("/sweep/swa.keras"))
     assert _contents(Path("far.keras")) == _contents(Path("local.keras"))
+    damaged = bytearray(Path("ckpt_2.keras").read_bytes())
+    damaged[damaged.index(b"PK\x01\x02") - 1] ^= 1  # before the central directory: the last of the weights
+    system.pipe("/sweep/ckpt_2.keras", bytes(damaged))
+    checked = ("sweep", "memory://sweep/ckpt_?.keras", "-o", "memory://sweep/new.keras", *command)
+    ended = swa_avg(*checked, "--verify")
+    assert ended.code == 3
+    assert "ckpt_2.keras: damaged: its CRC-32 is" in ended.err
     system.store.clear()
 
 

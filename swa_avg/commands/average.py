@@ -14,6 +14,7 @@ from swa_avg.commands.options import (
     resource_options,
     selection_options,
     take_refresh,
+    verify_option,
 )
 from swa_avg.commands.terminal import batchnorm_warning, progress_bar, say
 from swa_avg.interrupts import interrupts
@@ -42,11 +43,7 @@ __all__ = ["average"]
 @click.option("--dtype", type=click.Choice(["bfloat16"]), help="Take untagged 2-byte values as this.")
 @refresh_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-@click.option(
-    "--verify/--no-verify",
-    default=None,
-    help="Read every byte and check checksums, or only what is averaged.  [default: verify, but for URLs]",
-)
+@verify_option
 @click.option(
     "--expect-sha256", type=click.Path(), metavar="FILE", help="Hold the inputs against a list by sha256sum."
 )

@@ -21,6 +21,7 @@ __all__ = [
     "resource_options",
     "selection_options",
     "take_refresh",
+    "verify_option",
 ]
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -148,6 +149,17 @@ def refresh_options(command: Command) -> Command:
 def resource_options(command: Command) -> Command:
     """Add the options that bound what the machine gives."""
     return _with(command, _RESOURCES)
+
+
+def verify_option(command: Command) -> Command:
+    """Add the option that says whether checksums are checked."""
+    option = click.option(
+        "--verify/--no-verify",
+        default=None,
+        help="Read every byte and check checksums, or only what is averaged.  "
+        "[default: verify, but for URLs]",
+    )
+    return option(command)
 
 
 def cluster_option(command: Command) -> Command:

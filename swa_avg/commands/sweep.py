@@ -14,6 +14,7 @@ from swa_avg.commands.options import (
     refresh_options,
     resource_options,
     take_refresh,
+    verify_option,
 )
 from swa_avg.commands.terminal import batchnorm_warning, progress_bar, say
 from swa_avg.errors import NoImprovementError
@@ -81,15 +82,13 @@ __all__ = ["sweep"]
 @click.option("--dtype", type=click.Choice(["bfloat16"]), help="Take untagged 2-byte values as this.")
 @refresh_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-@click.option("--no-verify", is_flag=True, help="Do not check the inputs' checksums.")
+@verify_option
 @resource_options
 @cluster_option
 @click.option("--json", "as_json", is_flag=True, help="Print every score as JSON on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="List every single checkpoint, too.")
-def sweep(
-    checkpoints: Sequence[str], no_verify: bool, as_json: bool, quiet: bool, verbose: bool, **options: Any
-) -> None:
+def sweep(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Score single checkpoints and averages of them on validation data, and write the best.
 
     Every candidate is treated alike: with --bn-refresh, each has its BatchNorm statistics re-estimated,
@@ -126,7 +125,6 @@ def sweep(
                 refresh=refresh,
                 loading=loading,
                 tried=options.pop("candidates"),
-                verify=False if no_verify else None,
                 progress=progress,
                 score_progress=scores,
                 published=interrupts.ignore,
