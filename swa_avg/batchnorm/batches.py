@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swa_avg.batchnorm.draw import Permutation
-from swa_avg.batchnorm.functions import told
+from swa_avg.batchnorm.functions import names_function, told
 from swa_avg.batchnorm.rows import Rows, describe
 from swa_avg.batchnorm.spec import TARGET, Batch, Spec, fits
 from swa_avg.errors import SwaAvgError, UnreadableError
@@ -266,7 +266,11 @@ class StreamData(Data):
             yield picked
 
     def _elements(self) -> Iterator[Any]:
-        """Yield the batches; what goes wrong in the making of one is told as the source's."""
+        """Yield the batches.
+
+        What a named function's batches raise is told as theirs; what a caller's own raise is the caller's,
+        except for the system's errors, which would be taken for the output's.
+        """
         elements: Iterator[Any] | None = None
         while True:
             try:
@@ -277,6 +281,8 @@ class StreamData(Data):
             except SwaAvgError:
                 raise
             except Exception as error:
+                if not isinstance(error, OSError) and not names_function(self.source):
+                    raise
                 raise UnreadableError(self.source, f"no batch came ({told(error)})") from error
             yield element
 

@@ -436,7 +436,7 @@ def test_streams_of_the_wrong_kind_are_refused():
         assert "expected an array of rows; found a single value" in refused([np.float32(1)], **options)
 
 
-def test_what_a_maker_of_batches_raises_is_told_with_its_place(tmp_path):
+def test_what_a_maker_of_batches_raises_is_told_with_its_place(tmp_path, monkeypatch):
     def batches():
         yield IMAGES
         with open(tmp_path / "17.png", "rb"):
@@ -445,6 +445,11 @@ def test_what_a_maker_of_batches_raises_is_told_with_its_place(tmp_path):
     text = refused(batches())
     assert "no batch came (FileNotFoundError: [Errno 2] No such file or directory:" in text
     assert re.search(r"17\.png' \(test_data\.py, line \d+\)\)$", text)
+    (tmp_path / "makes.py").write_text("def batches():\n    yield 1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    assert "no batch came (ZeroDivisionError: division by zero (makes.py, line 2))" in refused(
+        "makes:batches"
+    )
 
 
 @pytest.mark.parametrize("options", [{"samples": 0}, {"batch_size": 0}, {"samples": -3}])
