@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swa_avg.batchnorm.moments import Statistics
+from swa_avg.words import counted
 
 __all__ = ["TOLERANCE", "Drift", "LayerReport", "RefreshReport", "drift_between", "standard_error"]
 
@@ -169,15 +170,17 @@ class RefreshReport:
             lines.append(f"{drift.mean_shift:>8.3g} std {drift.variance_ratio:>9.3g}x  {layer.name}")
         if len(self.worst) > len(shown):
             lines.append(f"{'':>23}  and {len(self.worst) - len(shown)} that moved less")
-        for title, layers in (
+        for title, others in (
             ("kept (trainable=False)", self.kept),
             ("untouched (never reached in training mode)", self.untouched),
         ):
-            if layers:
-                lines.append(f"{title}: {', '.join(layer.name for layer in layers)}")
+            if others:
+                lines.append(f"{title}: {', '.join(layer.name for layer in others)}")
+        layers = counted(len(self.refreshed), "BatchNorm layer")
+        batches = "1 batch" if self.batches == 1 else f"{self.batches} batches"
         lines.append(
-            f"refreshed {_layers(len(self.refreshed))} on {self.samples} samples in {self.batches} batches"
-            f" ({self.estimator}){self._summary()}"
+            f"refreshed {layers} on {counted(self.samples, 'sample')} in {batches} ({self.estimator})"
+            f"{self._summary()}"
         )
         return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
 
@@ -238,10 +241,6 @@ def standard_error(first: Statistics, second: Statistics, whole: Statistics, eps
     means = (first.mean - second.mean) / scale
     deviations = (np.sqrt(first.variance + epsilon) - np.sqrt(second.variance + epsilon)) / scale
     return max(_rms(means), _rms(deviations)) / 2
-
-
-def _layers(count: int) -> str:
-    return f"{count} BatchNorm layer" + ("" if count == 1 else "s")
 
 
 def _rms(values: Vector) -> float:
