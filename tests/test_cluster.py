@@ -41,11 +41,22 @@ pytestmark = [
 COUNT = 5
 
 
+def two_processes() -> Any:
+    return distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", silence_logs=50
+    )
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", silence_logs=50
-    ) as started:
+    with two_processes() as started:
+        yield started
+
+
+@pytest.fixture
+def mortal() -> Iterator[Any]:
+    """Two processes of a test's own: Dask does not always start another in the place of one that is killed."""
+    with two_processes() as started:
         yield started
 
 
@@ -243,21 +254,19 @@ def test_values_that_are_not_finite_are_named_as_on_one_machine(cluster: Any, tm
     )
 
 
-def test_a_worker_killed_half_way_changes_nothing(cluster: Any, tmp_path: Path) -> None:
+def test_a_worker_killed_half_way_changes_nothing(mortal: Any, tmp_path: Path) -> None:
     paths = write_run(tmp_path)
     killed = []
 
     def kill(total: int, count: int) -> None:
         if not killed:
-            killed.append(next(iter(cluster.workers.values())).pid)
+            killed.append(next(iter(mortal.workers.values())).pid)
             os.kill(killed[0], signal.SIGKILL)
 
-    average(paths, tmp_path / "swa.keras", cluster=cluster.scheduler_address, progress=kill)
+    average(paths, tmp_path / "swa.keras", cluster=mortal.scheduler_address, progress=kill)
+    assert killed
     average(paths, tmp_path / "here.keras")
     assert (tmp_path / "swa.keras").read_bytes() == (tmp_path / "here.keras").read_bytes()
-    wait_for(lambda: killed[0] not in [worker.pid for worker in cluster.workers.values()])
-    with distributed.Client(cluster.scheduler_address, set_as_default=False) as client:
-        client.wait_for_workers(2, timeout=60)
 
 
 def test_the_work_of_a_worker_that_hangs_goes_to_another(
@@ -533,24 +542,20 @@ def test_a_refresh_is_that_of_one_machine(
 
 
 @pytest.mark.keras
-def test_a_worker_killed_during_a_refresh_changes_nothing(
-    cluster: Any, trained: Path, tmp_path: Path
-) -> None:
+def test_a_worker_killed_during_a_refresh_changes_nothing(mortal: Any, trained: Path, tmp_path: Path) -> None:
     killed = []
 
     def kill(total: int | None, count: int) -> None:
         if len(killed) == 3:
-            os.kill(next(iter(cluster.workers.values())).pid, signal.SIGKILL)
+            os.kill(next(iter(mortal.workers.values())).pid, signal.SIGKILL)
         killed.append(count)
 
     paths, refresh = [trained / "ckpt_0.keras", trained / "ckpt_1.keras"], refresh_of(trained)
     average(paths, tmp_path / "here.keras", refresh=refresh)
-    address = cluster.scheduler_address
+    address = mortal.scheduler_address
     average(paths, tmp_path / "swa.keras", refresh=refresh, cluster=address, refresh_progress=kill)
     assert len(killed) == 17
     assert (tmp_path / "swa.keras").read_bytes() == (tmp_path / "here.keras").read_bytes()
-    with distributed.Client(address, set_as_default=False) as client:
-        client.wait_for_workers(2, timeout=60)
 
 
 @pytest.mark.keras
