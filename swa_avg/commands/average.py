@@ -18,7 +18,6 @@ from swa_avg.commands.options import (
 )
 from swa_avg.commands.terminal import batchnorm_warning, progress_bar, say
 from swa_avg.interrupts import interrupts
-from swa_avg.words import counted, size_text
 
 if TYPE_CHECKING:
     from swa_avg.run import Report
@@ -97,6 +96,7 @@ def average(
 def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
     """Tell on standard error what was done, or would be."""
     from swa_avg.remote import remote
+    from swa_avg.words import counted, size_text
 
     plan = report.plan
     lines = []

@@ -19,7 +19,6 @@ from swa_avg.commands.options import (
 from swa_avg.commands.terminal import batchnorm_warning, progress_bar, say
 from swa_avg.errors import NoImprovementError
 from swa_avg.interrupts import interrupts
-from swa_avg.words import counted
 
 if TYPE_CHECKING:
     from swa_avg.sweeping import SweepReport
@@ -181,6 +180,8 @@ def _table(report: SweepReport, *, written: bool, verbose: bool) -> list[str]:
 
 
 def _outcome(report: SweepReport) -> str:
+    from swa_avg.words import counted
+
     winner, best = report.winner, report.best_single
     score, alone = (f"{scored.metrics[report.monitor]:.6g}" for scored in (winner, best))
     rows = counted(report.rows, "row")

@@ -10,7 +10,6 @@ import click
 from swa_avg.commands.options import resource_options
 from swa_avg.commands.terminal import first_few, say
 from swa_avg.errors import MismatchError
-from swa_avg.words import counted
 
 if TYPE_CHECKING:
     from swa_avg.verification import Verification
@@ -58,6 +57,8 @@ def verify(
 
 
 def _describe(result: Verification) -> None:
+    from swa_avg.words import counted
+
     lines = []
     if result.digests:
         shown = first_few(result.digests)

@@ -166,6 +166,7 @@ def _join(
                 raise UnreadableError(path, "lies in two shards", tensor=name)
             tensors[name] = tensor
             found.setdefault("/" + name.rpartition("/")[0], set()).add(shard)
+    _check_numbers(path, tensors)
     declared = {key: set(where) if isinstance(where, list) else {where} for key, where in weight_map.items()}
     for group in sorted(declared.keys() | found.keys()):
         if declared.get(group) != found.get(group):
@@ -174,3 +175,19 @@ def _join(
                 path, f"the map says {listed}, the shards hold it in {stored}", tensor=group
             )
     return tensors
+
+
+def _check_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise UnreadableError if variables are numbered, and a number is left out.
+
+    Keras counts a layer's and an optimizer's variables from 0, across the shards. HDF5 keeps no checksum of
+    names, and the map lists none: damage to one would show nowhere else.
+    """
+    groups: dict[str, set[str]] = {}
+    for name in tensors:
+        group, _, own = name.rpartition("/")
+        groups.setdefault(group, set()).add(own)
+    for group, names in groups.items():
+        if all(map(str.isdecimal, names)) and names != set(map(str, range(len(names)))):
+            missing = min(set(map(str, range(len(names)))) - names, key=int)
+            raise UnreadableError(path, "is missing, or its name is damaged", tensor=f"{group}/{missing}")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import h5py
 import pytest
 from cases import Case, check_line, check_refused, parameters, snapshot
 from isolated import Isolated
@@ -55,6 +56,11 @@ def _shard(edit: Callable[[Path], object]) -> Callable[[Path], None]:
 def _replaced_by_link(shard: Path) -> None:
     shard.rename(shard.with_name("elsewhere.h5"))
     shard.symlink_to("elsewhere.h5")
+
+
+def _renumbered(shard: Path) -> None:
+    with h5py.File(shard, "r+") as file:
+        file.move("layers/dense/vars/0", "layers/dense/vars/7")
 
 
 def _replaced_by_fifo(shard: Path) -> None:
@@ -116,6 +122,11 @@ MAP_CASES = [
         "digits",
         lambda path: path.write_text('{"a":' + "9" * 5000 + "}"),
         r"the shard map is not valid JSON \(an integer has too many digits\)",
+    ),
+    Case(
+        "variable of another number",
+        _shard(_renumbered),
+        r"layers/dense/vars/\d: is missing, or its name is damaged",
     ),
     Case("a name too long", _named("x" * 300), "file name too long"),
 ]
