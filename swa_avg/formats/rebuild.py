@@ -110,7 +110,8 @@ def _values(reader: AttributeReader, attribute: Attribute) -> np.ndarray[Any, An
 class _GuardedFile(io.RawIOBase):
     """A file object for h5py that lets it write anywhere but over the tensors.
 
-    What libhdf5 takes for free space is what the file says, and that may not be so.
+    What libhdf5 takes for free space is what the file says, and that may not be so. Once the file is closed,
+    writing does nothing: after an interrupt, an h5py object may outlive it, and flush what nobody keeps.
     """
 
     def __init__(self, file: IO[bytes], tensors: Iterable[Tensor]) -> None:
@@ -129,7 +130,7 @@ class _GuardedFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
+        return 0 if self._file.closed else self._file.seek(offset, whence)
 
     def tell(self) -> int:
         return self._file.tell()
@@ -138,16 +139,21 @@ class _GuardedFile(io.RawIOBase):
         return self._file.readinto(buffer)  # type: ignore[attr-defined,no-any-return]
 
     def write(self, data: Any) -> int:
+        if self._file.closed:
+            return len(data)
         self._check(self._file.tell(), len(data))
         return self._file.write(data)
 
     def truncate(self, size: int | None = None) -> int:
+        if self._file.closed:
+            return size or 0
         size = self._file.tell() if size is None else size
         self._check(size, max(self._stops, default=0) - size)
         return self._file.truncate(size)
 
     def flush(self) -> None:
-        self._file.flush()
+        if not self._file.closed:
+            self._file.flush()
 
     def _check(self, position: int, size: int) -> None:
         """Raise ValueError if a write of `size` bytes at `position` touches a tensor."""

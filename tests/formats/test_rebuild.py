@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import makers
 from swa_avg.errors import UnreadableError
 from swa_avg.formats import open_checkpoint
-from swa_avg.formats.rebuild import write_provenance
+from swa_avg.formats.rebuild import _GuardedFile, write_provenance
 
 ATTRIBUTES = {
     "text": "ünï ☃",
@@ -109,3 +110,19 @@ def test_a_record_is_not_written_over_values(tmp_path: Path) -> None:
         write_provenance(file, {"inputs": "x" * 50_000}, path, tensors)
     offset = tensors[0].offset
     assert path.read_bytes()[offset : offset + 3996] == np.arange(999, dtype=np.float32).tobytes()
+
+
+def test_an_hdf5_file_that_outlives_its_file_object_goes_quietly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after an interrupt between h5py's opening and its closing."""
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as hdf5:
+        hdf5["x"] = np.arange(3.0)
+    with path.open("r+b") as file:
+        hdf5 = h5py.File(_GuardedFile(file, ()), "r+")
+        hdf5.attrs["y"] = 1
+        kept = hdf5["x"]
+    del hdf5, kept
+    gc.collect()
+    assert capsys.readouterr().err == ""
