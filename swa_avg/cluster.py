@@ -71,7 +71,7 @@ class ClusterExecutor(Executor):
     """An executor for methods of objects: an object travels once, and each call takes only its arguments.
 
     Dask recomputes what a lost worker held, and tries a call that failed again, on whichever worker is free.
-    Its own executor (`Client.get_executor`) is not used: where a worker is lost just after its result was
+    Dask's own executor (`Client.get_executor`) is not used: where a worker is lost just after its result was
     fetched, that takes the result for an exception.
     """
 
