@@ -27,7 +27,7 @@ PASS = """
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from swa_avg.publish import Publication
+from swa_avg.files.publication import Publication
 from swa_avg.crew import hired
 from swa_avg.run import open_all
 from swa_avg.spill import Spill

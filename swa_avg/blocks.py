@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from swa_avg.files.region import Image
 from swa_avg.formats.base import Checkpoint, Tensor
-from swa_avg.formats.image import Image
 from swa_avg.plan import Plan
 
 if TYPE_CHECKING:

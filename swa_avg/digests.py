@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swa_avg.errors import UnreadableError, UsageError
+from swa_avg.files.region import Image, open_file
 from swa_avg.formats.base import Checkpoint
-from swa_avg.formats.image import Image, open_file
 
 __all__ = ["check_digests", "read_digests"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from swa_avg.errors import SwaAvgError, UnreadableError
-from swa_avg.formats.image import open_file, refusal
-from swa_avg.strict_json import parse_json
+from swa_avg.files.region import open_file, refusal
+from swa_avg.files.untrusted_json import parse_json
 
 __all__ = [
     "INDEX_NAME",

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from swa_avg.errors import SystemRefusalError
+from swa_avg.files.publication import sync_folder
 from swa_avg.index import INDEX_NAME, Entry, Index, index_as_json, read_index
-from swa_avg.publish import sync_folder
 
 __all__ = ["RunFolder", "prepare_folder", "published", "write_index"]
 

@@ -19,10 +19,10 @@ from swa_avg.candidates import Candidate
 from swa_avg.crew import Crew, hired
 from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageError
 from swa_avg.evaluation import Scorer, Scoring, Validation
+from swa_avg.files.publication import Publication, check_output, publication_at
+from swa_avg.files.remote import kept_at_hand, remote
 from swa_avg.policy import batchnorm_layers, resolve_dtypes
 from swa_avg.provenance import describe
-from swa_avg.publish import Publication, check_output, publication_at
-from swa_avg.remote import kept_at_hand, remote
 from swa_avg.run import (
     open_all,
     output_path,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from swa_avg.blocks import Block
 from swa_avg.combine import Combiner
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
+from swa_avg.files.remote import as_path, kept_at_hand
 from swa_avg.formats import Checkpoint, Tensor, open_checkpoint
 from swa_avg.formats.archive import ArchiveCheckpoint
 from swa_avg.formats.base import PROVENANCE
@@ -26,7 +27,6 @@ from swa_avg.formats.sharded import ShardedCheckpoint
 from swa_avg.plan import Plan, config_differences, make_plan
 from swa_avg.policy import resolve_dtypes
 from swa_avg.provenance import Record, RecordedInput, read_record
-from swa_avg.remote import as_path, kept_at_hand
 from swa_avg.resources import fit_memory
 from swa_avg.run import as_output, open_all
 

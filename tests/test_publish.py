@@ -13,8 +13,8 @@ import pytest
 
 from swa_avg import publish
 from swa_avg.errors import SystemRefusalError, UsageError
+from swa_avg.files.publication import Publication
 from swa_avg.interrupts import Interrupted, interrupts
-from swa_avg.publish import Publication
 
 
 def _names(folder: Path) -> list[str]:

@@ -19,7 +19,7 @@ import oracle
 import swa_avg
 from conftest import Ended
 from swa_avg.errors import SystemRefusalError, UnreadableError, UsageError
-from swa_avg.remote import as_path, upload
+from swa_avg.files.remote import as_path, upload
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -136,7 +136,7 @@ def test_a_dry_run_writes_nothing_and_copies_nothing(
 ) -> None:
     _write(tmp_path / "in", ".keras")
     _put(memory, tmp_path / "in")
-    monkeypatch.setattr("swa_avg.remote.TemporaryDirectory", None)
+    monkeypatch.setattr("swa_avg.files.remote.TemporaryDirectory", None)
     ended = swa_avg("memory://run/ckpt_*.keras", "-o", tmp_path / "x.keras", "--dry-run")
     assert ended.code == 0, ended.err
     assert not (tmp_path / "x.keras").exists()
@@ -538,7 +538,7 @@ class TestS3:
     ) -> None:
         import socket
 
-        monkeypatch.setattr("swa_avg.remote._SECONDS", 1)
+        monkeypatch.setattr("swa_avg.files.remote._SECONDS", 1)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             _configure(monkeypatch, f"http://127.0.0.1:{listener.getsockname()[1]}")
             ended = swa_avg("s3://bucket/a.keras", "-o", "x.keras")

@@ -20,8 +20,8 @@ import numpy as np
 
 from swa_avg.batchnorm.rows import FileRows, Rows, describe, room_for
 from swa_avg.errors import SystemRefusalError, UnreadableError
+from swa_avg.files.region import Image, ImageFile, open_file
 from swa_avg.formats.archive import data_offset
-from swa_avg.formats.image import Image, ImageFile, open_file
 
 __all__ = ["ArrayFile", "Stored", "open_arrays"]
 

@@ -16,10 +16,10 @@ from typing import IO, TYPE_CHECKING, Any
 from swa_avg.batchnorm.functions import import_function, import_module, names_function
 from swa_avg.batchnorm.spec import ARGUMENTS, TRAINING
 from swa_avg.errors import Finding, MismatchError, SwaAvgError, UsageError, first_line
+from swa_avg.files.untrusted_json import parse_json
 from swa_avg.formats import Checkpoint, open_checkpoint
 from swa_avg.formats.hdf5 import LEGACY_MODEL, LEGACY_WEIGHTS, Hdf5Checkpoint
 from swa_avg.policy import has_lambda
-from swa_avg.strict_json import parse_json
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor

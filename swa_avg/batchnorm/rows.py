@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swa_avg.errors import SystemRefusalError, UnreadableError
-from swa_avg.formats.image import Image
+from swa_avg.files.region import Image
 
 __all__ = ["FileRows", "MemoryRows", "RowWriter", "Rows", "describe", "room_for"]
 

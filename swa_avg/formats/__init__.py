@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import IO
 
 from swa_avg.errors import SwaAvgError, UnreadableError
+from swa_avg.files.region import Image, open_file, refusal
 from swa_avg.formats import archive, hdf5, sharded
 from swa_avg.formats.base import Checkpoint, Tensor
-from swa_avg.formats.image import Image, open_file, refusal
 
 __all__ = ["FORMATS", "Checkpoint", "Image", "Tensor", "open_checkpoint"]
 

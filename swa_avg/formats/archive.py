@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from swa_avg.errors import SwaAvgError, UnreadableError
+from swa_avg.files.region import Image, ImageFile
+from swa_avg.files.untrusted_json import MAX_JSON, parse_json
 from swa_avg.formats.base import PROVENANCE, Checkpoint, Chunk, Provenance, Stage
 from swa_avg.formats.hdf5 import WEIGHTS, Hdf5Checkpoint, is_keras_store, layer_names
-from swa_avg.formats.image import Image, ImageFile
 from swa_avg.formats.layout import read_layout
 from swa_avg.formats.stored_zip import StoredZip
-from swa_avg.strict_json import MAX_JSON, parse_json
 
 __all__ = ["SIGNATURE", "ArchiveCheckpoint", "data_offset", "open_archive"]
 

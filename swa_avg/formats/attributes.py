@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from swa_avg.formats.image import Image
+from swa_avg.files.region import Image
 
 __all__ = [
     "Attribute",

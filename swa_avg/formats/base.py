@@ -13,8 +13,8 @@ from typing import IO, Any, Literal, NamedTuple, Protocol
 
 from isal.isal_zlib import crc32, crc32_combine
 
-from swa_avg.formats.image import Image
-from swa_avg.remote import RemoteFile
+from swa_avg.files.region import Image
+from swa_avg.files.remote import RemoteFile
 
 __all__ = [
     "PROVENANCE",

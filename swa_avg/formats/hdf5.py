@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import IO
 
 from swa_avg.errors import UnreadableError
+from swa_avg.files.region import Image
+from swa_avg.files.untrusted_json import parse_json
 from swa_avg.formats.attributes import AttributeReader, DamagedStructureError
 from swa_avg.formats.base import PROVENANCE, Checkpoint, Chunk, Provenance, Stage, write_image
-from swa_avg.formats.image import Image
 from swa_avg.formats.layout import SIGNATURE, Layout, read_layout
-from swa_avg.strict_json import parse_json
 
 __all__ = [
     "LEGACY_MODEL",

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from swa_avg.errors import UnreadableError
+from swa_avg.files.region import Image
 from swa_avg.formats.attributes import DamagedStructureError, decode, number_of, shape_of
 from swa_avg.formats.base import Role, Tensor
-from swa_avg.formats.image import Image
 from swa_avg.formats.structure import Extent, Message, NewerStructureError, Structures
 
 __all__ = ["SIGNATURE", "Layout", "Walk", "read_layout"]

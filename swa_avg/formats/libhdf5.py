@@ -15,8 +15,8 @@ import h5py
 from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t
 
 from swa_avg.errors import SwaAvgError, UnreadableError, first_line
+from swa_avg.files.region import Image, ImageFile
 from swa_avg.formats.base import Tensor
-from swa_avg.formats.image import Image, ImageFile
 from swa_avg.formats.layout import Walk
 from swa_avg.formats.structure import NewerStructureError, Structures
 

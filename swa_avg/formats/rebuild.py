@@ -16,9 +16,9 @@ import numpy as np
 from h5py import h5d, h5o, h5p, h5s, h5t
 
 from swa_avg.errors import SwaAvgError, UnreadableError, first_line
+from swa_avg.files.region import Image, ImageFile
 from swa_avg.formats.attributes import Attribute, AttributeReader, DamagedStructureError, decode, whole_name
 from swa_avg.formats.base import PROVENANCE, Checkpoint, Tensor
-from swa_avg.formats.image import Image, ImageFile
 from swa_avg.formats.layout import Layout, read_layout
 from swa_avg.formats.libhdf5 import attributes_of
 from swa_avg.formats.structure import Structures

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from swa_avg.errors import UnreadableError, escape
+from swa_avg.files.region import Image, open_file
+from swa_avg.files.untrusted_json import MAX_JSON, parse_json
 from swa_avg.formats.base import (
     PROVENANCE,
     Checkpoint,
@@ -22,9 +24,7 @@ from swa_avg.formats.base import (
     write_image,
 )
 from swa_avg.formats.hdf5 import layer_names
-from swa_avg.formats.image import Image, open_file
 from swa_avg.formats.layout import Layout, read_layout
-from swa_avg.strict_json import MAX_JSON, parse_json
 
 __all__ = ["ShardedCheckpoint", "open_sharded"]
 

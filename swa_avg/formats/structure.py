@@ -12,8 +12,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 
+from swa_avg.files.region import Image
 from swa_avg.formats.attributes import DamagedStructureError, decode
-from swa_avg.formats.image import Image
 
 __all__ = ["Extent", "Message", "NewerStructureError", "Structures"]
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swa_avg.files.region import Image, open_file
 from swa_avg.formats.attributes import AttributeReader, DamagedStructureError
-from swa_avg.formats.image import Image, open_file
 from swa_avg.formats.structure import NewerStructureError, Structures
 
 

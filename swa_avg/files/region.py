@@ -15,7 +15,7 @@ from typing import IO, Any
 from isal.isal_zlib import crc32
 
 from swa_avg.errors import SwaAvgError, SystemRefusalError, UnreadableError
-from swa_avg.remote import RemoteFile, open_remote, remote
+from swa_avg.files.remote import RemoteFile, open_remote, remote
 
 __all__ = ["Image", "ImageFile", "open_file", "refusal"]
 

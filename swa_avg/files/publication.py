@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from swa_avg.errors import SystemRefusalError, UsageError
+from swa_avg.files.remote import RemotePath, remote, upload
 from swa_avg.interrupts import interrupts, interrupts_held
-from swa_avg.remote import RemotePath, remote, upload
 
 __all__ = ["Publication", "check_output", "publication_at", "sync_folder"]
 
