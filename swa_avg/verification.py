@@ -21,8 +21,8 @@ from swa_avg.errors import Finding, MismatchError, SystemRefusalError, Unreadabl
 from swa_avg.files.remote import as_path, kept_at_hand
 from swa_avg.formats import Checkpoint, Tensor, open_checkpoint
 from swa_avg.formats.archive import ArchiveCheckpoint
+from swa_avg.formats.bare import WEIGHTS, Hdf5Checkpoint
 from swa_avg.formats.base import PROVENANCE
-from swa_avg.formats.hdf5 import WEIGHTS, Hdf5Checkpoint
 from swa_avg.formats.sharded import ShardedCheckpoint
 from swa_avg.plan import Plan, config_differences, make_plan
 from swa_avg.policy import resolve_dtypes

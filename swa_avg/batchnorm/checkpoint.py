@@ -18,7 +18,7 @@ from swa_avg.batchnorm.spec import ARGUMENTS, TRAINING
 from swa_avg.errors import Finding, MismatchError, SwaAvgError, UsageError, first_line
 from swa_avg.files.untrusted_json import parse_json
 from swa_avg.formats import Checkpoint, open_checkpoint
-from swa_avg.formats.hdf5 import LEGACY_MODEL, LEGACY_WEIGHTS, Hdf5Checkpoint
+from swa_avg.formats.bare import LEGACY_MODEL, LEGACY_WEIGHTS, Hdf5Checkpoint
 from swa_avg.policy import has_lambda
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import IO, Any
 from swa_avg.errors import SwaAvgError, UnreadableError
 from swa_avg.files.region import Image, ImageFile
 from swa_avg.files.untrusted_json import MAX_JSON, parse_json
+from swa_avg.formats.bare import WEIGHTS, Hdf5Checkpoint, is_keras_store, layer_names
 from swa_avg.formats.base import PROVENANCE, Checkpoint, Chunk, Provenance, Stage
-from swa_avg.formats.hdf5 import WEIGHTS, Hdf5Checkpoint, is_keras_store, layer_names
-from swa_avg.formats.layout import read_layout
+from swa_avg.formats.hdf5.layout import read_layout
 from swa_avg.formats.stored_zip import StoredZip
 
 __all__ = ["SIGNATURE", "ArchiveCheckpoint", "data_offset", "open_archive"]
@@ -59,7 +59,7 @@ class ArchiveCheckpoint(Checkpoint):
         output.finish()
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
-        from swa_avg.formats.rebuild import strip
+        from swa_avg.formats.hdf5.rebuild import strip
 
         return replace(self, **strip(self, ("optimizer",), scratch))
 

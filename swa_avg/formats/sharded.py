@@ -12,6 +12,7 @@ from typing import IO, Any
 from swa_avg.errors import UnreadableError, escape
 from swa_avg.files.region import Image, open_file
 from swa_avg.files.untrusted_json import MAX_JSON, parse_json
+from swa_avg.formats.bare import layer_names
 from swa_avg.formats.base import (
     PROVENANCE,
     Checkpoint,
@@ -23,8 +24,7 @@ from swa_avg.formats.base import (
     write_chunks,
     write_image,
 )
-from swa_avg.formats.hdf5 import layer_names
-from swa_avg.formats.layout import Layout, read_layout
+from swa_avg.formats.hdf5.layout import Layout, read_layout
 
 __all__ = ["ShardedCheckpoint", "open_sharded"]
 
@@ -68,14 +68,14 @@ class ShardedCheckpoint(Checkpoint):
 
     def _check(self, file: IO[bytes], index: int, size: int, checksum: int) -> None:
         """See that a shard reads back as it was written, and that libhdf5 reads it."""
-        from swa_avg.formats.libhdf5 import check_readable
+        from swa_avg.formats.hdf5.libhdf5 import check_readable
 
         check_written(file, 0, size, checksum)
         written = Image(self.path.with_name(self.shards[index]), file, 0, size)
         check_readable(written, {n: t for n, t in self.tensors.items() if t.image == index})
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
-        from swa_avg.formats.rebuild import strip
+        from swa_avg.formats.hdf5.rebuild import strip
 
         assert self.map is not None
         kept = {

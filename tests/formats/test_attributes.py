@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swa_avg.files.region import Image, open_file
-from swa_avg.formats.attributes import AttributeReader, DamagedStructureError
-from swa_avg.formats.structure import NewerStructureError, Structures
+from swa_avg.formats.hdf5.messages import AttributeReader, DamagedStructureError
+from swa_avg.formats.hdf5.objects import NewerStructureError, Structures
 
 
 def _image(path: Path) -> Image:

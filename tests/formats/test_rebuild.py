@@ -13,7 +13,7 @@ import pytest
 import makers
 from swa_avg.errors import UnreadableError
 from swa_avg.formats import open_checkpoint
-from swa_avg.formats.rebuild import _GuardedFile, write_provenance
+from swa_avg.formats.hdf5.rebuild import _GuardedFile, write_provenance
 
 ATTRIBUTES = {
     "text": "ünï ☃",

@@ -35,8 +35,8 @@ _IMPORTED = (  # what a run would import otherwise, and Python cannot where read
     "h5py",
     "resource",
     "swa_avg.cli",
-    "swa_avg.formats.libhdf5",
-    "swa_avg.formats.rebuild",
+    "swa_avg.formats.hdf5.libhdf5",
+    "swa_avg.formats.hdf5.rebuild",
     "swa_avg.run",
 )
 _ADDRESS_SPACE = 4 * 2**30  # a run that passes MEMORY_LIMIT is to be measured, not to take the machine down

@@ -17,11 +17,17 @@ from h5py import h5d, h5o, h5p, h5s, h5t
 
 from swa_avg.errors import SwaAvgError, UnreadableError, first_line
 from swa_avg.files.region import Image, ImageFile
-from swa_avg.formats.attributes import Attribute, AttributeReader, DamagedStructureError, decode, whole_name
 from swa_avg.formats.base import PROVENANCE, Checkpoint, Tensor
-from swa_avg.formats.layout import Layout, read_layout
-from swa_avg.formats.libhdf5 import attributes_of
-from swa_avg.formats.structure import Structures
+from swa_avg.formats.hdf5.layout import Layout, read_layout
+from swa_avg.formats.hdf5.libhdf5 import attributes_of
+from swa_avg.formats.hdf5.messages import (
+    Attribute,
+    AttributeReader,
+    DamagedStructureError,
+    decode,
+    whole_name,
+)
+from swa_avg.formats.hdf5.objects import Structures
 
 __all__ = ["strip", "write_provenance"]
 

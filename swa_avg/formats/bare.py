@@ -10,9 +10,9 @@ from typing import IO
 from swa_avg.errors import UnreadableError
 from swa_avg.files.region import Image
 from swa_avg.files.untrusted_json import parse_json
-from swa_avg.formats.attributes import AttributeReader, DamagedStructureError
 from swa_avg.formats.base import PROVENANCE, Checkpoint, Chunk, Provenance, Stage, write_image
-from swa_avg.formats.layout import SIGNATURE, Layout, read_layout
+from swa_avg.formats.hdf5.layout import SIGNATURE, Layout, read_layout
+from swa_avg.formats.hdf5.messages import AttributeReader, DamagedStructureError
 
 __all__ = [
     "LEGACY_MODEL",
@@ -45,8 +45,8 @@ class Hdf5Checkpoint(Checkpoint):
         provenance: Callable[[], Provenance],
         stage: Stage,
     ) -> None:
-        from swa_avg.formats.libhdf5 import check_readable
-        from swa_avg.formats.rebuild import write_provenance
+        from swa_avg.formats.hdf5.libhdf5 import check_readable
+        from swa_avg.formats.hdf5.rebuild import write_provenance
 
         file = stage.create(stage.output.name, self.images[0].size)
         write_image(file, image(0, file))
@@ -57,7 +57,7 @@ class Hdf5Checkpoint(Checkpoint):
         check_readable(Image(self.path, file), self.tensors)
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
-        from swa_avg.formats.rebuild import strip
+        from swa_avg.formats.hdf5.rebuild import strip
 
         # In a legacy file of weights alone every top-level group is a layer.
         groups = () if self.kind == LEGACY_WEIGHTS else ("optimizer", "optimizer_weights")

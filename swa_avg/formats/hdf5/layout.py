@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 
 from swa_avg.errors import UnreadableError
 from swa_avg.files.region import Image
-from swa_avg.formats.attributes import DamagedStructureError, decode, number_of, shape_of
 from swa_avg.formats.base import Role, Tensor
-from swa_avg.formats.structure import Extent, Message, NewerStructureError, Structures
+from swa_avg.formats.hdf5.messages import DamagedStructureError, decode, number_of, shape_of
+from swa_avg.formats.hdf5.objects import Extent, Message, NewerStructureError, Structures
 
 __all__ = ["SIGNATURE", "Layout", "Walk", "read_layout"]
 
@@ -58,7 +58,7 @@ def read_layout(image: Image, index: int = 0) -> Layout:
         try:
             _walk(walk, structures)
         except NewerStructureError:
-            from swa_avg.formats.libhdf5 import walk_newer
+            from swa_avg.formats.hdf5.libhdf5 import walk_newer
 
             walk, structures = Walk(image, index), Structures(image)
             walk_newer(walk, structures)

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Iterator
 
 from swa_avg.files.region import Image
-from swa_avg.formats.attributes import DamagedStructureError, decode
+from swa_avg.formats.hdf5.messages import DamagedStructureError, decode
 
 __all__ = ["Extent", "Message", "NewerStructureError", "Structures"]
 
