@@ -31,7 +31,7 @@ def save_forever(folder: Path, ready: int) -> None:
     import keras
 
     from swa_avg.callbacks import CheckpointSaver
-    from swa_avg.index import read_index
+    from swa_avg.inputs.index import read_index
 
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(_WEIGHTS)])
     model.compile("sgd", "mse")
@@ -53,7 +53,7 @@ def check(folder: Path) -> tuple[int, str | None]:
     """Return how many files the index names, and what is wrong, if anything."""
     import h5py
 
-    from swa_avg.index import read_index
+    from swa_avg.inputs.index import read_index
 
     path = folder / "checkpoints.json"
     if not path.exists():
@@ -80,7 +80,7 @@ def check(folder: Path) -> tuple[int, str | None]:
 def load_with_keras(folder: Path) -> None:
     import keras
 
-    from swa_avg.index import read_index
+    from swa_avg.inputs.index import read_index
 
     for entry in read_index(folder / "checkpoints.json").entries:
         model = keras.models.load_model(folder / entry.file)

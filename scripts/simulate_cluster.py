@@ -43,9 +43,9 @@ from swa_avg.cluster import connected
 from swa_avg.combine import Combiner
 from swa_avg.crew import Crew
 from swa_avg.formats import open_checkpoint
+from swa_avg.inputs.selection import expand
 from swa_avg.plan import make_plan
 from swa_avg.resources import fit_cluster
-from swa_avg.selection import expand
 
 BLOCK = 2**19
 COUNTS = [2**power for power in range(9)]

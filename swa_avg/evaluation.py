@@ -20,7 +20,7 @@ from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.batchnorm.spec import VALIDATION, Spec
 from swa_avg.errors import SwaAvgError, UnreadableError, UsageError, first_line
 from swa_avg.formats import open_checkpoint
-from swa_avg.metrics import direction, main_metric
+from swa_avg.inputs.metrics import direction, main_metric
 
 __all__ = ["Evaluator", "Score", "Scorer", "Scoring", "Validation"]
 

@@ -17,7 +17,7 @@ from swa_avg.formats.archive import ArchiveCheckpoint
 from swa_avg.formats.bare import Hdf5Checkpoint
 from swa_avg.formats.base import PROVENANCE, Checkpoint
 from swa_avg.formats.sharded import ShardedCheckpoint
-from swa_avg.index import is_plain_name
+from swa_avg.inputs.index import is_plain_name
 from swa_avg.plan import Plan
 
 if TYPE_CHECKING:

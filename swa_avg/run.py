@@ -16,18 +16,18 @@ from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_value
 from swa_avg.blocks import bytes_to_read
 from swa_avg.combine import Combiner
 from swa_avg.crew import hired
-from swa_avg.digests import check_digests, read_digests
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UsageError, escape
 from swa_avg.files.publication import Publication, check_output, publication_at
 from swa_avg.files.remote import as_path, kept_at_hand, on_this_machine, remote
 from swa_avg.formats import Checkpoint, open_checkpoint
 from swa_avg.formats.archive import ArchiveCheckpoint
 from swa_avg.formats.base import Chunk
+from swa_avg.inputs.digests import check_digests, read_digests
+from swa_avg.inputs.selection import epochs_of, expand, select
 from swa_avg.plan import Plan, make_plan
 from swa_avg.policy import batchnorm_layers, is_model_optimizer, resolve_dtypes
 from swa_avg.provenance import batchnorm_record, describe
 from swa_avg.resources import REMOTE_THREADS, allow_open_files
-from swa_avg.selection import epochs_of, expand, select
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm.report import RefreshReport

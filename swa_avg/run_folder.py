@@ -14,7 +14,7 @@ from pathlib import Path
 
 from swa_avg.errors import SystemRefusalError
 from swa_avg.files.publication import sync_folder
-from swa_avg.index import INDEX_NAME, Entry, Index, index_as_json, read_index
+from swa_avg.inputs.index import INDEX_NAME, Entry, Index, index_as_json, read_index
 
 __all__ = ["RunFolder", "prepare_folder", "published", "write_index"]
 

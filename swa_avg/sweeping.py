@@ -21,6 +21,7 @@ from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageErro
 from swa_avg.evaluation import Scorer, Scoring, Validation
 from swa_avg.files.publication import Publication, check_output, publication_at
 from swa_avg.files.remote import kept_at_hand, remote
+from swa_avg.inputs.selection import epochs_of, expand, select
 from swa_avg.policy import batchnorm_layers, resolve_dtypes
 from swa_avg.provenance import describe
 from swa_avg.run import (
@@ -29,7 +30,6 @@ from swa_avg.run import (
     plan_output,
     write_average,
 )
-from swa_avg.selection import epochs_of, expand, select
 from swa_avg.trials import POINTS, Scored, Trials, greedy_soup, line, rank
 
 __all__ = ["SweepReport", "candidate_rows", "sweep"]

@@ -17,7 +17,7 @@ keras = pytest.importorskip("keras")
 from swa_avg import refresh_batchnorm, snapshot  # noqa: E402
 from swa_avg.callbacks import SWA, CheckpointSaver  # noqa: E402
 from swa_avg.errors import MismatchError, SystemRefusalError, UnreadableError, UsageError  # noqa: E402
-from swa_avg.index import read_index  # noqa: E402
+from swa_avg.inputs.index import read_index  # noqa: E402
 from swa_avg.schedules import LR_schedule  # noqa: E402
 
 pytestmark = [

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import makers
-from swa_avg.digests import check_digests, read_digests
 from swa_avg.errors import UnreadableError, UsageError
 from swa_avg.formats import open_checkpoint
+from swa_avg.inputs.digests import check_digests, read_digests
 
 WRITERS: dict[str, Callable[..., object]] = {
     ".keras": makers.write_archive,

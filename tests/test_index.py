@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swa_avg.errors import SystemRefusalError, UnreadableError
-from swa_avg.index import Entry, Index, is_plain_name, read_index
+from swa_avg.inputs.index import Entry, Index, is_plain_name, read_index
 from swa_avg.run_folder import RunFolder, published, write_index
 
 GOOD = {
@@ -41,9 +41,7 @@ def changed(**first: object) -> str:
 
 
 def test_importing_the_index_and_the_schedules_loads_nothing_heavy(run_python):
-    code = (
-        "import sys, swa_avg.index, swa_avg.schedules; print({'keras', 'h5py', 'click'} & set(sys.modules))"
-    )
+    code = "import sys, swa_avg.inputs.index, swa_avg.schedules; print({'keras', 'h5py', 'click'} & set(sys.modules))"
     assert run_python(code).stdout == "set()\n"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from swa_avg.errors import UnreadableError, UsageError
-from swa_avg.selection import epoch_number, expand, natural_key, parse_epochs, select
+from swa_avg.inputs.selection import epoch_number, expand, natural_key, parse_epochs, select
 
 
 def test_order_is_natural() -> None:
