@@ -44,7 +44,7 @@ from swa_avg.combine import Combiner
 from swa_avg.crew import Crew
 from swa_avg.formats import open_checkpoint
 from swa_avg.inputs.selection import expand
-from swa_avg.plan import make_plan
+from swa_avg.planning.plan import make_plan
 from swa_avg.resources import fit_cluster
 
 BLOCK = 2**19

@@ -11,7 +11,7 @@ import numpy as np
 
 from swa_avg.blocks import Block
 from swa_avg.errors import Finding, MismatchError
-from swa_avg.policy import FLOATS
+from swa_avg.planning.policy import FLOATS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from swa_avg.files.region import Image
 from swa_avg.formats.base import Checkpoint, Tensor
-from swa_avg.plan import Plan
+from swa_avg.planning.plan import Plan
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -24,8 +24,8 @@ from swa_avg.arithmetic import UnfitError, all_finite, factors_of, widen
 from swa_avg.blocks import Block, Source, blocks_of, read_pieces
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
 from swa_avg.formats.base import Tensor, Written
-from swa_avg.plan import Plan
-from swa_avg.policy import FLOATS
+from swa_avg.planning.plan import Plan
+from swa_avg.planning.policy import FLOATS
 from swa_avg.worker import SLACK, STRETCH, Averaged, BlockWorker, Target, aligned
 
 if TYPE_CHECKING:

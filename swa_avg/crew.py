@@ -14,7 +14,7 @@ from typing import IO
 from swa_avg.combine import Combiner
 from swa_avg.errors import UsageError
 from swa_avg.files.publication import Publication
-from swa_avg.plan import Plan
+from swa_avg.planning.plan import Plan
 from swa_avg.resources import fit_cluster, fit_memory, peak_memory
 
 __all__ = ["Crew", "hired"]

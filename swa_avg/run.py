@@ -24,9 +24,9 @@ from swa_avg.formats.archive import ArchiveCheckpoint
 from swa_avg.formats.base import Chunk
 from swa_avg.inputs.digests import check_digests, read_digests
 from swa_avg.inputs.selection import epochs_of, expand, select
-from swa_avg.plan import Plan, make_plan
-from swa_avg.policy import batchnorm_layers, is_model_optimizer, resolve_dtypes
-from swa_avg.provenance import batchnorm_record, describe
+from swa_avg.planning.plan import Plan, make_plan
+from swa_avg.planning.policy import batchnorm_layers, is_model_optimizer, resolve_dtypes
+from swa_avg.planning.record import batchnorm_record, describe
 from swa_avg.resources import REMOTE_THREADS, allow_open_files
 
 if TYPE_CHECKING:

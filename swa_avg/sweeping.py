@@ -22,8 +22,8 @@ from swa_avg.evaluation import Scorer, Scoring, Validation
 from swa_avg.files.publication import Publication, check_output, publication_at
 from swa_avg.files.remote import kept_at_hand, remote
 from swa_avg.inputs.selection import epochs_of, expand, select
-from swa_avg.policy import batchnorm_layers, resolve_dtypes
-from swa_avg.provenance import describe
+from swa_avg.planning.policy import batchnorm_layers, resolve_dtypes
+from swa_avg.planning.record import describe
 from swa_avg.run import (
     open_all,
     output_path,

@@ -22,7 +22,7 @@ from swa_avg.evaluation import Scoring
 from swa_avg.files.publication import Publication
 from swa_avg.formats import Checkpoint
 from swa_avg.formats.base import Chunk
-from swa_avg.plan import Plan, make_plan
+from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.run import check_contents, check_shared_files, write_draft
 from swa_avg.spill import Spill
 

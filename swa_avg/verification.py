@@ -24,9 +24,9 @@ from swa_avg.formats.archive import ArchiveCheckpoint
 from swa_avg.formats.bare import WEIGHTS, Hdf5Checkpoint
 from swa_avg.formats.base import PROVENANCE
 from swa_avg.formats.sharded import ShardedCheckpoint
-from swa_avg.plan import Plan, config_differences, make_plan
-from swa_avg.policy import resolve_dtypes
-from swa_avg.provenance import Record, RecordedInput, read_record
+from swa_avg.planning.plan import Plan, config_differences, make_plan
+from swa_avg.planning.policy import resolve_dtypes
+from swa_avg.planning.record import Record, RecordedInput, read_record
 from swa_avg.resources import fit_memory
 from swa_avg.run import as_output, open_all
 

@@ -14,7 +14,7 @@ from swa_avg.arithmetic import Pieces, Row, Sums
 from swa_avg.blocks import Block, Source, read_pieces
 from swa_avg.errors import SystemRefusalError
 from swa_avg.formats.base import Written
-from swa_avg.policy import FLOATS
+from swa_avg.planning.policy import FLOATS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -18,7 +18,7 @@ from swa_avg import average
 from swa_avg.arithmetic import round_to_bfloat16
 from swa_avg.combine import Combiner
 from swa_avg.formats import open_checkpoint
-from swa_avg.plan import make_plan
+from swa_avg.planning.plan import make_plan
 
 BFLOAT16_EPSILON = 2.0**-8
 

@@ -53,7 +53,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from swa_avg.combine import Combiner
-from swa_avg.plan import make_plan
+from swa_avg.planning.plan import make_plan
 from swa_avg.resources import fit_memory
 from swa_avg.run import open_all
 from swa_avg.spill import Spill

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import makers
 from swa_avg.errors import MismatchError
 from swa_avg.formats.base import Checkpoint, Stage, Tensor
-from swa_avg.plan import config_differences, make_plan
-from swa_avg.policy import batchnorm_layers, treatment
+from swa_avg.planning.plan import config_differences, make_plan
+from swa_avg.planning.policy import batchnorm_layers, treatment
 
 
 @dataclass(frozen=True)

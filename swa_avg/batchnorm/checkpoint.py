@@ -19,7 +19,7 @@ from swa_avg.errors import Finding, MismatchError, SwaAvgError, UsageError, firs
 from swa_avg.files.untrusted_json import parse_json
 from swa_avg.formats import Checkpoint, open_checkpoint
 from swa_avg.formats.bare import LEGACY_MODEL, LEGACY_WEIGHTS, Hdf5Checkpoint
-from swa_avg.policy import has_lambda
+from swa_avg.planning.policy import has_lambda
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor

@@ -18,7 +18,7 @@ from swa_avg.formats.bare import Hdf5Checkpoint
 from swa_avg.formats.base import PROVENANCE, Checkpoint
 from swa_avg.formats.sharded import ShardedCheckpoint
 from swa_avg.inputs.index import is_plain_name
-from swa_avg.plan import Plan
+from swa_avg.planning.plan import Plan
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm.report import RefreshReport

@@ -9,7 +9,7 @@ from typing import Any
 
 from swa_avg.errors import Finding, MismatchError
 from swa_avg.formats.base import Checkpoint, Tensor
-from swa_avg.policy import is_model_optimizer, refusals, treatment
+from swa_avg.planning.policy import is_model_optimizer, refusals, treatment
 
 __all__ = ["Plan", "config_differences", "make_plan"]
 
