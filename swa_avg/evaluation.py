@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from swa_avg.batchnorm.checkpoint import Loading, Refresh, load_model, load_weights, refresh_loaded
-from swa_avg.batchnorm.data import open_data
 from swa_avg.batchnorm.elsewhere import absolute, check_keras, keras_versions, make_importable
-from swa_avg.batchnorm.functions import import_function
 from swa_avg.batchnorm.report import RefreshReport
-from swa_avg.batchnorm.spec import VALIDATION, Spec
+from swa_avg.data.sources import open_data
+from swa_avg.data.spec import VALIDATION, Spec
+from swa_avg.data.user_functions import import_function
 from swa_avg.errors import SwaAvgError, UnreadableError, UsageError, first_line
 from swa_avg.formats import open_checkpoint
 from swa_avg.inputs.metrics import direction, main_metric

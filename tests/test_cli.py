@@ -21,7 +21,7 @@ import makers
 import oracle
 from conftest import Ended
 from swa_avg import average
-from swa_avg.batchnorm.spec import Spec
+from swa_avg.data.spec import Spec
 from swa_avg.errors import SystemRefusalError, UsageError
 
 Cli = Callable[..., Ended]

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from swa_avg.batchnorm.functions import import_function, import_module, names_function
-from swa_avg.batchnorm.spec import ARGUMENTS, TRAINING
+from swa_avg.data.spec import ARGUMENTS, TRAINING
+from swa_avg.data.user_functions import import_function, import_module, names_function
 from swa_avg.errors import Finding, MismatchError, SwaAvgError, UsageError, first_line
 from swa_avg.files.untrusted_json import parse_json
 from swa_avg.formats import Checkpoint, open_checkpoint

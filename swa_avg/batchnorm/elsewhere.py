@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from swa_avg.batchnorm.checkpoint import Refresh, load_model, without_greeting
-from swa_avg.batchnorm.functions import import_function, names_function
+from swa_avg.data.user_functions import import_function, names_function
 from swa_avg.errors import SystemRefusalError, UnreadableError
 from swa_avg.formats import Checkpoint, open_checkpoint
 
@@ -105,9 +105,9 @@ class BatchWorker:
                     raise UnreadableError(
                         self.subject, problem, hint="mount one file system everywhere, and change nothing"
                     )
-        from swa_avg.batchnorm.batches import ArrayData
-        from swa_avg.batchnorm.data import open_data
         from swa_avg.batchnorm.refresh import active_layers, running, spec_of
+        from swa_avg.data.batches import ArrayData
+        from swa_avg.data.sources import open_data
 
         refresh = self.refresh
         spec = spec_of(

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swa_avg.batchnorm.backends import Step, compiled, leaked, random_state_kept, seed_torch, value_of
-from swa_avg.batchnorm.batches import ArrayData, Data, RowDigests, as_array
-from swa_avg.batchnorm.data import open_data
 from swa_avg.batchnorm.moments import ESTIMATORS, Statistics
 from swa_avg.batchnorm.observe import SEED_STATE, Outcome, batchnorm_layers, make_step
 from swa_avg.batchnorm.report import LayerReport, RefreshReport, drift_between, standard_error
-from swa_avg.batchnorm.spec import ARGUMENTS, Purpose, Shape, Spec
 from swa_avg.batchnorm.tally import Tally
+from swa_avg.data.batches import ArrayData, Data, RowDigests, as_array
+from swa_avg.data.sources import open_data
+from swa_avg.data.spec import ARGUMENTS, Purpose, Shape, Spec
 from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError, first_line
 from swa_avg.interrupts import interrupts, interrupts_held
 

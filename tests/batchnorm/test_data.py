@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swa_avg.batchnorm.batches import Data
-from swa_avg.batchnorm.data import open_data
-from swa_avg.batchnorm.draw import Permutation
-from swa_avg.batchnorm.functions import import_function
-from swa_avg.batchnorm.spec import VALIDATION, Spec
+from swa_avg.data.batches import Data
+from swa_avg.data.permutation import Permutation
+from swa_avg.data.sources import open_data
+from swa_avg.data.spec import VALIDATION, Spec
+from swa_avg.data.user_functions import import_function
 from swa_avg.errors import SystemRefusalError, UnreadableError, UsageError
 
 IMAGES = np.random.default_rng(0).normal(size=(50, 4, 3)).astype("float32")

@@ -8,13 +8,13 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from swa_avg.batchnorm.arrays import open_arrays
-from swa_avg.batchnorm.batches import ArrayData, Data, StreamData, as_array, check_rows
-from swa_avg.batchnorm.draw import Permutation
-from swa_avg.batchnorm.functions import import_function, names_function
-from swa_avg.batchnorm.rows import MemoryRows, Rows, describe
-from swa_avg.batchnorm.saved import open_saved
-from swa_avg.batchnorm.spec import Spec
+from swa_avg.data.array_files import open_arrays
+from swa_avg.data.batches import ArrayData, Data, StreamData, as_array, check_rows
+from swa_avg.data.permutation import Permutation
+from swa_avg.data.rows import MemoryRows, Rows, describe
+from swa_avg.data.spec import Spec
+from swa_avg.data.tfdata import open_saved
+from swa_avg.data.user_functions import import_function, names_function
 from swa_avg.errors import UnreadableError, UsageError
 
 __all__ = ["open_data"]

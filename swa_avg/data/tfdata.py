@@ -7,9 +7,9 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from swa_avg.batchnorm.batches import ArrayData, Data, StreamData, check_rows, pick
-from swa_avg.batchnorm.rows import Rows, RowWriter
-from swa_avg.batchnorm.spec import Spec, fits
+from swa_avg.data.batches import ArrayData, Data, StreamData, check_rows, pick
+from swa_avg.data.rows import Rows, RowWriter
+from swa_avg.data.spec import Spec, fits
 from swa_avg.errors import UnreadableError, UsageError, first_line
 
 __all__ = ["open_saved"]

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from swa_avg.batchnorm.rows import FileRows, Rows, describe, room_for
+from swa_avg.data.rows import FileRows, Rows, describe, room_for
 from swa_avg.errors import SystemRefusalError, UnreadableError
 from swa_avg.files.region import Image, ImageFile, open_file
 from swa_avg.formats.archive import data_offset

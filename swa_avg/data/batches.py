@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swa_avg.batchnorm.draw import Permutation
-from swa_avg.batchnorm.functions import names_function, told
-from swa_avg.batchnorm.rows import Rows, describe
-from swa_avg.batchnorm.spec import TARGET, Batch, Spec, fits
+from swa_avg.data.permutation import Permutation
+from swa_avg.data.rows import Rows, describe
+from swa_avg.data.spec import TARGET, Batch, Spec, fits
+from swa_avg.data.user_functions import names_function, told
 from swa_avg.errors import SwaAvgError, UnreadableError
 
 __all__ = ["ArrayData", "Data", "RowDigests", "StreamData", "as_array", "check_rows", "features_of", "pick"]
