@@ -39,13 +39,13 @@ from benchmark import machine, make_inputs
 from distributed import LocalCluster
 
 from swa_avg import average
-from swa_avg.cluster import connected
-from swa_avg.combine import Combiner
-from swa_avg.crew import Crew
+from swa_avg.combine.budget import fit_cluster
+from swa_avg.combine.cluster import connected
+from swa_avg.combine.combiner import Combiner
+from swa_avg.combine.workers import Crew
 from swa_avg.formats import open_checkpoint
 from swa_avg.inputs.selection import expand
 from swa_avg.planning.plan import make_plan
-from swa_avg.resources import fit_cluster
 
 BLOCK = 2**19
 COUNTS = [2**power for power in range(9)]

@@ -28,9 +28,9 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from swa_avg.files.publication import Publication
-from swa_avg.crew import hired
+from swa_avg.combine.workers import hired
 from swa_avg.run import open_all
-from swa_avg.spill import Spill
+from swa_avg.combine.spill import Spill
 from swa_avg.sweeping import candidate_rows
 from swa_avg.trials import Trials
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from swa_avg.combine import stream_values, unfit
+from swa_avg.combine.combiner import stream_values, unfit
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.files.publication import Publication, check_output
 from swa_avg.files.remote import RemotePath

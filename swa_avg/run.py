@@ -13,9 +13,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 from swa_avg import methods
 from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_values, with_values
-from swa_avg.blocks import bytes_to_read
-from swa_avg.combine import Combiner
-from swa_avg.crew import hired
+from swa_avg.combine.blocks import bytes_to_read
+from swa_avg.combine.budget import REMOTE_THREADS, allow_open_files
+from swa_avg.combine.combiner import Combiner
+from swa_avg.combine.workers import hired
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UsageError, escape
 from swa_avg.files.publication import Publication, check_output, publication_at
 from swa_avg.files.remote import as_path, kept_at_hand, on_this_machine, remote
@@ -27,7 +28,6 @@ from swa_avg.inputs.selection import epochs_of, expand, select
 from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.planning.policy import batchnorm_layers, is_model_optimizer, resolve_dtypes
 from swa_avg.planning.record import batchnorm_record, describe
-from swa_avg.resources import REMOTE_THREADS, allow_open_files
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm.report import RefreshReport

@@ -16,7 +16,7 @@ from swa_avg import candidates
 from swa_avg.batchnorm.checkpoint import Loading, Refresh, check_request
 from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.candidates import Candidate
-from swa_avg.crew import Crew, hired
+from swa_avg.combine.workers import Crew, hired
 from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageError
 from swa_avg.evaluation import Scorer, Scoring, Validation
 from swa_avg.files.publication import Publication, check_output, publication_at

@@ -29,10 +29,10 @@ from swa_avg import cluster as module  # noqa: E402
 from swa_avg import combine, resources, run  # noqa: E402
 from swa_avg import worker as work  # noqa: E402
 from swa_avg.batchnorm.checkpoint import Refresh  # noqa: E402
+from swa_avg.combine.kernel import BlockWorker  # noqa: E402
 from swa_avg.evaluation import Validation  # noqa: E402
 from swa_avg.formats.base import Written  # noqa: E402
 from swa_avg.sweeping import sweep  # noqa: E402
-from swa_avg.worker import BlockWorker  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # Keras's own
@@ -129,7 +129,7 @@ def both(paths: list[Path], folder: Path, address: str, **options: Any) -> tuple
 
 
 HANG = """
-from swa_avg.worker import BlockWorker
+from swa_avg.combine.kernel import BlockWorker
 BlockWorker.kept = BlockWorker.__call__
 def wait(self, blocks):
     import os, time
@@ -284,7 +284,9 @@ def test_the_work_of_a_worker_that_hangs_goes_to_another(
         finally:
             (tmp_path / "go on").touch()
             client.run(
-                exec, "from swa_avg.worker import BlockWorker as W\nW.__call__ = W.kept", workers=[worker]
+                exec,
+                "from swa_avg.combine.kernel import BlockWorker as W\nW.__call__ = W.kept",
+                workers=[worker],
             )
     assert (tmp_path / "swa.keras").read_bytes() == (tmp_path / "here.keras").read_bytes()
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import makers
 import oracle
 from swa_avg import average
-from swa_avg.arithmetic import round_to_bfloat16
-from swa_avg.combine import Combiner
+from swa_avg.combine.combiner import Combiner
+from swa_avg.combine.sums import round_to_bfloat16
 from swa_avg.formats import open_checkpoint
 from swa_avg.planning.plan import make_plan
 

@@ -52,11 +52,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from swa_avg.combine import Combiner
+from swa_avg.combine.combiner import Combiner
 from swa_avg.planning.plan import make_plan
-from swa_avg.resources import fit_memory
+from swa_avg.combine.budget import fit_memory
 from swa_avg.run import open_all
-from swa_avg.spill import Spill
+from swa_avg.combine.spill import Spill
 
 count, spilled, *paths = sys.argv[1:]
 rows = [[(row + 1) / 1000, 1 - (row + 1) / 1000] for row in range(int(count))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from swa_avg.combine import block_memory
+from swa_avg.combine.combiner import block_memory
 from swa_avg.errors import UsageError
 from swa_avg.words import size_text
 

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from swa_avg import __version__
-from swa_avg.arithmetic import UnfitError
+from swa_avg.combine.sums import UnfitError
 from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError, UsageError, first_line
 
 if TYPE_CHECKING:

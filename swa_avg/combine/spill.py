@@ -8,8 +8,8 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from swa_avg.blocks import Block, Piece, blocks_of
-from swa_avg.combine import Combiner
+from swa_avg.combine.blocks import Block, Piece, blocks_of
+from swa_avg.combine.combiner import Combiner
 
 __all__ = ["Spill"]
 

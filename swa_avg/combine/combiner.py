@@ -20,13 +20,13 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from isal.isal_zlib import crc32_combine
 
-from swa_avg.arithmetic import UnfitError, all_finite, factors_of, widen
-from swa_avg.blocks import Block, Source, blocks_of, read_pieces
+from swa_avg.combine.blocks import Block, Source, blocks_of, read_pieces
+from swa_avg.combine.kernel import SLACK, STRETCH, Averaged, BlockWorker, Target, aligned
+from swa_avg.combine.sums import UnfitError, all_finite, factors_of, widen
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
 from swa_avg.formats.base import Tensor, Written
 from swa_avg.planning.plan import Plan
 from swa_avg.planning.policy import FLOATS
-from swa_avg.worker import SLACK, STRETCH, Averaged, BlockWorker, Target, aligned
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from swa_avg.blocks import Block
+from swa_avg.combine.blocks import Block
 from swa_avg.errors import Finding, MismatchError
 from swa_avg.planning.policy import FLOATS
 

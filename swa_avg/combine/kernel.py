@@ -10,8 +10,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from isal.isal_zlib import crc32
 
-from swa_avg.arithmetic import Pieces, Row, Sums
-from swa_avg.blocks import Block, Source, read_pieces
+from swa_avg.combine.blocks import Block, Source, read_pieces
+from swa_avg.combine.sums import Pieces, Row, Sums
 from swa_avg.errors import SystemRefusalError
 from swa_avg.formats.base import Written
 from swa_avg.planning.policy import FLOATS

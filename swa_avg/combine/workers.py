@@ -11,11 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO
 
-from swa_avg.combine import Combiner
+from swa_avg.combine.budget import fit_cluster, fit_memory, peak_memory
+from swa_avg.combine.combiner import Combiner
 from swa_avg.errors import UsageError
 from swa_avg.files.publication import Publication
 from swa_avg.planning.plan import Plan
-from swa_avg.resources import fit_cluster, fit_memory, peak_memory
 
 __all__ = ["Crew", "hired"]
 
@@ -82,7 +82,7 @@ def hired(
         return
     if threads is not None:
         raise UsageError("--threads is for this machine alone; a cluster's workers say how many they have")
-    from swa_avg.cluster import connected
+    from swa_avg.combine.cluster import connected
 
     with connected(cluster) as remote:
         threads = remote.threads
