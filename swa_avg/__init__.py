@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from swa_avg.batchnorm.report import RefreshReport
     from swa_avg.errors import SwaAvgError
     from swa_avg.evaluation import Validation
-    from swa_avg.inspection import Inspection, inspect_checkpoints
+    from swa_avg.inspection.survey import Inspection, inspect_checkpoints
     from swa_avg.run import Report, average
     from swa_avg.sweeping import SweepReport, sweep
     from swa_avg.verification import Verification, verify
 
 # `swa-avg --help` imports this package and must not wait for numpy and h5py, nor averaging for Keras.
 _HOMES = {
-    "Inspection": "swa_avg.inspection",
+    "Inspection": "swa_avg.inspection.survey",
     "Refresh": "swa_avg.batchnorm.checkpoint",
     "RefreshReport": "swa_avg.batchnorm.report",
     "Report": "swa_avg.run",
@@ -46,7 +46,7 @@ _HOMES = {
     "Validation": "swa_avg.evaluation",
     "Verification": "swa_avg.verification",
     "average": "swa_avg.run",
-    "inspect_checkpoints": "swa_avg.inspection",
+    "inspect_checkpoints": "swa_avg.inspection.survey",
     "refresh_batchnorm": "swa_avg.batchnorm.refresh",
     "sweep": "swa_avg.sweeping",
     "verify": "swa_avg.verification",

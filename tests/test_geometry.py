@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swa_avg.geometry import Geometry, Measurement, geometry_of
+from swa_avg.inspection.geometry import Geometry, Measurement, geometry_of
 
 
 def _measure(rows: np.ndarray, kernels: int | None = None, cuts: tuple[int, ...] = ()) -> Measurement:

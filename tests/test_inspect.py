@@ -17,7 +17,7 @@ import makers
 import oracle
 from conftest import CORPUS, Ended
 from swa_avg import inspect_checkpoints
-from swa_avg.words import warnings
+from swa_avg.inspection.wording import warnings
 
 Cli = Callable[..., Ended]
 PLOT = pytest.mark.skipif(
@@ -174,7 +174,7 @@ def test_many_blocks_give_the_same_as_one(tmp_path: Path, monkeypatch: pytest.Mo
         for n in range(3)
     ]
     paths = [makers.write_weights(tmp_path / f"{n}.weights.h5", arrays) for n, arrays in enumerate(inputs)]
-    monkeypatch.setattr("swa_avg.inspection._MEMORY", 0)
+    monkeypatch.setattr("swa_avg.inspection.survey._MEMORY", 0)
     geometry = inspect_checkpoints(paths).geometry
     assert geometry is not None
     np.testing.assert_allclose(geometry.distances, _distances([_row(arrays) for arrays in inputs]), rtol=1e-9)

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 import makers
 from browser import CHROMIUM, Browser, browser
 from conftest import Ended
-from swa_avg.geometry import Geometry, Measurement, geometry_of
+from swa_avg.inspection.geometry import Geometry, Measurement, geometry_of
 from swa_avg.pages import html, pictures
 
 Cli = Callable[..., Ended]

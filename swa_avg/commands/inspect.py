@@ -13,7 +13,7 @@ from swa_avg.errors import MismatchError
 from swa_avg.interrupts import interrupts
 
 if TYPE_CHECKING:
-    from swa_avg.inspection import Inspection
+    from swa_avg.inspection.survey import Inspection
 
 __all__ = ["inspect"]
 
@@ -42,7 +42,7 @@ def inspect(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
     swa-avg inspect ckpt_*.keras
     swa-avg inspect ckpt_*.keras --last 10 --report run.html
     """
-    from swa_avg.inspection import inspect_checkpoints
+    from swa_avg.inspection.survey import inspect_checkpoints
 
     with progress_bar(quiet, "inspecting", in_bytes=True) as progress:
         inspection = inspect_checkpoints(

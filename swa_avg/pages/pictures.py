@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from swa_avg.errors import escape
-from swa_avg.geometry import Geometry
+from swa_avg.inspection.geometry import Geometry
 
 __all__ = ["DARK", "LIGHT", "Picture", "Theme", "distance_matrix", "lines", "picture", "save", "trajectory"]
 

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from swa_avg.inspection import Contents, Inspection
+    from swa_avg.inspection.survey import Contents, Inspection
 
 __all__ = [
     "checkpoint_table",

@@ -17,8 +17,8 @@ from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.files.publication import Publication, check_output
 from swa_avg.files.remote import RemotePath
 from swa_avg.formats import Checkpoint, Tensor
-from swa_avg.geometry import Geometry, Measurement, geometry_of
 from swa_avg.inputs.selection import epoch_number, expand, read_indices, select
+from swa_avg.inspection.geometry import Geometry, Measurement, geometry_of
 from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.planning.policy import FLOATS, batchnorm_layers, resolve_dtypes
 from swa_avg.run import check_contents, check_shared_files, coefficients_of, open_all

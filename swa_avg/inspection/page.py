@@ -13,7 +13,7 @@ from swa_avg.pages import html, pictures
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from swa_avg.inspection import Inspection
+    from swa_avg.inspection.survey import Inspection
 
 __all__ = ["page", "plot"]
 
