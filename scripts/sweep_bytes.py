@@ -31,8 +31,8 @@ from swa_avg.files.publication import Publication
 from swa_avg.combine.workers import hired
 from swa_avg.run import open_all
 from swa_avg.combine.spill import Spill
-from swa_avg.sweeping import candidate_rows
-from swa_avg.trials import Trials
+from swa_avg.sweeping.search import candidate_rows
+from swa_avg.sweeping.trials import Trials
 
 output, *paths = map(Path, sys.argv[1:])
 rows, _ = candidate_rows(paths, [])

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from swa_avg.batchnorm.refresh import refresh_batchnorm
     from swa_avg.batchnorm.report import RefreshReport
     from swa_avg.errors import SwaAvgError
-    from swa_avg.evaluation import Validation
     from swa_avg.inspection.survey import Inspection, inspect_checkpoints
     from swa_avg.run import Report, average
-    from swa_avg.sweeping import SweepReport, sweep
+    from swa_avg.sweeping.scoring import Validation
+    from swa_avg.sweeping.search import SweepReport, sweep
     from swa_avg.verification import Verification, verify
 
 # `swa-avg --help` imports this package and must not wait for numpy and h5py, nor averaging for Keras.
@@ -42,13 +42,13 @@ _HOMES = {
     "RefreshReport": "swa_avg.batchnorm.report",
     "Report": "swa_avg.run",
     "SwaAvgError": "swa_avg.errors",
-    "SweepReport": "swa_avg.sweeping",
-    "Validation": "swa_avg.evaluation",
+    "SweepReport": "swa_avg.sweeping.search",
+    "Validation": "swa_avg.sweeping.scoring",
     "Verification": "swa_avg.verification",
     "average": "swa_avg.run",
     "inspect_checkpoints": "swa_avg.inspection.survey",
     "refresh_batchnorm": "swa_avg.batchnorm.refresh",
-    "sweep": "swa_avg.sweeping",
+    "sweep": "swa_avg.sweeping.search",
     "verify": "swa_avg.verification",
 }
 

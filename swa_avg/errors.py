@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from swa_avg.sweeping import SweepReport
+    from swa_avg.sweeping.search import SweepReport
 
 __all__ = [
     "Finding",

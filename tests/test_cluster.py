@@ -30,9 +30,9 @@ from swa_avg import combine, resources, run  # noqa: E402
 from swa_avg import worker as work  # noqa: E402
 from swa_avg.batchnorm.checkpoint import Refresh  # noqa: E402
 from swa_avg.combine.kernel import BlockWorker  # noqa: E402
-from swa_avg.evaluation import Validation  # noqa: E402
 from swa_avg.formats.base import Written  # noqa: E402
-from swa_avg.sweeping import sweep  # noqa: E402
+from swa_avg.sweeping.scoring import Validation  # noqa: E402
+from swa_avg.sweeping.search import sweep  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # Keras's own

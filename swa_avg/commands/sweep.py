@@ -21,8 +21,8 @@ from swa_avg.errors import NoImprovementError
 from swa_avg.interrupts import interrupts
 
 if TYPE_CHECKING:
-    from swa_avg.sweeping import SweepReport
-    from swa_avg.trials import Scored
+    from swa_avg.sweeping.search import SweepReport
+    from swa_avg.sweeping.trials import Scored
 
 __all__ = ["sweep"]
 
@@ -98,8 +98,8 @@ def sweep(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool,
     \b
     swa-avg sweep ckpt_*.keras --val val.npz --bn-refresh train.npz -o swa.keras
     """
-    from swa_avg.evaluation import Validation
-    from swa_avg.sweeping import sweep as run
+    from swa_avg.sweeping.scoring import Validation
+    from swa_avg.sweeping.search import sweep as run
 
     refresh, loading = take_refresh(options, loads=True)
     validation = Validation(

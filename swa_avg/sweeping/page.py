@@ -9,7 +9,7 @@ from swa_avg.pages import pictures
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from swa_avg.sweeping import SweepReport
+    from swa_avg.sweeping.search import SweepReport
 
 __all__ = ["plot"]
 

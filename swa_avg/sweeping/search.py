@@ -15,10 +15,8 @@ from typing import IO, Any
 from swa_avg import candidates
 from swa_avg.batchnorm.checkpoint import Loading, Refresh, check_request
 from swa_avg.batchnorm.report import RefreshReport
-from swa_avg.candidates import Candidate
 from swa_avg.combine.workers import Crew, hired
 from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageError
-from swa_avg.evaluation import Scorer, Scoring, Validation
 from swa_avg.files.publication import Publication, check_output, publication_at
 from swa_avg.files.remote import kept_at_hand, remote
 from swa_avg.inputs.selection import epochs_of, expand, select
@@ -30,7 +28,9 @@ from swa_avg.run import (
     plan_output,
     write_average,
 )
-from swa_avg.trials import POINTS, Scored, Trials, greedy_soup, line, rank
+from swa_avg.sweeping.candidates import Candidate
+from swa_avg.sweeping.scoring import Scorer, Scoring, Validation
+from swa_avg.sweeping.trials import POINTS, Scored, Trials, greedy_soup, line, rank
 
 __all__ = ["SweepReport", "candidate_rows", "sweep"]
 
@@ -211,7 +211,7 @@ def _drawing(output: Path, *, overwrite: bool) -> Callable[[SweepReport], bytes]
         raise UsageError(f"--path {output}; expected a name that ends with {' or '.join(_PICTURES)}")
     check_output(output, overwrite=overwrite)
     try:
-        from swa_avg.pages.sweep import plot
+        from swa_avg.sweeping.page import plot
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
