@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swa_avg.callbacks.run_folder import RunFolder, published, write_index
 from swa_avg.errors import SystemRefusalError, UnreadableError
 from swa_avg.inputs.index import Entry, Index, is_plain_name, read_index
-from swa_avg.run_folder import RunFolder, published, write_index
 
 GOOD = {
     "version": 1,
@@ -191,7 +191,7 @@ def test_temporaries_keep_the_suffix_and_hide(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="asks for a process by its number")
 def test_only_the_temporaries_of_dead_runs_are_removed(tmp_path):
     code = (
-        "from pathlib import Path; from swa_avg.run_folder import published; import os\n"
+        "from pathlib import Path; from swa_avg.callbacks.run_folder import published; import os\n"
         "with published(Path('a.keras')) as t: t.touch(); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False)
@@ -258,7 +258,7 @@ def test_deleting_waits_for_the_index(tmp_path, monkeypatch):
     folder.open()
     save(folder, entry(1))
     monkeypatch.setattr(
-        "swa_avg.run_folder.write_index", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
+        "swa_avg.callbacks.run_folder.write_index", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
     )
     with pytest.raises(OSError, match="full"):
         save(folder, entry(2))

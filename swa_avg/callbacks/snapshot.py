@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from swa_avg.run_folder import published
+from swa_avg.callbacks.run_folder import published
 
 __all__ = ["Snapshot", "Task", "saved_view", "write_model"]
 
