@@ -731,7 +731,7 @@ def test_help_shows_the_options_of_the_default_command(swa_avg: Cli) -> None:
 def test_completion_offers_options_commands_and_files() -> None:
     from click.shell_completion import ShellComplete
 
-    from swa_avg.cli import main_group
+    from swa_avg.cli.program import main_group
 
     complete = ShellComplete(main_group, {}, "swa-avg", "_SWA_AVG_COMPLETE")
     assert "--last" in [item.value for item in complete.get_completions([], "--la")]

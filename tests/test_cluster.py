@@ -483,7 +483,7 @@ def test_without_dask_the_command_to_install_it_is_shown(tmp_path: Path) -> None
     write_run(tmp_path)
     code = (
         "import sys\nsys.modules['distributed'] = None\n"
-        "from swa_avg.cli import main\n"
+        "from swa_avg.cli.program import main\n"
         "sys.argv = ['swa-avg', 'ckpt_*.keras', '--cluster', 'tcp://127.0.0.1:9']\nmain()"
     )
     command = [sys.executable, "-c", code]

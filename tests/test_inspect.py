@@ -384,7 +384,7 @@ def test_what_cannot_be_done_is_one_line(
 
 def test_without_matplotlib_pictures_are_refused_before_anything_is_read(folder: Path) -> None:
     code = (
-        "import sys\nsys.modules['matplotlib'] = None\nfrom swa_avg.cli import main\n"
+        "import sys\nsys.modules['matplotlib'] = None\nfrom swa_avg.cli.program import main\n"
         "sys.argv = ['swa-avg', 'inspect', 'ckpt_*.keras', *sys.argv[1:]]\nmain()"
     )
     for option, output in (("--plot", "out.png"), ("--report", "out.html")):
@@ -415,7 +415,7 @@ def test_loading_nothing_heavy(
     folder: Path, run_python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     code = (
-        "import sys\nfrom swa_avg.cli import main\nsys.argv[1:1] = ['inspect']\ntry:\n    main()\n"
+        "import sys\nfrom swa_avg.cli.program import main\nsys.argv[1:1] = ['inspect']\ntry:\n    main()\n"
         "except SystemExit:\n    print(sorted({'keras', 'tensorflow', 'matplotlib'} & set(sys.modules)))"
     )
     assert run_python(code, "ckpt_*.keras").stdout == "[]\n"

@@ -1,1 +1,1 @@
-"""The commands, a module each: options in, messages out. `swa_avg.cli` puts them together."""
+"""The commands, a module each: options in, messages out. `swa_avg.cli.program` puts them together."""

@@ -34,7 +34,7 @@ _IMPORTED = (  # what a run would import otherwise, and Python cannot where read
     "encodings.cp437",
     "h5py",
     "resource",
-    "swa_avg.cli",
+    "swa_avg.cli.program",
     "swa_avg.formats.hdf5.libhdf5",
     "swa_avg.formats.hdf5.rebuild",
     "swa_avg.run",

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from swa_avg.commands.options import method_options, selection_options
-from swa_avg.commands.terminal import progress_bar, say
+from swa_avg.cli.options import method_options, selection_options
+from swa_avg.cli.terminal import progress_bar, say
 from swa_avg.errors import MismatchError
 from swa_avg.interrupts import interrupts
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from swa_avg.commands.options import resource_options
-from swa_avg.commands.terminal import first_few, say
+from swa_avg.cli.options import resource_options
+from swa_avg.cli.terminal import first_few, say
 from swa_avg.errors import MismatchError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from swa_avg.commands.options import (
+from swa_avg.cli.options import (
     cluster_option,
     place_options,
     refresh_options,
@@ -16,7 +16,7 @@ from swa_avg.commands.options import (
     take_refresh,
     verify_option,
 )
-from swa_avg.commands.terminal import batchnorm_warning, progress_bar, say
+from swa_avg.cli.terminal import batchnorm_warning, progress_bar, say
 from swa_avg.errors import NoImprovementError
 from swa_avg.interrupts import interrupts
 
