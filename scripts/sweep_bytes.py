@@ -29,7 +29,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from swa_avg.files.publication import Publication
 from swa_avg.combine.workers import hired
-from swa_avg.run import open_all
+from swa_avg.averaging import open_all
 from swa_avg.combine.spill import Spill
 from swa_avg.sweeping.search import candidate_rows
 from swa_avg.sweeping.trials import Trials

@@ -25,12 +25,12 @@ __all__ = [
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from swa_avg.averaging import Report, average
     from swa_avg.batchnorm.checkpoint import Refresh
     from swa_avg.batchnorm.refresh import refresh_batchnorm
     from swa_avg.batchnorm.report import RefreshReport
     from swa_avg.errors import SwaAvgError
     from swa_avg.inspection.survey import Inspection, inspect_checkpoints
-    from swa_avg.run import Report, average
     from swa_avg.sweeping.scoring import Validation
     from swa_avg.sweeping.search import SweepReport, sweep
     from swa_avg.verification import Verification, verify
@@ -40,12 +40,12 @@ _HOMES = {
     "Inspection": "swa_avg.inspection.survey",
     "Refresh": "swa_avg.batchnorm.checkpoint",
     "RefreshReport": "swa_avg.batchnorm.report",
-    "Report": "swa_avg.run",
+    "Report": "swa_avg.averaging",
     "SwaAvgError": "swa_avg.errors",
     "SweepReport": "swa_avg.sweeping.search",
     "Validation": "swa_avg.sweeping.scoring",
     "Verification": "swa_avg.verification",
-    "average": "swa_avg.run",
+    "average": "swa_avg.averaging",
     "inspect_checkpoints": "swa_avg.inspection.survey",
     "refresh_batchnorm": "swa_avg.batchnorm.refresh",
     "sweep": "swa_avg.sweeping.search",

@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from swa_avg.averaging import as_output, open_all
 from swa_avg.combine.blocks import Block
 from swa_avg.combine.budget import fit_memory
 from swa_avg.combine.combiner import Combiner
@@ -28,7 +29,6 @@ from swa_avg.formats.sharded import ShardedCheckpoint
 from swa_avg.planning.plan import Plan, config_differences, make_plan
 from swa_avg.planning.policy import resolve_dtypes
 from swa_avg.planning.record import Record, RecordedInput, read_record
-from swa_avg.run import as_output, open_all
 
 __all__ = ["Verification", "verify"]
 

@@ -13,7 +13,7 @@ import makers
 
 MEGABYTE = 2**20
 # Start-up: everything that averaging imports, and nothing averaged.
-START = "import swa_avg.run"
+START = "import swa_avg.averaging"
 INSPECT = "import swa_avg, sys; assert swa_avg.inspect_checkpoints(sys.argv[2:]).geometry is not None"
 AVERAGE = "import swa_avg, sys; swa_avg.average(sys.argv[2:], sys.argv[1], threads=2)"
 
@@ -55,7 +55,7 @@ from pathlib import Path
 from swa_avg.combine.combiner import Combiner
 from swa_avg.planning.plan import make_plan
 from swa_avg.combine.budget import fit_memory
-from swa_avg.run import open_all
+from swa_avg.averaging import open_all
 from swa_avg.combine.spill import Spill
 
 count, spilled, *paths = sys.argv[1:]

@@ -23,6 +23,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from swa_avg.averaging import Report, average
 from swa_avg.batchnorm.checkpoint import Refresh
 from swa_avg.batchnorm.refresh import active_layers, check_data
 from swa_avg.callbacks.run_folder import RunFolder, published
@@ -30,7 +31,6 @@ from swa_avg.callbacks.snapshot import Snapshot, Task, saved_view, write_model
 from swa_avg.errors import SwaAvgError, UsageError
 from swa_avg.inputs.index import MODES, Entry, is_plain_name
 from swa_avg.inputs.metrics import direction
-from swa_avg.run import Report, average
 from swa_avg.schedules import keras_schedule_class
 
 __all__ = ["SWA", "CheckpointSaver", "PrintLearningRate"]

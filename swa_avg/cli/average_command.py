@@ -20,7 +20,7 @@ from swa_avg.cli.terminal import batchnorm_warning, progress_bar, say
 from swa_avg.interrupts import interrupts
 
 if TYPE_CHECKING:
-    from swa_avg.run import Report
+    from swa_avg.averaging import Report
 
 __all__ = ["average"]
 
@@ -70,7 +70,7 @@ def average(
     swa-avg run -o swa.keras
     swa-avg ckpt_*.keras -o swa.keras --last 10 --bn-refresh train.npz
     """
-    from swa_avg.run import average as run
+    from swa_avg.averaging import average as run
 
     refresh, _ = take_refresh(options, loads=False)
     with (

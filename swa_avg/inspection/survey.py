@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from swa_avg.averaging import check_contents, check_shared_files, coefficients_of, open_all
 from swa_avg.combine.combiner import stream_values, unfit
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.files.publication import Publication, check_output
@@ -21,7 +22,6 @@ from swa_avg.inputs.selection import epoch_number, expand, read_indices, select
 from swa_avg.inspection.geometry import Geometry, Measurement, geometry_of
 from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.planning.policy import FLOATS, batchnorm_layers, resolve_dtypes
-from swa_avg.run import check_contents, check_shared_files, coefficients_of, open_all
 
 __all__ = ["Contents", "Inspection", "inspect_checkpoints"]
 

@@ -37,7 +37,7 @@ _IMPORTED = (  # what a run would import otherwise, and Python cannot where read
     "swa_avg.cli.program",
     "swa_avg.formats.hdf5.libhdf5",
     "swa_avg.formats.hdf5.rebuild",
-    "swa_avg.run",
+    "swa_avg.averaging",
 )
 _ADDRESS_SPACE = 4 * 2**30  # a run that passes MEMORY_LIMIT is to be measured, not to take the machine down
 

@@ -223,7 +223,7 @@ def test_an_unwritable_folder_is_an_error_of_the_system(tmp_path: Path) -> None:
     makers.write_weights(tmp_path / "a_1.weights.h5", makers.weights(1))
     code = (
         "import os, sys\n"
-        "import difflib, click, h5py, swa_avg.run\n"
+        "import difflib, click, h5py, swa_avg.averaging\n"
         "from swa_avg import cli\n"
         "os.chdir(sys.argv.pop(1))\n"
         "os.setuid(65534)\n"
