@@ -24,7 +24,7 @@ from sklearn.model_selection import train_test_split
 
 import swa_avg
 from swa_avg.batchnorm.checkpoint import Refresh
-from swa_avg.callbacks.saver import CheckpointSaver
+from swa_avg.callbacks import CheckpointSaver
 from swa_avg.schedules import constant, cyclic
 
 EPOCHS, START, CYCLE = 36, 20, 2

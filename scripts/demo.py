@@ -12,7 +12,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from swa_avg.callbacks.saver import CheckpointSaver
+from swa_avg.callbacks import CheckpointSaver
 
 EPOCHS, START = 30, 20
 VALIDATION = 450

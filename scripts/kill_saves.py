@@ -30,7 +30,7 @@ def save_forever(folder: Path, ready: int) -> None:
     """Save models whose weights all equal the epoch's number, starting after the last one in the index."""
     import keras
 
-    from swa_avg.callbacks.saver import CheckpointSaver
+    from swa_avg.callbacks import CheckpointSaver
     from swa_avg.inputs.index import read_index
 
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(_WEIGHTS)])

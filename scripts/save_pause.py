@@ -27,7 +27,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 
-from swa_avg.callbacks.saver import CheckpointSaver
+from swa_avg.callbacks import CheckpointSaver
 
 MIB = 2**20
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, TYPE_CHECKING, Any
 
-from swa_avg import methods
 from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_values, with_values
 from swa_avg.combine.blocks import bytes_to_read
 from swa_avg.combine.budget import REMOTE_THREADS, allow_open_files
@@ -25,6 +24,7 @@ from swa_avg.formats.archive import ArchiveCheckpoint
 from swa_avg.formats.base import Chunk
 from swa_avg.inputs.digests import check_digests, read_digests
 from swa_avg.inputs.selection import epochs_of, expand, select
+from swa_avg.planning import methods
 from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.planning.policy import batchnorm_layers, is_model_optimizer, resolve_dtypes
 from swa_avg.planning.record import batchnorm_record, describe

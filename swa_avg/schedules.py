@@ -4,7 +4,7 @@
     SGD(cyclic(0.05, 0.01, cycle_length=5).by_step(steps_per_epoch))    # by step, saved with the model
 
 Epochs and steps count from 0, as Keras gives them. A learning rate is in whatever unit the optimizer takes.
-Loading a model with a schedule by the step needs `import swa_avg.callbacks.saver` before.
+Loading a model with a schedule by the step needs `import swa_avg.callbacks` before.
 """
 
 from __future__ import annotations

@@ -14,8 +14,12 @@ import oracle
 
 keras = pytest.importorskip("keras")
 
-from swa_avg import refresh_batchnorm, snapshot  # noqa: E402
-from swa_avg.callbacks.saver import SWA, CheckpointSaver  # noqa: E402
+from swa_avg import refresh_batchnorm  # noqa: E402
+from swa_avg.callbacks import (  # noqa: E402
+    SWA,
+    CheckpointSaver,
+    snapshot,
+)
 from swa_avg.errors import MismatchError, SystemRefusalError, UnreadableError, UsageError  # noqa: E402
 from swa_avg.inputs.index import read_index  # noqa: E402
 from swa_avg.schedules import LR_schedule  # noqa: E402
@@ -592,7 +596,7 @@ class TestNothingSilent:
 FULL_DISK = """
 import resource, sys, warnings
 import numpy as np, keras
-from swa_avg.callbacks.saver import CheckpointSaver
+from swa_avg.callbacks import CheckpointSaver
 background, weights_only = sys.argv[2] == "1", sys.argv[3] == "1"
 class Full(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
@@ -623,7 +627,7 @@ def test_a_full_disk_ends_the_process_with_an_error_not_a_crash(
 INTERRUPTED = """
 import os, signal, sys, threading
 import numpy as np, keras
-from swa_avg.callbacks.saver import CheckpointSaver
+from swa_avg.callbacks import CheckpointSaver
 write = CheckpointSaver._write
 def interrupting(self, *arguments):
     if threading.current_thread() is not threading.main_thread() and "0003" in arguments[1].name:
@@ -903,7 +907,7 @@ def test_only_the_chief_of_several_workers_writes(tmp_path, monkeypatch):
 MIRRORED = """
 import sys
 import numpy as np, tensorflow as tf, keras
-from swa_avg.callbacks.saver import SWA, CheckpointSaver
+from swa_avg.callbacks import SWA, CheckpointSaver
 (cpu,) = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
@@ -932,7 +936,7 @@ print("same")
 OTHER_BACKEND = """
 import sys
 import numpy as np, keras
-from swa_avg.callbacks.saver import SWA, CheckpointSaver
+from swa_avg.callbacks import SWA, CheckpointSaver
 from swa_avg.schedules import cyclic
 assert keras.backend.backend() == sys.argv[2]
 model = keras.Sequential(

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swa_avg import candidates
 from swa_avg.errors import UsageError
+from swa_avg.sweeping import candidates
 
 COUNTS = st.integers(1, 30)
 

@@ -699,15 +699,18 @@ def test_a_run_interrupted_half_way_leaves_nothing(folder: Path) -> None:
     big = {"layers/dense/vars/0": np.zeros(40_000_000, np.float32)}
     for number in (1, 2):
         makers.write_weights(folder / f"big_{number}.weights.h5", big | {"vars/0": np.float32(number)})
-    code = "import os, signal, sys; from swa_avg import publish, cli\n" + (
-        "create = publish.Publication.create\n"
-        "def interrupted(self, *arguments):\n"
-        "    file = create(self, *arguments)\n"
-        "    os.kill(os.getpid(), getattr(signal, os.environ['SIGNAL']))\n"
-        "    return file\n"
-        "publish.Publication.create = interrupted\n"
-        "sys.argv = ['swa-avg', 'big_*.weights.h5', '-o', 'swa.weights.h5']\n"
-        "cli.main()\n"
+    code = (
+        "import os, signal, sys; from swa_avg import cli; from swa_avg.files import publication as publish\n"
+        + (
+            "create = publish.Publication.create\n"
+            "def interrupted(self, *arguments):\n"
+            "    file = create(self, *arguments)\n"
+            "    os.kill(os.getpid(), getattr(signal, os.environ['SIGNAL']))\n"
+            "    return file\n"
+            "publish.Publication.create = interrupted\n"
+            "sys.argv = ['swa-avg', 'big_*.weights.h5', '-o', 'swa.weights.h5']\n"
+            "cli.main()\n"
+        )
     )
     before = _names(folder)
     for name, exit_code in (("SIGINT", 130), ("SIGTERM", 143)):

@@ -25,10 +25,12 @@ from swa_avg.errors import MismatchError, SystemRefusalError, UnreadableError, U
 
 distributed = pytest.importorskip("distributed")
 
-from swa_avg import cluster as module  # noqa: E402
-from swa_avg import combine, resources, run  # noqa: E402
-from swa_avg import worker as work  # noqa: E402
+from swa_avg import averaging as run  # noqa: E402
 from swa_avg.batchnorm.checkpoint import Refresh  # noqa: E402
+from swa_avg.combine import budget as resources  # noqa: E402
+from swa_avg.combine import cluster as module  # noqa: E402
+from swa_avg.combine import combiner as combine  # noqa: E402
+from swa_avg.combine import kernel as work  # noqa: E402
 from swa_avg.combine.kernel import BlockWorker  # noqa: E402
 from swa_avg.formats.base import Written  # noqa: E402
 from swa_avg.sweeping.scoring import Validation  # noqa: E402

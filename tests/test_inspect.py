@@ -427,7 +427,7 @@ def test_loading_nothing_heavy(
 def test_ordinary_runs_raise_no_alarm_and_another_start_does(schedule: str, tmp_path: Path) -> None:
     keras = pytest.importorskip("keras")
     datasets = pytest.importorskip("sklearn.datasets")
-    from swa_avg.callbacks.saver import CheckpointSaver
+    from swa_avg.callbacks import CheckpointSaver
 
     digits = datasets.load_digits()
     images, labels = (digits.images / 16.0).astype("f4")[..., None], digits.target

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swa_avg import methods
 from swa_avg.errors import UsageError
+from swa_avg.planning import methods
 
 VALUES = st.lists(st.floats(-100, 100), min_size=1, max_size=30)
 

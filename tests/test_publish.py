@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from swa_avg import publish
 from swa_avg.errors import SystemRefusalError, UsageError
+from swa_avg.files import publication as publish
 from swa_avg.files.publication import Publication
 from swa_avg.interrupts import Interrupted, interrupts
 

@@ -128,7 +128,7 @@ class TestWithKeras:
         assert value == pytest.approx(saw_tooth(step, 7, 0.1, 0.0), rel=1e-6)
 
     def test_a_model_with_a_schedule_by_step_loads_again(self, keras, tmp_path):
-        import swa_avg.callbacks.saver  # noqa: F401 (registers the schedules)
+        import swa_avg.callbacks  # noqa: F401 (registers the schedules)
 
         model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
         model.compile(keras.optimizers.SGD(cyclic(0.1, 0.01, 2).by_step(3)), "mse")
@@ -138,7 +138,7 @@ class TestWithKeras:
         assert float(loaded.optimizer.learning_rate) == pytest.approx(saw_tooth(4, 6, 0.1, 0.01))
 
     def test_keras_sets_the_rates_of_a_schedule_by_epoch(self, keras, capsys):
-        from swa_avg.callbacks.saver import PrintLearningRate
+        from swa_avg.callbacks import PrintLearningRate
 
         model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
         model.compile(keras.optimizers.SGD(0.5), "mse")

@@ -541,7 +541,7 @@ def test_several_inputs_and_outputs_go_by_name(
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     here: Path, swa_avg: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from swa_avg import spill
+    from swa_avg.combine import spill
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -563,7 +563,7 @@ def test_an_interrupt_leaves_nothing(
     import os
     import signal
 
-    from swa_avg import evaluation
+    from swa_avg.sweeping import scoring as evaluation
 
     score, calls = evaluation.Evaluator.score, []
 
@@ -583,7 +583,7 @@ def test_an_interrupt_leaves_nothing(
 def test_a_checkpoint_that_changes_meanwhile_ends_the_sweep(
     here: Path, swa_avg: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from swa_avg import evaluation
+    from swa_avg.sweeping import scoring as evaluation
 
     for number in NUMBERS:  # of this test alone
         data = Path(f"ckpt_{number}.keras").read_bytes()

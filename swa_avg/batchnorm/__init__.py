@@ -1,1 +1,1 @@
-"""BatchNorm statistics for averaged weights: moments (pure), data (arrays, streamed), refresh (Keras)."""
+"""BatchNorm statistics, re-estimated with a live model."""

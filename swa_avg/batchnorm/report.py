@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swa_avg.batchnorm.moments import Statistics
-from swa_avg.inspection.wording import counted
+from swa_avg.text import counted
 
 __all__ = ["TOLERANCE", "Drift", "LayerReport", "RefreshReport", "drift_between", "standard_error"]
 

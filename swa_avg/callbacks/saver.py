@@ -1,16 +1,9 @@
-"""Keras callbacks: save the checkpoints of a run to average them later, or average while training.
-
-    model.fit(..., callbacks=[CheckpointSaver("run", start_epoch=140)])
-    model.fit(..., callbacks=[SWA("models/", 140)])
-
-Importing this module imports Keras, and registers the schedules of `swa_avg.schedules` with it.
-"""
+"""`CheckpointSaver`: save the checkpoints of a run, to average them later."""
 
 from __future__ import annotations
 
 import re
 import string
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -21,21 +14,15 @@ from types import TracebackType
 from typing import Any
 
 import keras
-import numpy as np
 
-from swa_avg.averaging import Report, average
-from swa_avg.batchnorm.checkpoint import Refresh
-from swa_avg.batchnorm.refresh import active_layers, check_data
+from swa_avg.callbacks.model_state import is_chief, learning_rate, scalars, steps, sync
 from swa_avg.callbacks.run_folder import RunFolder, published
 from swa_avg.callbacks.snapshot import Snapshot, Task, saved_view, write_model
 from swa_avg.errors import SwaAvgError, UsageError
 from swa_avg.inputs.index import MODES, Entry, is_plain_name
 from swa_avg.inputs.metrics import direction
-from swa_avg.schedules import keras_schedule_class
 
-__all__ = ["SWA", "CheckpointSaver", "PrintLearningRate"]
-
-keras_schedule_class()
+__all__ = ["CheckpointSaver", "check_count"]
 
 _WEIGHTS_SUFFIX = ".weights.h5"
 _MISSED = (
@@ -101,14 +88,14 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
         super().__init__()
         if "://" in str(directory):
             raise UsageError(f"{directory} is not a folder of this machine; save here, and copy afterwards")
-        _check_count("start_epoch", start_epoch, least=0)
+        check_count("start_epoch", start_epoch, least=0)
         for name, value in (
             ("cycle_length", cycle_length),
             ("keep_last", keep_last),
             ("keep_best", keep_best),
         ):
             if value is not None:
-                _check_count(name, value)
+                check_count(name, value)
         if mode not in ("auto", *MODES):
             raise UsageError(f"mode is {mode!r}; expected auto, min or max")
         if keep_best is not None and monitor is None:
@@ -149,16 +136,16 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
             metrics: By name, scalars.
             step: Steps trained so far; by default what the optimizer has counted.
         """
-        _sync(model)
+        sync(model)
         self.wait()
-        chief = _is_chief(model)
+        chief = is_chief(model)
         if chief and not self._opened:
             self._folder.first_epoch = epoch
             self._open()
-        logged = _scalars(metrics)
-        step = step if step is not None else _steps(model)
+        logged = scalars(metrics)
+        step = step if step is not None else steps(model)
         path = self._folder.path / self._name(epoch + 1, step, logged)
-        entry = Entry(path.name, epoch + 1, step, _learning_rate(model), logged, _now())
+        entry = Entry(path.name, epoch + 1, step, learning_rate(model), logged, _now())
         self._resolve_mode(model, logged)
         if self._verbose and chief:
             print(f"\nEpoch {epoch + 1}: saving {path}")
@@ -209,14 +196,14 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
         self.wait()
         self._saved = 0
         self._epoch = None
-        if _is_chief(self.model):
+        if is_chief(self.model):
             self._open()
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         if self._epoch is None:
             # Not earlier: BackupAndRestore sets the epoch and the optimizer's count as training begins.
             self._folder.first_epoch = epoch
-            self._step = _steps(self.model) or 0
+            self._step = steps(self.model) or 0
         self._epoch = epoch
         self._batch = -1
         self._raise_early()
@@ -300,175 +287,6 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
             warnings.warn(message, stacklevel=2)
 
 
-class SWA(CheckpointSaver):
-    """Save the last epochs, average them when training ends, and give the model their mean.
-
-    What is averaged are the saved files, by `swa_avg.average`: no copy of the weights is kept in memory, the
-    sum runs in float64, and the checkpoints stay for any other choice. A run that ends early by an error has
-    lost nothing: `swa-avg` averages what there is. Source: Izmailov et al. 2018 (arXiv:1803.05407),
-    algorithm 1.
-
-    Args:
-        filepath: Folder for the checkpoints and, in the end, `swa.keras`.
-        swa_start: 0-based index of the first epoch to average: of 150 epochs, 140 averages the last ten.
-        cycle_length: Epochs in a cycle of the learning rate, counted from `swa_start`: average the ends of
-            the cycles only.
-        bn_data: What `swa_avg.refresh_batchnorm` takes, such as the training inputs: for models with
-            BatchNorm, whose statistics are not those of the averaged weights. Looked at as training begins:
-            all rows of arrays, and the first of batches that can be iterated over again.
-        bn_batch_size: Rows a batch of `bn_data`, if that does not come in batches; 128 by default.
-        bn_samples: Rows of `bn_data` to use; all by default.
-        keep_checkpoints: Keep the files that were averaged.
-        verbose: 1 prints what is done.
-
-    Raises:
-        UsageError: an argument has no meaning.
-        UnreadableError: (in `fit`) `bn_data` cannot be read, do not fit the model, or hold NaN.
-        MismatchError: (at the end of `fit`) the weights cannot be averaged: quantized, or not finite.
-        SystemRefusalError: (in `fit`) disk full, permission denied, input/output error.
-    """
-
-    def __init__(
-        self,
-        filepath: str | PathLike[str],
-        swa_start: int,
-        cycle_length: int | None = None,
-        bn_data: Any = None,
-        bn_batch_size: int | None = None,
-        bn_samples: int | None = None,
-        keep_checkpoints: bool = True,
-        verbose: int = 0,
-    ) -> None:
-        if Path(filepath).suffix in (".keras", ".h5", ".hdf5"):
-            raise UsageError(
-                f"filepath {str(filepath)!r} names a file; expected a folder, for swa.keras in it"
-            )
-        for name, value in (("bn_batch_size", bn_batch_size), ("bn_samples", bn_samples)):
-            if value is not None:
-                _check_count(name, value)
-        super().__init__(filepath, swa_start, cycle_length=cycle_length, verbose=verbose)
-        self._bn_data = bn_data
-        self._bn_batch_size = bn_batch_size
-        self._bn_samples = bn_samples
-        self._keep_checkpoints = keep_checkpoints
-
-    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        if _is_chief(self.model):
-            self._check_bn_data()
-        super().on_train_begin(logs)
-
-    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
-        super().on_train_end(logs)
-        if self._saved == 0 or not _is_chief(self.model):
-            return
-        entries = [entry for entry in self._folder.entries() if self._is_captured(entry)]
-        paths = [self._folder.path / entry.file for entry in entries]
-        output = self._folder.path / "swa.keras"
-        refresh = None
-        if self._bn_data is not None:
-            refresh = Refresh(
-                self._bn_data,
-                batch_size=self._bn_batch_size,
-                samples=self._bn_samples,
-                model=self.model,
-            )
-        report = average(paths, output, overwrite=True, refresh=refresh)
-        if refresh is None:
-            self.model.load_weights(output)
-        self._warn(self._findings(report))
-        if self._verbose:
-            print(f"\nThe model has the mean of {len(paths)} epochs, and is saved as {output}")
-        if not self._keep_checkpoints:
-            self._warn(self._folder.forget([entry.file for entry in entries]))
-
-    def _check_bn_data(self) -> None:
-        """Say now, not after hours of training, what the refresh will say of its data."""
-        to_refresh = active_layers(self.model)
-        if self._bn_data is not None:
-            check_data(self.model, self._bn_data, batch_size=self._bn_batch_size, samples=self._bn_samples)
-            if not to_refresh:
-                self._warn(["the model has no BatchNorm to refresh: bn_data will change nothing"])
-        elif to_refresh:
-            self._warn(
-                ["the model has BatchNorm, whose statistics will not fit averaged weights: pass bn_data"]
-            )
-
-    def _is_captured(self, entry: Entry) -> bool:
-        """Tell whether an entry is of the epochs to average; later ones are of an earlier, longer run."""
-        done = entry.epoch - self._start_epoch
-        return 0 < done <= (self._epoch or 0) + 1 - self._start_epoch and done % self._period == 0
-
-    @staticmethod
-    def _findings(report: Report) -> list[str]:
-        findings = []
-        if len(report.plan.inputs) == 1:
-            findings.append("SWA averaged one epoch only: the weights are that epoch's")
-        if report.refresh is not None:
-            findings.extend(report.refresh.warnings)
-        elif report.batchnorm_layers:
-            findings.append(
-                "the model has BatchNorm, whose statistics are now averages of the epochs' statistics, not "
-                "those of the averaged weights: pass bn_data, or refresh them, before you trust it"
-            )
-        return findings
-
-
-class PrintLearningRate(keras.callbacks.Callback):  # type: ignore[misc]
-    """Print the learning rate that each epoch ended with."""
-
-    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        rate = _learning_rate(self.model)
-        if rate is not None:
-            print(f"\nEpoch {epoch + 1}: learning rate {rate:g}")
-
-
-def _sync(model: Any) -> None:
-    """On JAX, bring the state that `fit` carries along back into the variables; elsewhere it never leaves."""
-    if hasattr(model, "jax_state_sync"):
-        model.jax_state_sync()
-
-
-def _is_chief(model: Any) -> bool:
-    """Tell whether this process is the one of a distributed run that writes; alone, it is."""
-    strategy = getattr(model, "distribute_strategy", None)
-    if strategy is not None:
-        return bool(strategy.extended.should_checkpoint)
-    backend = keras.backend.backend()
-    if backend == "jax":
-        return bool(sys.modules["jax"].process_index() == 0)
-    if backend == "torch":
-        distributed = sys.modules["torch"].distributed
-        return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
-    return True
-
-
-def _steps(model: Any) -> int | None:
-    """Return how many batches the optimizer has seen, or None without an optimizer."""
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is None:
-        return None
-    accumulated = getattr(optimizer, "gradient_accumulation_steps", None) or 1
-    return int(_number(optimizer.iterations)) * int(accumulated)
-
-
-def _learning_rate(model: Any) -> float | None:
-    """Return the learning rate as the shortest decimal number that has its float32 value."""
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is None:
-        return None
-    return float(str(np.float32(_number(optimizer.learning_rate))))
-
-
-def _number(value: Any) -> float:
-    """Return a scalar variable or tensor as a number, mirrored ones too."""
-    return float(value.numpy() if isinstance(value, keras.Variable) else keras.ops.convert_to_numpy(value))
-
-
-def _scalars(metrics: Mapping[str, Any] | None) -> dict[str, float]:
-    arrays = {name: keras.ops.convert_to_numpy(value) for name, value in (metrics or {}).items()}
-    return {name: float(array) for name, array in arrays.items() if np.ndim(array) == 0}
-
-
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
@@ -483,7 +301,7 @@ def _warn_nothing(what: str, expected: str, epoch: int | None, params: Mapping[s
 def _parse_every(every: int | str) -> tuple[int, bool]:
     """Return the number, and whether it counts steps."""
     if not isinstance(every, str):
-        _check_count("every", every)
+        check_count("every", every)
         return every, False
     match = re.fullmatch(r"([0-9]{1,15}) (epoch|step)s?", every.strip())
     if match is None or int(match.group(1)) < 1:
@@ -514,6 +332,6 @@ def _check_filename(filename: str, *, by_step: bool, weights_only: bool) -> None
         raise UsageError(f"filename {filename!r}: its fields are epoch, step and names of metrics")
 
 
-def _check_count(name: str, value: int, *, least: int = 1) -> None:
+def check_count(name: str, value: int, *, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UsageError(f"{name} is {value!r}; expected a whole number of at least {least}")

@@ -96,7 +96,7 @@ def average(
 def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
     """Tell on standard error what was done, or would be."""
     from swa_avg.files.remote import remote
-    from swa_avg.inspection.wording import counted, size_text
+    from swa_avg.text import counted, size_text
 
     plan = report.plan
     lines = []

@@ -11,6 +11,7 @@ from swa_avg.cli.options import method_options, selection_options
 from swa_avg.cli.terminal import progress_bar, say
 from swa_avg.errors import MismatchError
 from swa_avg.interrupts import interrupts
+from swa_avg.text import counted, number_text
 
 if TYPE_CHECKING:
     from swa_avg.inspection.survey import Inspection
@@ -60,22 +61,30 @@ def inspect(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
 
 
 def _lines(inspection: Inspection, *, verbose: bool) -> list[str]:
-    from swa_avg import words
+    from swa_avg.inspection import wording
 
-    lines = [*_aligned(*words.contents_table(inspection)), "", *_aligned(*words.checkpoint_table(inspection))]
+    lines = [
+        *_aligned(*wording.contents_table(inspection)),
+        "",
+        *_aligned(*wording.checkpoint_table(inspection)),
+    ]
     geometry = inspection.geometry
     if geometry is not None and verbose:
-        labels, axis = words.epoch_labels(inspection)
-        cells = [[words.number_text(value) for value in row] for row in geometry.distances.tolist()]
+        labels, axis = wording.epoch_labels(inspection)
+        cells = [[number_text(value) for value in row] for row in geometry.distances.tolist()]
         rows = [[*row, label] for row, label in zip(cells, labels, strict=True)]
         lines += ["", f"distances, by {axis}", *_aligned([*labels, ""], rows)]
     if verbose:
         for title, names in inspection.treatments.items():
-            lines += ["", f"{title}: {words.counted(len(names), 'tensor')}", *(f"  {name}" for name in names)]
+            lines += [
+                "",
+                f"{title}: {counted(len(names), 'tensor')}",
+                *(f"  {name}" for name in names),
+            ]
         layers = inspection.checkpoints[-1].batchnorm_layers
         lines += ["", f"BatchNorm layers: {', '.join(layers) or 'none'}"]
-    sentences = words.observations(inspection)
-    sentences += [f"warning: {sentence}" for sentence in words.warnings(inspection)]
+    sentences = wording.observations(inspection)
+    sentences += [f"warning: {sentence}" for sentence in wording.warnings(inspection)]
     return [*lines, "", *sentences] if sentences else lines
 
 

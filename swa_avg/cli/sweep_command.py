@@ -180,7 +180,7 @@ def _table(report: SweepReport, *, written: bool, verbose: bool) -> list[str]:
 
 
 def _outcome(report: SweepReport) -> str:
-    from swa_avg.inspection.wording import counted
+    from swa_avg.text import counted
 
     winner, best = report.winner, report.best_single
     score, alone = (f"{scored.metrics[report.monitor]:.6g}" for scored in (winner, best))

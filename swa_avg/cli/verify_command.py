@@ -57,7 +57,7 @@ def verify(
 
 
 def _describe(result: Verification) -> None:
-    from swa_avg.inspection.wording import counted
+    from swa_avg.text import counted
 
     lines = []
     if result.digests:

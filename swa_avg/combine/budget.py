@@ -6,7 +6,7 @@ import os
 
 from swa_avg.combine.combiner import block_memory
 from swa_avg.errors import UsageError
-from swa_avg.inspection.wording import size_text
+from swa_avg.text import size_text
 
 __all__ = ["REMOTE_THREADS", "allow_open_files", "fit_cluster", "fit_memory", "peak_memory"]
 

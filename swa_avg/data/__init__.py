@@ -1,1 +1,1 @@
-"""TODO."""
+"""Rows and batches of data for refreshing and scoring. Nothing here imports Keras."""

@@ -8,7 +8,7 @@ from typing import IO
 
 from swa_avg.errors import SwaAvgError, UnreadableError
 from swa_avg.files.region import Image, open_file, refusal
-from swa_avg.formats import archive, hdf5, sharded
+from swa_avg.formats import archive, bare, sharded
 from swa_avg.formats.base import Checkpoint, Tensor
 
 __all__ = ["FORMATS", "Checkpoint", "Image", "Tensor", "open_checkpoint"]
@@ -17,7 +17,7 @@ __all__ = ["FORMATS", "Checkpoint", "Image", "Tensor", "open_checkpoint"]
 # HDF5 files named `.keras`.
 FORMATS: dict[bytes, Callable[[Path, IO[bytes], Checkpoint | None], Checkpoint]] = {
     archive.SIGNATURE: archive.open_archive,
-    hdf5.SIGNATURE: hdf5.open_hdf5,
+    bare.SIGNATURE: bare.open_hdf5,
     b"{": sharded.open_sharded,
 }
 

@@ -16,7 +16,7 @@ from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
 from swa_avg.files.remote import as_path, find, remote
 from swa_avg.inputs.index import INDEX_NAME, MODES, Entry, Index, read_index
 from swa_avg.inputs.metrics import direction
-from swa_avg.inspection.wording import counted
+from swa_avg.text import counted
 
 __all__ = ["epoch_number", "epochs_of", "expand", "natural_key", "parse_epochs", "read_indices", "select"]
 

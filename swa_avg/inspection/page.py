@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from swa_avg import __version__, words
+from swa_avg import __version__
+from swa_avg.inspection import wording
 from swa_avg.pages import html, pictures
+from swa_avg.text import number_text, size_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,20 +58,18 @@ def _glance(inspection: Inspection) -> str:
     facts = [
         ("checkpoints", str(len(inspection.checkpoints))),
         ("parameters", f"{newest.parameters:,}"),
-        ("size of the newest", words.size_text(newest.size)),
+        ("size of the newest", size_text(newest.size)),
         ("optimizer's share", f"{100 * newest.optimizer_share:.0f} %"),
         ("BatchNorm layers", str(len(newest.batchnorm_layers))),
     ]
     if inspection.geometry is not None:
-        facts.append(
-            ("effective number of checkpoints", words.number_text(inspection.geometry.effective_count))
-        )
-    alerts = [html.paragraph(sentence, alert=True) for sentence in words.warnings(inspection)]
-    return "\n".join([html.facts(facts), *alerts, html.items(words.observations(inspection))])
+        facts.append(("effective number of checkpoints", number_text(inspection.geometry.effective_count)))
+    alerts = [html.paragraph(sentence, alert=True) for sentence in wording.warnings(inspection)]
+    return "\n".join([html.facts(facts), *alerts, html.items(wording.observations(inspection))])
 
 
 def _checkpoints(inspection: Inspection) -> str:
-    headers, rows = words.checkpoint_table(inspection)
+    headers, rows = wording.checkpoint_table(inspection)
     marked = [row for row, c in enumerate(inspection.checkpoints) if c in inspection.outliers]
     explained = html.paragraph(
         "Step: distance from the checkpoint before. Turn: angle between the step to a checkpoint and the "
@@ -85,7 +85,7 @@ def _inside(inspection: Inspection) -> str:
     lists = [(f"Tensors that are {title}", names) for title, names in inspection.treatments.items()]
     lists.append(("BatchNorm layers", newest.batchnorm_layers))
     folded = [html.folded(f"{title}: {len(names)}", html.items(names)) for title, names in lists if names]
-    return "\n".join([_table(*words.contents_table(inspection)), *folded])
+    return "\n".join([_table(*wording.contents_table(inspection)), *folded])
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[int] = ()) -> str:
@@ -101,7 +101,7 @@ def _draws(inspection: Inspection) -> list[tuple[str, pictures.Draw]]:
     draws: list[tuple[str, pictures.Draw]] = []
     geometry = inspection.geometry
     if geometry is not None:
-        labels, axis = words.epoch_labels(inspection)
+        labels, axis = wording.epoch_labels(inspection)
         caption = (
             f"The checkpoints, by {axis}, in the plane of their two main directions, to scale; colours grow "
             f"stronger as training goes on, and the star is the {inspection.method} average."

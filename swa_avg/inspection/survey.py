@@ -202,7 +202,7 @@ def _outputs(
             raise UsageError(f"{option} {output}; expected a name that ends with {' or '.join(suffixes)}")
         check_output(output, overwrite=overwrite)
         try:
-            from swa_avg.pages import inspection as pages
+            from swa_avg.inspection import page as pages
         except ModuleNotFoundError as error:
             if error.name != "matplotlib":
                 raise

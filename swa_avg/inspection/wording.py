@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from swa_avg.text import counted, number_text, size_text
+
 if TYPE_CHECKING:
     from swa_avg.inspection.survey import Contents, Inspection
 
 __all__ = [
     "checkpoint_table",
     "contents_table",
-    "counted",
     "epoch_labels",
-    "number_text",
     "observations",
-    "size_text",
     "warnings",
 ]
 
@@ -25,27 +24,6 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Headers and rows; the last column holds text, the others numbers."""
 
 _FEW = 5
-
-
-def size_text(count: float) -> str:
-    """Return a number of bytes as text, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-
-
-def counted(count: int, noun: str) -> str:
-    """Return `1 checkpoint`, `2 checkpoints`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def number_text(value: float | None, digits: int = 4) -> str:
-    """Return a number with so many significant digits; nothing for one that is missing or NaN."""
-    if value is None or math.isnan(value):
-        return ""
-    return f"{value:.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:.{digits}g}"
 
 
 def contents_table(inspection: Inspection) -> Table:

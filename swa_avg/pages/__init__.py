@@ -1,1 +1,1 @@
-"""Results as pictures and as one self-contained HTML page. Needs matplotlib: the extra `[plot]`."""
+"""Primitives of pages and pictures."""

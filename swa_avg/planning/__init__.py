@@ -1,1 +1,1 @@
-"""TODO."""
+"""Pure decisions: coefficients, policy, the plan, and the record that an output carries."""

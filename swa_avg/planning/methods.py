@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from swa_avg.errors import UsageError
-from swa_avg.inspection.wording import counted
+from swa_avg.text import counted
 
 __all__ = ["METHODS", "ema", "given", "power_ema", "uniform"]
 

@@ -1,1 +1,6 @@
-"""TODO."""
+"""Score single checkpoints and averages of them on validation data, and write the best."""
+
+from swa_avg.sweeping.scoring import Validation
+from swa_avg.sweeping.search import SweepReport, sweep
+
+__all__ = ["SweepReport", "Validation", "sweep"]

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from swa_avg import methods
 from swa_avg.errors import UsageError
+from swa_avg.planning import methods
 
 __all__ = ["GREEDY", "Candidate", "badness", "default_candidates", "greedy", "parse", "soup_of"]
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
-from swa_avg import candidates
 from swa_avg.averaging import (
     open_all,
     output_path,
@@ -28,6 +27,7 @@ from swa_avg.files.remote import kept_at_hand, remote
 from swa_avg.inputs.selection import epochs_of, expand, select
 from swa_avg.planning.policy import batchnorm_layers, resolve_dtypes
 from swa_avg.planning.record import describe
+from swa_avg.sweeping import candidates
 from swa_avg.sweeping.candidates import Candidate
 from swa_avg.sweeping.scoring import Scorer, Scoring, Validation
 from swa_avg.sweeping.trials import POINTS, Scored, Trials, greedy_soup, line, rank

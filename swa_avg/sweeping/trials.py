@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO
 
-from swa_avg import candidates
 from swa_avg.averaging import check_contents, check_shared_files, write_draft
 from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.combine.blocks import bytes_to_read
@@ -23,6 +22,7 @@ from swa_avg.files.publication import Publication
 from swa_avg.formats import Checkpoint
 from swa_avg.formats.base import Chunk
 from swa_avg.planning.plan import Plan, make_plan
+from swa_avg.sweeping import candidates
 from swa_avg.sweeping.candidates import Candidate, badness
 from swa_avg.sweeping.scoring import Scoring
 

@@ -12,7 +12,7 @@ import pytest
 import makers
 from swa_avg.errors import UnreadableError
 from swa_avg.files.region import Image, open_file
-from swa_avg.formats import libhdf5
+from swa_avg.formats.hdf5 import libhdf5
 from swa_avg.formats.hdf5.layout import Layout, read_layout
 
 CORPUS = Path(__file__).parents[1] / "corpus"

@@ -21,7 +21,8 @@ import makers
 import oracle
 from swa_avg import average
 from swa_avg.errors import SystemRefusalError, UnreadableError
-from swa_avg.formats import base, image
+from swa_avg.files import region as image
+from swa_avg.formats import base
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="runs are isolated by Linux's pidfd")
 

@@ -1,1 +1,0 @@
-"""The commands, a module each: options in, messages out. `swa_avg.cli.program` puts them together."""
