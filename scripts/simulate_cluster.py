@@ -88,7 +88,7 @@ def tasks_of(paths: Sequence[Path], inputs: int, repeat: int, workers: int) -> t
         combiner = combiner_of(paths, workers, stack)
         tasks = [
             Task(size * inputs, len(blocks) * inputs, size)
-            for index in range(len(combiner.plan.template.images))
+            for index in range(len(combiner.plan.template.shards))
             for blocks in combiner.tasks(index)
             for size in [sum(block.size for block in blocks)]
         ]

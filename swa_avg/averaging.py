@@ -21,7 +21,7 @@ from swa_avg.files.publication import Publication, check_output, publication_at
 from swa_avg.files.remote import as_path, kept_at_hand, on_this_machine, remote
 from swa_avg.formats import Checkpoint, open_checkpoint
 from swa_avg.formats.archive import ArchiveCheckpoint
-from swa_avg.formats.base import Chunk
+from swa_avg.formats.base import Stream
 from swa_avg.inputs.digests import check_digests, read_digests
 from swa_avg.inputs.selection import epochs_of, expand, select
 from swa_avg.planning import methods
@@ -211,10 +211,10 @@ def write_average(
     plan = combiner.plan
     statistics = None
     if refreshed is None:
-        plan.template.write(combiner.image, record, publication)
+        plan.template.write(combiner.stream, record, publication)
     else:
         with draft_beside(publication.output) as draft:
-            write_draft(draft, plan.template, combiner.image)
+            write_draft(draft, plan.template, combiner.stream)
             values, statistics = refreshed(draft)
             batchnorm = {"batchnorm": batchnorm_record(statistics, values)}
             with closing(open_checkpoint(draft)) as averaged:
@@ -234,12 +234,10 @@ def draft_beside(output: Path) -> Iterator[Path]:
         yield Path(folder) / output.name
 
 
-def write_draft(
-    draft: Path, template: Checkpoint, image: Callable[[int, IO[bytes]], Iterator[Chunk]]
-) -> None:
-    """Write a copy of `template` with other images, and no word of how it was made."""
+def write_draft(draft: Path, template: Checkpoint, stream: Stream) -> None:
+    """Write a copy of `template` with other values, and no word of how it was made."""
     with Publication(draft, overwrite=False) as publication:
-        template.write(image, lambda: None, publication)
+        template.write(stream, lambda: None, publication)
         publication.publish()
 
 
@@ -369,12 +367,12 @@ def check_shared_files(plan: Plan) -> None:
     findings = []
     for checkpoint in plan.inputs:
         shared = []
-        for image in checkpoint.images:
-            first = seen.setdefault(image.identity(), checkpoint)
+        for shard in checkpoint.shards:
+            first = seen.setdefault(shard.identity(), checkpoint)
             if first is not checkpoint:
                 problem = f"the same file as in {first.path.name}; name one of the two"
-                shared.append(Finding(checkpoint.path, image.path.name, problem))
-        if len(shared) < len(checkpoint.images):  # else they hold the same bytes, which is said once
+                shared.append(Finding(checkpoint.path, shard.path.name, problem))
+        if len(shared) < len(checkpoint.shards):  # else they hold the same bytes, which is said once
             findings.extend(shared)
     if findings:
         raise MismatchError(findings)
@@ -387,7 +385,7 @@ def check_contents(plan: Plan, checksums: Sequence[Sequence[int | None]]) -> Non
     for checkpoint, sums in zip(plan.inputs, checksums, strict=True):
         if None not in sums:
             key = tuple(
-                (image.size, checksum or 0) for image, checksum in zip(checkpoint.images, sums, strict=True)
+                (shard.size, checksum or 0) for shard, checksum in zip(checkpoint.shards, sums, strict=True)
             )
             first = seen.setdefault(key, checkpoint.path)
             if first is not checkpoint.path:

@@ -162,16 +162,16 @@ def _check_inputs(checkpoints: Sequence[Checkpoint], record: Record) -> None:
 
 
 def _changes(checkpoint: Checkpoint, entry: RecordedInput) -> Iterator[Finding]:
-    if checkpoint.size != entry.size or len(checkpoint.images) != len(entry.crc32):
+    if checkpoint.size != entry.size or len(checkpoint.shards) != len(entry.crc32):
         problem = f"has changed since: {entry.size} bytes of weights then, {checkpoint.size} now"
         yield Finding(checkpoint.path, "weights", problem)
         return
-    for image, expected in zip(checkpoint.images, entry.crc32, strict=True):
-        now = f"{image.checksum():08x}"
-        then = expected or (now if image.crc32 is None else f"{image.crc32:08x}")
+    for shard, expected in zip(checkpoint.shards, entry.crc32, strict=True):
+        now = f"{shard.checksum():08x}"
+        then = expected or (now if shard.crc32 is None else f"{shard.crc32:08x}")
         if now != then:
             problem = f"has changed since: its CRC-32 was {then}, and is {now} now"
-            yield Finding(checkpoint.path, image.path.name, problem)
+            yield Finding(checkpoint.path, shard.path.name, problem)
 
 
 def _shape_findings(found: Checkpoint, plan: Plan, record: Record) -> Iterator[Finding]:
@@ -195,7 +195,7 @@ def _digest_findings(found: Checkpoint, record: Record) -> Iterator[Finding]:
     for name, expected in record.values.items():
         tensor = found.tensors.get(name)
         if tensor is not None:
-            now = f"{found.images[tensor.image].checksum(tensor.offset, tensor.stop):08x}"
+            now = f"{found.shards[tensor.shard].checksum(tensor.offset, tensor.stop):08x}"
             if now != expected:
                 problem = f"its CRC-32 is {now}; the refresh of BatchNorm left {expected}"
                 yield Finding(found.path, name, problem)
@@ -205,11 +205,11 @@ def _value_findings(found: Checkpoint, combiner: Combiner, record: Record) -> It
     """Yield the tensors whose bytes differ, with the first value that does."""
     template = combiner.plan.template
     differing: dict[str, int] = {}
-    for index in range(len(template.images)):
+    for index in range(len(template.shards)):
         tensors = [
             tensor
             for name, tensor in template.tensors.items()
-            if tensor.image == index
+            if tensor.shard == index
             and name not in record.values
             and name in found.tensors
             and _same_shape(found.tensors[name], tensor)
@@ -239,7 +239,7 @@ def _first_difference(
     """Return the first byte of a tensor, of those in a block, that is not as expected."""
     start, stop = max(tensor.offset, block.start), min(tensor.stop, block.stop)
     twin = found.tensors[tensor.name]
-    data = found.images[twin.image].read(twin.offset + start - tensor.offset, max(0, stop - start))
+    data = found.shards[twin.shard].read(twin.offset + start - tensor.offset, max(0, stop - start))
     differs = np.frombuffer(data, np.uint8) != expected[start - block.start : max(start, stop) - block.start]
     return int(differs.argmax()) + start - tensor.offset if differs.any() else None
 
@@ -254,11 +254,11 @@ def _surroundings(found: Checkpoint, template: Checkpoint, *, rebuilt: bool) -> 
             yield Finding(found.path, where, f"expected {expected}, found {value}")
     if _layer_names(found) != _layer_names(template):
         yield Finding(found.path, "layer names", "differ from the newest input's")
-    for image in found.images:
-        if image.crc32 is not None and (now := image.checksum()) != image.crc32:
-            problem = f"damaged: its CRC-32 is {now:08x}, the archive says {image.crc32:08x}"
+    for shard in found.shards:
+        if shard.crc32 is not None and (now := shard.checksum()) != shard.crc32:
+            problem = f"damaged: its CRC-32 is {now:08x}, the archive says {shard.crc32:08x}"
             yield Finding(found.path, "model.weights.h5", problem)
-    if not isinstance(found, Hdf5Checkpoint) and not rebuilt and not template.shares_layout(found.images):
+    if not isinstance(found, Hdf5Checkpoint) and not rebuilt and not template.shares_layout(found.shards):
         yield Finding(found.path, "HDF5 metadata", "bytes outside the tensors differ from the newest input's")
     if isinstance(found, ArchiveCheckpoint) and isinstance(template, ArchiveCheckpoint):
         yield from _member_findings(found, template)

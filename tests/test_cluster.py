@@ -182,14 +182,14 @@ def test_workers_write_the_output_where_they_see_it_and_else_send_it(
     if not seen:
         monkeypatch.setattr(work, "open", refused, raising=False)
     written = []
-    image = run.Combiner.image
+    image = run.Combiner.stream
 
     def watched(self: Any, index: int, file: Any = None) -> Iterator[Any]:
         for chunk in image(self, index, file):
             written.append(isinstance(chunk, Written))
             yield chunk
 
-    monkeypatch.setattr(run.Combiner, "image", watched)
+    monkeypatch.setattr(run.Combiner, "stream", watched)
     average(paths, tmp_path / "swa.keras", cluster=lonely.scheduler_address)
     assert (tmp_path / "swa.keras").read_bytes() == (tmp_path / "here.keras").read_bytes()
     assert set(written) == {seen}

@@ -85,7 +85,7 @@ def _combined(paths: list[Path], block_bytes: int, threads: int, *, verify: bool
     plan = make_plan(checkpoints, checkpoints[-1], [1 / len(paths)] * len(paths))
     with ThreadPoolExecutor(threads) as executor:
         combiner = Combiner(plan, [plan.coefficients], executor, block_bytes, threads, verify)
-        data = b"".join(map(bytes, combiner.image(0)))
+        data = b"".join(map(bytes, combiner.stream(0)))
     tensors = checkpoints[-1].tensors
     for checkpoint in checkpoints:
         checkpoint.close()

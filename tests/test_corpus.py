@@ -48,7 +48,7 @@ def test_extents_hold_the_variables_that_keras_had(folder: str, suffix: str) -> 
         found = Counter()
         for tensor in checkpoint.tensors.values():
             if tensor.role == "weight":
-                data = checkpoint.images[0].read(tensor.offset, tensor.nbytes)
+                data = checkpoint.shards[0].read(tensor.offset, tensor.nbytes)
                 if tensor.dtype == "bfloat16":  # hashed as float32
                     data = oracle.widen(np.frombuffer(data, "V2")).astype(np.float32).tobytes()
                 found[tensor.dtype, tensor.shape, hashlib.sha256(data).hexdigest()[:16]] += 1

@@ -67,7 +67,7 @@ with ExitStack() as stack:
     plan = make_plan(inputs, inputs[-1], rows[0])
     spill = Spill(Combiner(plan, rows, executor, block_bytes, threads), stack.enter_context(open(spilled, "wb+")))
     for row in (0, len(rows) - 1):
-        assert sum(map(len, spill.image(row, 0))) == inputs[-1].size
+        assert sum(map(len, spill.stream(row, 0))) == inputs[-1].size
 """
 
 

@@ -22,7 +22,7 @@ from swa_avg.planning.policy import batchnorm_layers, treatment
 @dataclass(frozen=True)
 class Fake(Checkpoint):
     def write(
-        self, image: Callable[[int], Iterator[bytes]], provenance: Callable[[], Any], stage: Stage
+        self, stream: Callable[[int], Iterator[bytes]], provenance: Callable[[], Any], stage: Stage
     ) -> None:
         raise NotImplementedError
 

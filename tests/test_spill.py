@@ -42,7 +42,7 @@ def test_every_row_becomes_a_draft_of_its_own(suffix: str, block_bytes: int, tmp
         assert len(file.getvalue()) == 3 * spill.row_bytes
         for number, row in enumerate(rows):
             draft = tmp_path / f"draft{number}{suffix}"
-            write_draft(draft, plan.template, lambda index, file, number=number: spill.image(number, index))
+            write_draft(draft, plan.template, lambda index, file, number=number: spill.stream(number, index))
             written = oracle.read_arrays(draft)
             assert written.keys() == arrays[0].keys()
             for name, value in written.items():

@@ -158,13 +158,13 @@ def refresh_loaded(
 def with_values(
     checkpoint: Checkpoint, values: Mapping[str, bytes], index: int, file: IO[bytes]
 ) -> Iterator[bytes]:
-    """Yield the bytes of image `index` of a checkpoint with the values of some tensors replaced."""
-    image = checkpoint.images[index]
+    """Yield the bytes of shard `index` of a checkpoint with the values of some tensors replaced."""
+    shard = checkpoint.shards[index]
     position = 0
-    tensors = [checkpoint.tensors[name] for name in values if checkpoint.tensors[name].image == index]
+    tensors = [checkpoint.tensors[name] for name in values if checkpoint.tensors[name].shard == index]
     for tensor in [*sorted(tensors, key=lambda tensor: tensor.offset), None]:
-        stop = image.size if tensor is None else tensor.offset
-        yield from image.chunks(position, stop)
+        stop = shard.size if tensor is None else tensor.offset
+        yield from shard.chunks(position, stop)
         if tensor is not None:
             yield values[tensor.name]
             position = tensor.stop
@@ -299,4 +299,4 @@ def _common_name(name: str) -> str:
 
 def _bytes(checkpoint: Checkpoint, name: str) -> bytes:
     tensor = checkpoint.tensors[name]
-    return checkpoint.images[tensor.image].read(tensor.offset, tensor.nbytes)
+    return checkpoint.shards[tensor.shard].read(tensor.offset, tensor.nbytes)

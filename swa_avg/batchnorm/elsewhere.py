@@ -147,7 +147,7 @@ def absolute(source: Any) -> Any:
 
 
 def _states(checkpoint: Checkpoint, data: str) -> list[_State]:
-    places = [image.path for image in checkpoint.images]
+    places = [shard.path for shard in checkpoint.shards]
     if Path(data).is_file():
         places.append(Path(data))
     return [(found.st_size, found.st_mtime_ns) for found in (place.stat() for place in places)]

@@ -1,4 +1,4 @@
-"""What of each input belongs together: the template's images, cut into blocks."""
+"""What of each input belongs together: the template's shards, cut into blocks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from swa_avg.files.region import Image
+from swa_avg.files.region import Region
 from swa_avg.formats.base import Checkpoint, Tensor
 from swa_avg.planning.plan import Plan
 
@@ -26,12 +26,12 @@ class Source:
     """What of a checkpoint it takes to read its blocks; it can be pickled."""
 
     path: Path
-    images: tuple[Image, ...]
+    shards: tuple[Region, ...]
     tensors: Mapping[str, Tensor]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Source:
-        return cls(checkpoint.path, checkpoint.images, checkpoint.tensors)
+        return cls(checkpoint.path, checkpoint.shards, checkpoint.tensors)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Piece:
 
     tensor: Tensor
     start: int
-    """Bytes from the start of the image, as the template lays it out."""
+    """Bytes from the start of the shard, as the template lays it out."""
     stop: int
     average: bool
     """Or compare: integers, which must be equal in all inputs."""
@@ -48,9 +48,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Block:
-    """A run of bytes of one of the template's images, and what of its tensors is combined."""
+    """A run of bytes of one of the template's shards, and what of its tensors is combined."""
 
-    image: int
+    shard: int
     start: int
     stop: int
     pieces: tuple[Piece, ...]
@@ -85,29 +85,29 @@ def read_pieces(source: Source, template: Source, block: Block, raw: NDArray[np.
 
 
 def _moved(source: Source, template: Source, piece: Piece) -> tuple[int, int]:
-    """Return the image of `source` that holds the piece, and how much further on it lies there."""
+    """Return the shard of `source` that holds the piece, and how much further on it lies there."""
     if source.tensors is template.tensors:
-        return piece.tensor.image, 0
+        return piece.tensor.shard, 0
     tensor = source.tensors[piece.tensor.name]
-    return tensor.image, tensor.offset - piece.tensor.offset
+    return tensor.shard, tensor.offset - piece.tensor.offset
 
 
 def _read_run(
     source: Source, run: tuple[int, int], start: int, stop: int, block: Block, raw: NDArray[np.uint8]
 ) -> None:
-    image, distance = run
+    shard, distance = run
     target = raw[start - block.start : stop - block.start].data
-    source.images[image].read_into(target, start + distance)
+    source.shards[shard].read_into(target, start + distance)
 
 
-def blocks_of(plan: Plan, image: int, block_bytes: int) -> Iterator[Block]:
-    """Cut an image of the template into blocks, inside large tensors at multiples of eight bytes of data."""
+def blocks_of(plan: Plan, shard: int, block_bytes: int) -> Iterator[Block]:
+    """Cut a shard of the template into blocks, inside large tensors at multiples of eight bytes of data."""
     tensors = sorted(
-        [(t, True) for t in plan.averaged if t.image == image]
-        + [(t, False) for t in plan.compared if t.image == image],
+        [(t, True) for t in plan.averaged if t.shard == shard]
+        + [(t, False) for t in plan.compared if t.shard == shard],
         key=lambda entry: entry[0].offset,
     )
-    size = plan.template.images[image].size
+    size = plan.template.shards[shard].size
     start = 0
     pieces: list[Piece] = []
     for tensor, average in tensors:
@@ -116,7 +116,7 @@ def blocks_of(plan: Plan, image: int, block_bytes: int) -> Iterator[Block]:
             room = start + block_bytes - position
             if room < 8:
                 stop = min(start + block_bytes, position)
-                yield Block(image, start, stop, tuple(pieces))
+                yield Block(shard, start, stop, tuple(pieces))
                 start, pieces = stop, []
                 continue
             stop = min(tensor.stop, position + room // 8 * 8)
@@ -124,7 +124,7 @@ def blocks_of(plan: Plan, image: int, block_bytes: int) -> Iterator[Block]:
             position = stop
     while start < size:
         stop = min(start + block_bytes, size)
-        yield Block(image, start, stop, tuple(pieces))
+        yield Block(shard, start, stop, tuple(pieces))
         start, pieces = stop, []
 
 

@@ -1,6 +1,6 @@
 """Plan -> averaged bytes, streamed in bounded memory.
 
-The template's images are cut into blocks. For each block, every input's bytes of the tensors in it are read
+The template's shards are cut into blocks. For each block, every input's bytes of the tensors in it are read
 into one buffer and added up in float64, in checkpoint order, once for each row of coefficients; blocks are
 independent of each other, go to an executor, and come back in order. Threads fill buffers here; workers on
 other machines get several blocks at a time, and write averages to the output where they see it.
@@ -41,9 +41,9 @@ _Underway = tuple[tuple[Block, ...], "NDArray[np.uint8] | None", "Future[list[Av
 
 @dataclass
 class Combiner:
-    """Averages the images of one plan, one after the other, for one or several rows of coefficients.
+    """Averages the shards of one plan, one after the other, for one or several rows of coefficients.
 
-    After the last image, `checksums` holds what was computed on the way.
+    After the last shard, `checksums` holds what was computed on the way.
     """
 
     plan: Plan
@@ -63,13 +63,13 @@ class Combiner:
     sent: int = 0
     """Most tasks under way while workers send averages back, since all of them may arrive together."""
     checksums: list[list[int | None]] = field(init=False)
-    """CRC-32 of each input's images: as declared by its container, and as computed once an image is done."""
+    """CRC-32 of each input's shards: as declared by its container, and as computed once a shard is done."""
 
     def __post_init__(self) -> None:
         self._written = not self.together
         """Whether averages take no memory here but buffers of ours: threads fill these, or workers have
         written to the output."""
-        self.checksums = [[image.crc32 for image in source.images] for source in self.plan.inputs]
+        self.checksums = [[shard.crc32 for shard in source.shards] for source in self.plan.inputs]
         self.worker = BlockWorker(
             tuple(map(Source.of, self.plan.inputs)),
             Source.of(self.plan.template),
@@ -78,8 +78,8 @@ class Combiner:
             self.verify,
         )
 
-    def image(self, index: int, file: IO[bytes] | None = None) -> Iterator[memoryview | Written]:
-        """Yield the bytes of the first row's image `index`; each view is good until the next is asked for.
+    def stream(self, index: int, file: IO[bytes] | None = None) -> Iterator[memoryview | Written]:
+        """Yield the bytes of the first row's shard `index`; each view is good until the next is asked for.
 
         Workers that see `file`, the output, write there, from where it stands. Errors as for `blocks`.
         """
@@ -91,7 +91,7 @@ class Combiner:
             yield averages if isinstance(averages, Written) else averages[0].data
 
     def blocks(self, index: int) -> Iterator[tuple[Block, NDArray[np.uint8]]]:
-        """Yield each block of image `index` and its averages, of shape (rows, bytes), until the next is asked
+        """Yield each block of shard `index` and its averages, of shape (rows, bytes), until the next is asked
         for.
 
         Averages are summed in float64 in checkpoint order (a uniform average is the plain sum, divided once)
@@ -177,10 +177,10 @@ class Combiner:
         free.append(buffer)
 
     def _verified(self, source: int, index: int, checksum: int) -> None:
-        image = self.plan.inputs[source].images[index]
-        if image.crc32 is not None and image.crc32 != checksum:
-            problem = f"damaged: its CRC-32 is {checksum:08x}, the archive says {image.crc32:08x}"
-            raise UnreadableError(image.path, problem, hint="leave this file out, or restore it")
+        shard = self.plan.inputs[source].shards[index]
+        if shard.crc32 is not None and shard.crc32 != checksum:
+            problem = f"damaged: its CRC-32 is {checksum:08x}, the archive says {shard.crc32:08x}"
+            raise UnreadableError(shard.path, problem, hint="leave this file out, or restore it")
         self.checksums[source][index] = checksum
 
     def _verify_others(self, checked: Sequence[int]) -> None:
@@ -188,10 +188,10 @@ class Combiner:
         work = {
             (number, index): [
                 self.executor.submit(self.worker.checksum, number, index, start)
-                for start in range(0, image.size, STRETCH)
+                for start in range(0, shard.size, STRETCH)
             ]
             for number, source in enumerate(self.plan.inputs)
-            for index, image in enumerate(source.images)
+            for index, shard in enumerate(source.shards)
             if number not in checked
         }
         try:
@@ -213,17 +213,17 @@ def unfit(plan: Plan, block_bytes: int) -> Iterator[Finding]:
     for source in plan.inputs:
         for expected in (*plan.averaged, *plan.compared):
             tensor = source.tensors[expected.name]
-            image = source.images[tensor.image]
+            shard = source.shards[tensor.shard]
             first = plan.inputs[0].tensors[expected.name]
             for start in range(0, tensor.nbytes, block_bytes):
                 size = min(block_bytes, tensor.nbytes - start)
-                data = np.frombuffer(bytearray(image.read(tensor.offset + start, size)), np.uint8)
+                data = np.frombuffer(bytearray(shard.read(tensor.offset + start, size)), np.uint8)
                 if tensor.dtype in FLOATS:
                     fits = all_finite(data, tensor.dtype)
                     problem = "holds NaN or infinity; leave this checkpoint out"
                 else:
                     fits = (
-                        plan.inputs[0].images[first.image].read(first.offset + start, size) == data.tobytes()
+                        plan.inputs[0].shards[first.shard].read(first.offset + start, size) == data.tobytes()
                     )
                     problem = (
                         f"holds integers that differ from {plan.inputs[0].path.name}, and is not a counter"
@@ -259,7 +259,7 @@ def stream_values(plan: Plan, block_bytes: int) -> Iterator[Iterator[list[tuple[
     sources = [
         template if checkpoint is plan.template else Source.of(checkpoint) for checkpoint in plan.inputs
     ]
-    for index in range(len(plan.template.images)):
+    for index in range(len(plan.template.shards)):
         for block in blocks_of(plan, index, block_bytes):
             if block.pieces:
                 raw = aligned(buffer, block)[0]

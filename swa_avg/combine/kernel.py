@@ -30,7 +30,7 @@ Averaged = tuple["NDArray[np.uint8] | Written", list[int]]
 """Averages of a block, of shape (rows, bytes), or word that they are in the output; and the CRC-32 of the
 block's bytes in each of the checked inputs."""
 Target = tuple[str, int]
-"""The output's name, and where in it the image starts."""
+"""The output's name, and where in it the shard starts."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class BlockWorker:
 
     def _is_read_whole(self, source: Source) -> bool:
         template = self.template
-        return source.tensors is template.tensors and (self.verify or source.images is template.images)
+        return source.tensors is template.tensors and (self.verify or source.shards is template.shards)
 
     def __call__(self, blocks: Sequence[Block], averages: NDArray[np.uint8] | None = None) -> list[Averaged]:
         """Average each block, into `averages`, of shape (rows, bytes), where it is one block; else into new
@@ -96,10 +96,10 @@ class BlockWorker:
             raise SystemRefusalError(error.errno, f"cannot write: {error.strerror}", name) from error
 
     def checksum(self, number: int, index: int, start: int) -> tuple[int, int]:
-        """Return the CRC-32 of a stretch of image `index` of input `number`, and its bytes."""
-        image = self.inputs[number].images[index]
-        stop = min(start + STRETCH, image.size)
-        return image.checksum(start, stop, self.block_bytes), stop - start
+        """Return the CRC-32 of a stretch of shard `index` of input `number`, and its bytes."""
+        shard = self.inputs[number].shards[index]
+        stop = min(start + STRETCH, shard.size)
+        return shard.checksum(start, stop, self.block_bytes), stop - start
 
     def _combine(self, block: Block, averages: NDArray[np.uint8]) -> list[int]:
         """Average a block into `averages`; return the CRC-32 of its bytes in each of the `checked` inputs."""
@@ -118,14 +118,14 @@ class BlockWorker:
             if self._is_read_whole(source):
                 if number == last:  # the newest input, whose bytes are the output's
                     raw = averages[0]
-                source.images[block.image].read_into(raw.data, block.start)
+                source.shards[block.shard].read_into(raw.data, block.start)
                 checksums.append(crc32(raw))
             elif block.pieces:
                 read_pieces(source, template, block, raw)
             if block.pieces:
                 sums.add(number, pieces if raw is scratch else Pieces(block, raw))
         if not self._is_read_whole(self.inputs[last]):
-            template.images[block.image].read_into(averages[0].data, block.start)
+            template.shards[block.shard].read_into(averages[0].data, block.start)
         if block.pieces:
             sums.finish(averages, template.path)
         return checksums

@@ -15,7 +15,7 @@ __all__ = ["Spill"]
 
 
 class Spill:
-    """What a combiner averages, row after row in one file; nothing else of the images is stored."""
+    """What a combiner averages, row after row in one file; nothing else of the shards is stored."""
 
     def __init__(self, combiner: Combiner, file: IO[bytes]) -> None:
         """Combine everything, and keep it in `file`.
@@ -32,17 +32,17 @@ class Spill:
         for tensor in self._plan.averaged:
             self._starts[tensor.name] = self.row_bytes
             self.row_bytes += tensor.nbytes
-        for index in range(len(self._plan.template.images)):
+        for index in range(len(self._plan.template.shards)):
             for block, averages in combiner.blocks(index):
                 self._add(block, averages)
         file.flush()
 
-    def image(self, row: int, index: int, file: IO[bytes] | None = None) -> Iterator[memoryview]:
-        """Yield the bytes of the template's image `index` with the averages of `row` in their places."""
-        image = self._plan.template.images[index]
+    def stream(self, row: int, index: int, file: IO[bytes] | None = None) -> Iterator[memoryview]:
+        """Yield the bytes of the template's shard `index` with the averages of `row` in their places."""
+        shard = self._plan.template.shards[index]
         for block in blocks_of(self._plan, index, self._block_bytes):
             data = bytearray(block.size)
-            image.read_into(memoryview(data), block.start)
+            shard.read_into(memoryview(data), block.start)
             for piece in block.pieces:
                 if piece.average:
                     self._file.seek(self._place(row, piece))

@@ -20,7 +20,7 @@ import numpy as np
 
 from swa_avg.data.rows import FileRows, Rows, describe, room_for
 from swa_avg.errors import SystemRefusalError, UnreadableError
-from swa_avg.files.region import Image, ImageFile, open_file
+from swa_avg.files.region import Region, RegionFile, open_file
 from swa_avg.formats.archive import data_offset
 
 __all__ = ["ArrayFile", "Stored", "open_arrays"]
@@ -83,7 +83,7 @@ class ArrayFile:
         self.arrays: dict[str, Stored | _Unusable] = {}
         self.others: list[str] = []
         """What an archive holds besides numeric arrays: only named, never looked into."""
-        self._whole = Image(path, self._files[0])
+        self._whole = Region(path, self._files[0])
 
     def check_unchanged(self) -> None:
         """Raise UnreadableError if the file was written to since it was opened."""
@@ -115,7 +115,7 @@ class ArrayFile:
         return self._whole.read(position, max(0, min(size, self._whole.size - position)))
 
     def _load_archive(self) -> None:
-        self._archive = zipfile.ZipFile(ImageFile(self._whole))
+        self._archive = zipfile.ZipFile(RegionFile(self._whole))
         infos = self._archive.infolist()
         if len(infos) > _MAX_MEMBERS:
             raise UnreadableError(self.path, f"holds more than {_MAX_MEMBERS} members")
@@ -144,7 +144,7 @@ class ArrayFile:
 
     def _header(
         self, key: str, read: Callable[[int, int], bytes], size: int
-    ) -> Callable[[Callable[[bool], tuple[Image, int]]], Stored]:
+    ) -> Callable[[Callable[[bool], tuple[Region, int]]], Stored]:
         """Parse a header and hold what it declares against `size`, the bytes that the array file has."""
         dtype, shape, fortran, offset = _parse_header(self.path, key, read)
         expected = offset + math.prod(shape) * dtype.itemsize
@@ -152,18 +152,18 @@ class ArrayFile:
             problem = f"declares {describe(dtype, shape)}: expected {expected} bytes, found {size}"
             raise UnreadableError(self.path, problem, tensor=key or None)
 
-        def stored(place: Callable[[bool], tuple[Image, int]]) -> Stored:
+        def stored(place: Callable[[bool], tuple[Region, int]]) -> Stored:
             def rows(whole: bool) -> Rows:
-                image, start = place(whole)
+                region, start = place(whole)
                 if fortran and len(shape) > 1:
-                    return self._transposed(FileRows(image, start + offset, shape, dtype))
-                return FileRows(image, start + offset, shape, dtype)
+                    return self._transposed(FileRows(region, start + offset, shape, dtype))
+                return FileRows(region, start + offset, shape, dtype)
 
             return Stored(key, shape, dtype, rows)
 
         return stored
 
-    def _member(self, key: str, info: zipfile.ZipInfo, whole: bool) -> tuple[Image, int]:
+    def _member(self, key: str, info: zipfile.ZipInfo, whole: bool) -> tuple[Region, int]:
         """Return where a member's bytes lie; a compressed one is spilled to a temporary file first."""
         with self._damage_named(key):
             if info.compress_type == zipfile.ZIP_STORED:
@@ -206,7 +206,7 @@ class ArrayFile:
                 block = np.empty((columns, size), rows.dtype)
                 for column in range(columns):
                     place = rows.offset + (column * count + start) * rows.dtype.itemsize
-                    rows.image.read_into(block[column].view(np.uint8).data, place)
+                    rows.region.read_into(block[column].view(np.uint8).data, place)
                 # A row's own elements come in Fortran order, too.
                 shaped = block.T.reshape(size, *rows.shape[:0:-1])
                 yield np.ascontiguousarray(shaped.transpose(0, *range(len(rows.shape) - 1, 0, -1))).tobytes()
@@ -214,7 +214,7 @@ class ArrayFile:
         size = count * columns * rows.dtype.itemsize
         return FileRows(self._spill(chunks(), size, ""), 0, rows.shape, rows.dtype)
 
-    def _spill(self, chunks: Iterator[bytes], size: int, key: str) -> Image:
+    def _spill(self, chunks: Iterator[bytes], size: int, key: str) -> Region:
         """Write to a temporary file without a name; it goes with this object, or with the process."""
         written = 0
         with room_for(self.path):
@@ -228,7 +228,7 @@ class ArrayFile:
             file.flush()
         if written != size:
             raise UnreadableError(self.path, f"expected {size} bytes, found {written}", tensor=key or None)
-        return Image(self.path, file, 0, size)
+        return Region(self.path, file, 0, size)
 
 
 def open_arrays(path: Path) -> ArrayFile:

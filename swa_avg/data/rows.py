@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swa_avg.errors import SystemRefusalError, UnreadableError
-from swa_avg.files.region import Image
+from swa_avg.files.region import Region
 
 __all__ = ["FileRows", "MemoryRows", "RowWriter", "Rows", "describe", "room_for"]
 
@@ -54,7 +54,7 @@ class MemoryRows:
 class FileRows:
     """An array in C order somewhere in a file."""
 
-    image: Image
+    region: Region
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -69,7 +69,7 @@ class FileRows:
         starts = np.flatnonzero(np.diff(ascending, prepend=ascending[:1] - 2) != 1)
         for start, stop in zip(starts, [*starts[1:], len(indices)], strict=True):
             place = self.offset + int(ascending[start]) * nbytes
-            self.image.read_into(target[start * nbytes : stop * nbytes], place)
+            self.region.read_into(target[start * nbytes : stop * nbytes], place)
         result = np.empty_like(values)
         result[order] = values
         return result.astype(self.dtype.newbyteorder("="), copy=False)
@@ -110,8 +110,8 @@ class RowWriter:
         with room_for(self._path):
             self._file.flush()
         size = self._file.tell()
-        image = Image(self._path, self._file, 0, size)
-        return FileRows(image, 0, (self._count, *self._like.shape[1:]), self._like.dtype)
+        region = Region(self._path, self._file, 0, size)
+        return FileRows(region, 0, (self._count, *self._like.shape[1:]), self._like.dtype)
 
     def close(self) -> None:
         """Close the file, and with it free its room."""

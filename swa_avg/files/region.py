@@ -17,7 +17,7 @@ from isal.isal_zlib import crc32
 from swa_avg.errors import SwaAvgError, SystemRefusalError, UnreadableError
 from swa_avg.files.remote import RemoteFile, open_remote, remote
 
-__all__ = ["Image", "ImageFile", "open_file", "refusal"]
+__all__ = ["Region", "RegionFile", "open_file", "refusal"]
 
 # What an input cannot cause by being what it is: the machine has run out of something.
 _SYSTEM_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR}
@@ -63,7 +63,7 @@ def refusal(path: Path, error: OSError) -> SwaAvgError:
     return UnreadableError(path, (error.strerror or str(error)).lower())
 
 
-class Image:
+class Region:
     """An HDF5 file in a region of a file: all of a bare one, or one stored member of an archive.
 
     Reads are positional, hence safe from several threads at once. Pickled, it opens the file again where it
@@ -76,19 +76,19 @@ class Image:
         self.offset = offset
         self.size = file.seek(0, os.SEEK_END) if size is None else size
         self.crc32: int | None = None
-        """CRC-32 of the whole image where the container declares one."""
+        """CRC-32 of the whole region where the container declares one."""
         self._state: Hashable = file.version if isinstance(file, RemoteFile) else self._stat()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A relative name means something else to a process that runs in another folder.
         place = Path(self.file.name).absolute() if remote(self.path) is None else self.path
-        return _AbsentImage, (self.path, place, self.offset, self.size, self.crc32, self._state)
+        return _ReopenedRegion, (self.path, place, self.offset, self.size, self.crc32, self._state)
 
     def read_into(self, buffer: memoryview, position: int) -> None:
-        """Fill `buffer` with the bytes at `position` of the image.
+        """Fill `buffer` with the bytes at `position` of the region.
 
         Raises:
-            UnreadableError: that lies outside the image, or the file was truncated after it was opened.
+            UnreadableError: that lies outside the region, or the file was truncated after it was opened.
             SystemRefusalError: the system could not read.
         """
         if position < 0 or position + len(buffer) > self.size:
@@ -112,7 +112,7 @@ class Image:
             done += count
 
     def read(self, position: int, size: int) -> bytes:
-        """Return `size` bytes at `position` of the image; errors as for `read_into`."""
+        """Return `size` bytes at `position` of the region; errors as for `read_into`."""
         buffer = bytearray(size)
         self.read_into(memoryview(buffer), position)
         return bytes(buffer)
@@ -163,8 +163,8 @@ class Image:
         return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
 
-class _AbsentImage(Image):
-    """An image that was opened by another process, maybe on another machine."""
+class _ReopenedRegion(Region):
+    """An region that was opened by another process, maybe on another machine."""
 
     def __init__(
         self,
@@ -185,7 +185,7 @@ class _AbsentImage(Image):
         self._opened: IO[bytes] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _AbsentImage, (self.path, self._place, self.offset, self.size, self.crc32, self._state)
+        return _ReopenedRegion, (self.path, self._place, self.offset, self.size, self.crc32, self._state)
 
     def __del__(self) -> None:
         if self._opened is not None:  # nobody tells a worker which task is the last
@@ -200,7 +200,7 @@ class _AbsentImage(Image):
                 or other in what a service says of it.
             SystemRefusalError: as for `open_file`.
         """
-        with self._opening:  # threads of a worker share the image
+        with self._opening:  # threads of a worker share the region
             if self._opened is None:
                 self._opened = self._open()
             return self._opened
@@ -246,11 +246,11 @@ else:  # Windows has one position per descriptor
         return len(data)
 
 
-class ImageFile(io.RawIOBase):
-    """An `Image` as the read-only seekable file that h5py and zipfile take."""
+class RegionFile(io.RawIOBase):
+    """An `Region` as the read-only seekable file that h5py and zipfile take."""
 
-    def __init__(self, image: Image) -> None:
-        self._image = image
+    def __init__(self, region: Region) -> None:
+        self._image = region
         self._position = 0
 
     def readable(self) -> bool:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import IO
 
 from swa_avg.errors import SwaAvgError, UnreadableError
-from swa_avg.files.region import Image, open_file, refusal
+from swa_avg.files.region import Region, open_file, refusal
 from swa_avg.formats import archive, bare, sharded
 from swa_avg.formats.base import Checkpoint, Tensor
 
-__all__ = ["FORMATS", "Checkpoint", "Image", "Tensor", "open_checkpoint"]
+__all__ = ["FORMATS", "Checkpoint", "Region", "Tensor", "open_checkpoint"]
 
 # First bytes of a file -> how it is opened. What a file is called says nothing: TensorFlow 2.12 writes
 # HDF5 files named `.keras`.
@@ -40,8 +40,8 @@ def open_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
             raise UnreadableError(path, "holds no tensors")
         if like is not None and checkpoint.tensors is not like.tensors:
             _check_places(checkpoint, like)
-        for image in checkpoint.images:
-            image.settle()
+        for shard in checkpoint.shards:
+            shard.settle()
     except OSError as error:
         if isinstance(error, SwaAvgError):
             raise
@@ -76,7 +76,7 @@ def _check_places(checkpoint: Checkpoint, like: Checkpoint) -> None:
     moved = [
         tensor
         for name, tensor in checkpoint.tensors.items()
-        if name in theirs and (tensor.image, tensor.offset) != (theirs[name].image, theirs[name].offset)
+        if name in theirs and (tensor.shard, tensor.offset) != (theirs[name].shard, theirs[name].offset)
     ]
     names = {tensor.name for tensor in moved}
     stayed = len(theirs) - len(moved)
@@ -94,5 +94,5 @@ def _check_places(checkpoint: Checkpoint, like: Checkpoint) -> None:
 
 def _are_last(names: set[str], tensors: Mapping[str, Tensor]) -> bool:
     """Tell whether tensors lie behind all others."""
-    ordered = sorted(tensors, key=lambda name: (tensors[name].image, tensors[name].offset))
+    ordered = sorted(tensors, key=lambda name: (tensors[name].shard, tensors[name].offset))
     return set(ordered[-len(names) :]) == names

@@ -1,4 +1,4 @@
-"""`.keras` archives: a zip whose member `model.weights.h5` is an HDF5 image."""
+"""`.keras` archives: a zip whose member `model.weights.h5` is an HDF5 region."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from swa_avg.errors import SwaAvgError, UnreadableError
-from swa_avg.files.region import Image, ImageFile
+from swa_avg.files.region import Region, RegionFile
 from swa_avg.files.untrusted_json import MAX_JSON, parse_json
 from swa_avg.formats.bare import WEIGHTS, Hdf5Checkpoint, is_keras_store, layer_names
-from swa_avg.formats.base import PROVENANCE, Checkpoint, Chunk, Provenance, Stage
+from swa_avg.formats.base import PROVENANCE, Checkpoint, Provenance, Stage, Stream
 from swa_avg.formats.hdf5.layout import read_layout
 from swa_avg.formats.stored_zip import StoredZip
 
@@ -38,17 +38,17 @@ class ArchiveCheckpoint(Checkpoint):
 
     def write(
         self,
-        image: Callable[[int, IO[bytes]], Iterator[Chunk]],
+        stream: Stream,
         provenance: Callable[[], Provenance],
         stage: Stage,
     ) -> None:
         assert self.archive is not None
-        file = stage.create(stage.output.name, self.images[0].size)
+        file = stage.create(stage.output.name, self.shards[0].size)
         output = StoredZip(file)
         # Names, times and attributes are the template's, so that equal inputs give equal bytes.
         for member in self.archive.infolist():
             if member.filename == _WEIGHTS:
-                output.add(member, self.images[0].size, image(0, file))
+                output.add(member, self.shards[0].size, stream(0, file))
             elif member.filename == _METADATA:
                 record = provenance()
                 own = {} if record is None else {PROVENANCE: record}
@@ -69,7 +69,7 @@ class ArchiveCheckpoint(Checkpoint):
             self.path,
             WEIGHTS,
             (".weights.h5",),
-            self.images,
+            self.shards,
             self.tensors,
             self.config,
             self.layer_names,
@@ -102,11 +102,11 @@ def open_archive(path: Path, file: IO[bytes], like: Checkpoint | None = None) ->
     Raises:
         UnreadableError: the archive is damaged, unsafe or not what Keras writes.
     """
-    whole = Image(path, file)
+    whole = Region(path, file)
     try:
-        archive = zipfile.ZipFile(ImageFile(whole))
+        archive = zipfile.ZipFile(RegionFile(whole))
         members = _members(whole, archive)
-        image = _weights_image(whole, members)
+        region = _weights_region(whole, members)
         metadata, config_bytes = (_small(whole, archive, name) for name in (_METADATA, _CONFIG))
     except (
         zipfile.BadZipFile,
@@ -122,10 +122,10 @@ def open_archive(path: Path, file: IO[bytes], like: Checkpoint | None = None) ->
         if isinstance(error.__context__, SwaAvgError):  # zipfile takes it for damage
             raise error.__context__ from None
         raise UnreadableError(path, f"damaged .keras archive ({error})") from error
-    return _checkpoint(path, image, archive, config_bytes, parse_json(metadata, path, _METADATA), like)
+    return _checkpoint(path, region, archive, config_bytes, parse_json(metadata, path, _METADATA), like)
 
 
-def _small(whole: Image, archive: zipfile.ZipFile, name: str) -> bytes:
+def _small(whole: Region, archive: zipfile.ZipFile, name: str) -> bytes:
     if archive.getinfo(name).file_size > MAX_JSON:
         raise UnreadableError(whole.path, f"is larger than {MAX_JSON >> 20} MiB", tensor=name)
     return archive.read(name)
@@ -133,7 +133,7 @@ def _small(whole: Image, archive: zipfile.ZipFile, name: str) -> bytes:
 
 def _checkpoint(
     path: Path,
-    image: Image,
+    region: Region,
     archive: zipfile.ZipFile,
     config_bytes: bytes,
     metadata: Mapping[str, Any],
@@ -145,7 +145,7 @@ def _checkpoint(
     )
     own: dict[str, Any] = {
         "path": path,
-        "images": (image,),
+        "shards": (region,),
         "archive": archive,
         "config_bytes": config_bytes,
         "config": config,
@@ -153,16 +153,16 @@ def _checkpoint(
         "is_average": PROVENANCE in metadata,
         "writer": _writer(metadata.get("keras_version")),
     }
-    if isinstance(like, ArchiveCheckpoint) and like.shares_layout((image,)):
+    if isinstance(like, ArchiveCheckpoint) and like.shares_layout((region,)):
         return replace(like, **own)
-    layout = read_layout(image)
+    layout = read_layout(region)
     if not is_keras_store(layout.groups):
         raise UnreadableError(path, f"{_WEIGHTS} does not hold what Keras writes: no `vars` groups")
     return ArchiveCheckpoint(
         kind=".keras archive",
         suffixes=(".keras",),
         tensors=layout.tensors,
-        layer_names=layer_names(image, layout),
+        layer_names=layer_names(region, layout),
         **own,
     )
 
@@ -183,7 +183,7 @@ def _model_config(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "compile_config"}
 
 
-def _members(whole: Image, archive: zipfile.ZipFile) -> dict[str, tuple[zipfile.ZipInfo, int]]:
+def _members(whole: Region, archive: zipfile.ZipFile) -> dict[str, tuple[zipfile.ZipInfo, int]]:
     """Return name -> (entry, offset of its data), refusing what Keras never writes.
 
     The central directory and the local headers can be made to disagree, and declared sizes can lie; what
@@ -218,7 +218,7 @@ def _members(whole: Image, archive: zipfile.ZipFile) -> dict[str, tuple[zipfile.
     return members
 
 
-def data_offset(whole: Image, info: zipfile.ZipInfo) -> int:
+def data_offset(whole: Region, info: zipfile.ZipInfo) -> int:
     """Return where a member's data start, once its local header agrees with the directory.
 
     Raises:
@@ -239,8 +239,8 @@ def data_offset(whole: Image, info: zipfile.ZipInfo) -> int:
     return int(info.header_offset + _LOCAL_HEADER.size + name_length + extra_length)
 
 
-def _weights_image(whole: Image, members: Mapping[str, tuple[zipfile.ZipInfo, int]]) -> Image:
+def _weights_region(whole: Region, members: Mapping[str, tuple[zipfile.ZipInfo, int]]) -> Region:
     info, start = members[_WEIGHTS]
-    image = Image(whole.path, whole.file, start, info.file_size)
-    image.crc32 = info.CRC
-    return image
+    region = Region(whole.path, whole.file, start, info.file_size)
+    region.crc32 = info.CRC
+    return region

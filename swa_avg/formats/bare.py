@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 from swa_avg.errors import UnreadableError
-from swa_avg.files.region import Image
+from swa_avg.files.region import Region
 from swa_avg.files.untrusted_json import parse_json
-from swa_avg.formats.base import PROVENANCE, Checkpoint, Chunk, Provenance, Stage, write_image
+from swa_avg.formats.base import PROVENANCE, Checkpoint, Provenance, Stage, Stream, write_shard
 from swa_avg.formats.hdf5.layout import SIGNATURE, Layout, read_layout
 from swa_avg.formats.hdf5.messages import AttributeReader, DamagedStructureError
 
@@ -41,20 +41,20 @@ class Hdf5Checkpoint(Checkpoint):
 
     def write(
         self,
-        image: Callable[[int, IO[bytes]], Iterator[Chunk]],
+        stream: Stream,
         provenance: Callable[[], Provenance],
         stage: Stage,
     ) -> None:
         from swa_avg.formats.hdf5.libhdf5 import check_readable
         from swa_avg.formats.hdf5.rebuild import write_provenance
 
-        file = stage.create(stage.output.name, self.images[0].size)
-        write_image(file, image(0, file))
+        file = stage.create(stage.output.name, self.shards[0].size)
+        write_shard(file, stream(0, file))
         record = provenance()
         if record is not None:
             write_provenance(file, record, self.path, self.tensors.values())
         # There is no checksum that would tell of damage to what was copied.
-        check_readable(Image(self.path, file), self.tensors)
+        check_readable(Region(self.path, file), self.tensors)
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         from swa_avg.formats.hdf5.rebuild import strip
@@ -75,14 +75,14 @@ def open_hdf5(path: Path, file: IO[bytes], like: Checkpoint | None = None) -> Hd
         UnreadableError: the file is damaged, is not a Keras checkpoint, or stores a tensor in another way
             than as one contiguous run of bytes.
     """
-    image = Image(path, file)
-    if isinstance(like, Hdf5Checkpoint) and like.shares_layout((image,)):
-        return replace(like, path=path, images=(image,))
-    return _keras_checkpoint(path, image, read_layout(image))
+    region = Region(path, file)
+    if isinstance(like, Hdf5Checkpoint) and like.shares_layout((region,)):
+        return replace(like, path=path, shards=(region,))
+    return _keras_checkpoint(path, region, read_layout(region))
 
 
-def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoint:
-    reader = AttributeReader(image)
+def _keras_checkpoint(path: Path, region: Region, layout: Layout) -> Hdf5Checkpoint:
+    reader = AttributeReader(region)
     root = _strings(
         reader,
         layout.groups[""],
@@ -101,7 +101,7 @@ def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoin
         # The top level holds layers, whatever they are called.
         tensors = {name: replace(tensor, role="weight") for name, tensor in tensors.items()}
     elif is_keras_store(layout.groups):
-        names = layer_names(image, layout)
+        names = layer_names(region, layout)
     else:
         raise UnreadableError(
             path, "an HDF5 file, but not one that Keras wrote: no `vars` groups, no `layer_names`"
@@ -111,7 +111,7 @@ def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoin
         path,
         kind,
         tuple(suffixes),
-        (image,),
+        (region,),
         tensors,
         config,
         names,
@@ -134,10 +134,10 @@ def is_keras_store(groups: Iterable[str]) -> bool:
     return any(path == "vars" or path.endswith("/vars") for path in groups)
 
 
-def layer_names(image: Image, layout: Layout) -> dict[str, str]:
+def layer_names(region: Region, layout: Layout) -> dict[str, str]:
     """Return path of a layer's group -> the layer's name, where the writer stored names (Keras 3.10 on)."""
     names = {}
-    reader = AttributeReader(image)
+    reader = AttributeReader(region)
     for path, messages in layout.groups.items():
         if path.endswith("/vars"):
             value = _strings(reader, messages, "name").get("name")
@@ -151,7 +151,7 @@ def _check_legacy_groups(reader: AttributeReader, layout: Layout, parent: str) -
 
     Some versions of Keras leave a file that opens cleanly when a save crashed half way.
     """
-    path = reader.image.path
+    path = reader.region.path
     prefix = f"{parent}/" if parent else ""
     listed = _names(reader, layout.groups[parent], "layer_names")
     stored = {
@@ -193,7 +193,7 @@ def _names(
         hint = (
             "the save that wrote it did not finish, or it is stored in a newer HDF5 layout than Keras writes"
         )
-        raise UnreadableError(reader.image.path, f"no attribute `{attribute}`", tensor=layer, hint=hint)
+        raise UnreadableError(reader.region.path, f"no attribute `{attribute}`", tensor=layer, hint=hint)
     return [value.decode("utf-8", "backslashreplace") for value in values]
 
 
@@ -201,4 +201,4 @@ def _strings(reader: AttributeReader, messages: Sequence[bytes], *names: str) ->
     try:
         return reader.strings(messages, names)
     except DamagedStructureError as error:
-        raise UnreadableError(reader.image.path, f"damaged HDF5 file: {error}") from error
+        raise UnreadableError(reader.region.path, f"damaged HDF5 file: {error}") from error

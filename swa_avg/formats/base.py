@@ -13,7 +13,7 @@ from typing import IO, Any, Literal, NamedTuple, Protocol
 
 from isal.isal_zlib import crc32, crc32_combine
 
-from swa_avg.files.region import Image
+from swa_avg.files.region import Region
 from swa_avg.files.remote import RemoteFile
 
 __all__ = [
@@ -24,11 +24,12 @@ __all__ = [
     "Provenance",
     "Role",
     "Stage",
+    "Stream",
     "Tensor",
     "Written",
     "check_written",
     "write_chunks",
-    "write_image",
+    "write_shard",
 ]
 
 PROVENANCE = "swa_avg"
@@ -49,6 +50,8 @@ class Written(NamedTuple):
 
 Chunk = Buffer | Written
 """The next bytes of an output."""
+Stream = Callable[[int, IO[bytes]], Iterator[Chunk]]
+"""Yields the bytes of a shard, by its number, for an open file."""
 
 _WINDOW = 256 * 1024
 _NEAR = 4096  # what is worth reading between two places of an object, to ask for it once
@@ -66,10 +69,10 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: str
     """NumPy's name, `bfloat16`, or `opaque16` for two untagged bytes a value."""
-    image: int
-    """Index into `Checkpoint.images`."""
+    shard: int
+    """Index into `Checkpoint.shards`."""
     offset: int
-    """Bytes from the start of the image."""
+    """Bytes from the start of the shard."""
     nbytes: int
     role: Role = "weight"
 
@@ -90,7 +93,7 @@ class Checkpoint(ABC):
     """What sort of checkpoint it is, in words; the inputs of one run share it."""
     suffixes: tuple[str, ...]
     """What the name of such a file may end with, so that Keras finds the right loader."""
-    images: tuple[Image, ...]
+    shards: tuple[Region, ...]
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any] | None = None
     """The model's configuration, without compile settings, where the checkpoint stores one."""
@@ -103,48 +106,48 @@ class Checkpoint(ABC):
 
     @property
     def size(self) -> int:
-        """Bytes of the images."""
-        return sum(image.size for image in self.images)
+        """Bytes of the shards."""
+        return sum(shard.size for shard in self.shards)
 
     @abstractmethod
     def write(
         self,
-        image: Callable[[int, IO[bytes]], Iterator[Chunk]],
+        stream: Stream,
         provenance: Callable[[], Provenance],
         stage: Stage,
     ) -> None:
-        """Write a copy of this checkpoint with other images to `stage`.
+        """Write a copy of this checkpoint with other shards to `stage`.
 
-        `image(k, file)` yields the bytes of image k from first to last; each is asked for once, in order. The
+        `stream(k, file)` yields the bytes of shard k from first to last, each asked for once, in order. The
         first goes to where `file` stands when it is asked for.
-        `provenance()` may be called once, by an archive before the first image, else after the last.
+        `provenance()` may be called once, by an archive before the first shard, else after the last.
         """
 
-    def shares_layout(self, images: Sequence[Image]) -> bool:
-        """Tell whether `images` are this checkpoint's byte for byte outside the tensors' values.
+    def shares_layout(self, shards: Sequence[Region]) -> bool:
+        """Tell whether `shards` are this checkpoint's byte for byte outside the tensors' values.
 
         Keras writes the checkpoints of one run so; their tensors then lie in the same places, and parsing
         one of them is enough.
         """
         return (
-            len(images) == len(self.images)
+            len(shards) == len(self.shards)
             and self._metadata is not None
             and all(
-                image.size == own.size and _agrees(image, windows)
-                for image, own, windows in zip(images, self.images, self._metadata, strict=True)
+                shard.size == own.size and _agrees(shard, windows)
+                for shard, own, windows in zip(shards, self.shards, self._metadata, strict=True)
             )
         )
 
     @cached_property
     def _metadata(self) -> list[list[_Window]] | None:
-        """All bytes of each image that belong to no tensor; None if they are too many to keep."""
+        """All bytes of each shard that belong to no tensor; None if they are too many to keep."""
         gaps = [
-            _gaps((tensor for tensor in self.tensors.values() if tensor.image == index), image.size)
-            for index, image in enumerate(self.images)
+            _gaps((tensor for tensor in self.tensors.values() if tensor.shard == index), shard.size)
+            for index, shard in enumerate(self.shards)
         ]
-        if sum(stop - start for image in gaps for start, stop in image) > _MAX_METADATA:
+        if sum(stop - start for shard in gaps for start, stop in shard) > _MAX_METADATA:
             return None
-        return [_windows(image, its) for image, its in zip(self.images, gaps, strict=True)]
+        return [_windows(shard, its) for shard, its in zip(self.shards, gaps, strict=True)]
 
     @abstractmethod
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
@@ -152,13 +155,13 @@ class Checkpoint(ABC):
 
     def check_unchanged(self) -> None:
         """Raise UnreadableError if one of its files was written to since it was opened."""
-        for image in self.images:
-            image.check_unchanged()
+        for shard in self.shards:
+            shard.check_unchanged()
 
     def close(self) -> None:
         """Close its files."""
-        for image in self.images:
-            image.close()
+        for shard in self.shards:
+            shard.close()
 
 
 def _gaps(tensors: Iterable[Tensor], size: int) -> list[tuple[int, int]]:
@@ -171,10 +174,10 @@ def _gaps(tensors: Iterable[Tensor], size: int) -> list[tuple[int, int]]:
     return [*gaps, (position, size)]
 
 
-def _windows(image: Image, gaps: Sequence[tuple[int, int]]) -> list[_Window]:
+def _windows(shard: Region, gaps: Sequence[tuple[int, int]]) -> list[_Window]:
     """Read the gaps; neighbours that lie within one window are kept, and later read, together."""
     windows: list[_Window] = []
-    for (start, stop), data in zip(gaps, image.ranges(gaps), strict=True):
+    for (start, stop), data in zip(gaps, shard.ranges(gaps), strict=True):
         if windows and stop - windows[-1][0][0] <= _WINDOW:
             windows[-1].append((start, data))
         else:
@@ -182,14 +185,14 @@ def _windows(image: Image, gaps: Sequence[tuple[int, int]]) -> list[_Window]:
     return windows
 
 
-def _agrees(image: Image, windows: Sequence[_Window]) -> bool:
-    """Tell whether an image holds these bytes; a window is read at once, what lies between included."""
-    if isinstance(image.file, RemoteFile):
+def _agrees(shard: Region, windows: Sequence[_Window]) -> bool:
+    """Tell whether a shard holds these bytes; a window is read at once, what lies between included."""
+    if isinstance(shard.file, RemoteFile):
         windows = [part for window in windows for part in _near(window)]
     ranges = [(window[0][0], window[-1][0] + len(window[-1][1])) for window in windows]
     return all(
         found.startswith(data, start - first)
-        for window, (first, _), found in zip(windows, ranges, image.ranges(ranges), strict=True)
+        for window, (first, _), found in zip(windows, ranges, shard.ranges(ranges), strict=True)
         for start, data in window
     )
 
@@ -218,8 +221,8 @@ class Stage(Protocol):
         """
 
 
-def write_image(file: IO[bytes], chunks: Iterable[Chunk]) -> None:
-    """Write the bytes of an image to the start of an empty file, and see that they read back."""
+def write_shard(file: IO[bytes], chunks: Iterable[Chunk]) -> None:
+    """Write the bytes of a shard to the start of an empty file, and see that they read back."""
     check_written(file, 0, *write_chunks(file, chunks))
 
 

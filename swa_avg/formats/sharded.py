@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from swa_avg.errors import UnreadableError, escape
-from swa_avg.files.region import Image, open_file
+from swa_avg.files.region import Region, open_file
 from swa_avg.files.untrusted_json import MAX_JSON, parse_json
 from swa_avg.formats.bare import layer_names
 from swa_avg.formats.base import (
     PROVENANCE,
     Checkpoint,
-    Chunk,
     Provenance,
     Stage,
+    Stream,
     Tensor,
     check_written,
     write_chunks,
-    write_image,
+    write_shard,
 )
 from swa_avg.formats.hdf5.layout import Layout, read_layout
 
@@ -36,23 +36,23 @@ class ShardedCheckpoint(Checkpoint):
     """A `.weights.json` and its shards; the provenance is a key of the JSON."""
 
     map: Mapping[str, Any] | None = None
-    shards: tuple[str, ...] = ()
+    shard_names: tuple[str, ...] = ()
 
     def write(
         self,
-        image: Callable[[int, IO[bytes]], Iterator[Chunk]],
+        stream: Stream,
         provenance: Callable[[], Provenance],
         stage: Stage,
     ) -> None:
         assert self.map is not None
         base = stage.output.name.removesuffix(".json").removesuffix(".weights")
         # Keras opens the shard of this very name first, whatever the map says.
-        names = {shard: f"{base}_{index:05}.weights.h5" for index, shard in enumerate(self.shards)}
+        names = {shard: f"{base}_{index:05}.weights.h5" for index, shard in enumerate(self.shard_names)}
         with ThreadPoolExecutor(1) as beside:  # each shard is read back while the next is averaged
             checks = []
-            for index, shard in enumerate(self.shards):
-                file = stage.create(names[shard], self.images[index].size)
-                size, checksum = write_chunks(file, image(index, file))
+            for index, shard in enumerate(self.shard_names):
+                file = stage.create(names[shard], self.shards[index].size)
+                size, checksum = write_chunks(file, stream(index, file))
                 checks.append(beside.submit(self._check, file, index, size, checksum))
             for check in checks:
                 check.result()
@@ -64,15 +64,15 @@ class ShardedCheckpoint(Checkpoint):
         record = provenance()
         own = {} if record is None else {PROVENANCE: record}
         text = json.dumps({**self.map, "weight_map": weight_map, **own}, indent=4)
-        write_image(stage.create(stage.output.name), [text.encode()])
+        write_shard(stage.create(stage.output.name), [text.encode()])
 
     def _check(self, file: IO[bytes], index: int, size: int, checksum: int) -> None:
         """See that a shard reads back as it was written, and that libhdf5 reads it."""
         from swa_avg.formats.hdf5.libhdf5 import check_readable
 
         check_written(file, 0, size, checksum)
-        written = Image(self.path.with_name(self.shards[index]), file, 0, size)
-        check_readable(written, {n: t for n, t in self.tensors.items() if t.image == index})
+        written = Region(self.path.with_name(self.shard_names[index]), file, 0, size)
+        check_readable(written, {n: t for n, t in self.tensors.items() if t.shard == index})
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         from swa_avg.formats.hdf5.rebuild import strip
@@ -96,40 +96,40 @@ def open_sharded(path: Path, file: IO[bytes], like: Checkpoint | None = None) ->
         size = file.seek(0, 2)
         if size > MAX_JSON:
             raise UnreadableError(path, f"the shard map is larger than {MAX_JSON >> 20} MiB")
-        record = parse_json(Image(path, file, 0, size).read(0, size), path, "the shard map")
+        record = parse_json(Region(path, file, 0, size).read(0, size), path, "the shard map")
     weight_map = record.get("weight_map")
     if not isinstance(weight_map, dict):
         raise UnreadableError(path, "not the map of a sharded checkpoint: no `weight_map`")
-    shards = _shard_names(path, weight_map)
-    images: list[Image] = []
+    names = _shard_names(path, weight_map)
+    shards: list[Region] = []
     try:
-        for shard in shards:
-            part = open_file(path.with_name(shard), follow=False)
-            images.append(Image(path.with_name(shard), part))
+        for name in names:
+            part = open_file(path.with_name(name), follow=False)
+            shards.append(Region(path.with_name(name), part))
         own: dict[str, Any] = {
             "path": path,
-            "images": tuple(images),
+            "shards": tuple(shards),
             "map": record,
-            "shards": shards,
+            "shard_names": names,
             "is_average": PROVENANCE in record,
         }
         if (
             isinstance(like, ShardedCheckpoint)
             and (like.map or {}).get("weight_map") == weight_map
-            and like.shares_layout(images)
+            and like.shares_layout(shards)
         ):
             return replace(like, **own)
-        layouts = [read_layout(image, index) for index, image in enumerate(images)]
-        tensors = _join(path, layouts, weight_map, shards)
-        names = {}
-        for image, layout in zip(images, layouts, strict=True):
-            names.update(layer_names(image, layout))
+        layouts = [read_layout(shard, index) for index, shard in enumerate(shards)]
+        tensors = _join(path, layouts, weight_map, names)
+        layers = {}
+        for shard, layout in zip(shards, layouts, strict=True):
+            layers.update(layer_names(shard, layout))
     except BaseException:
-        for image in images:
-            image.close()
+        for shard in shards:
+            shard.close()
         raise
     return ShardedCheckpoint(
-        kind="sharded Keras weights", suffixes=(".weights.json",), tensors=tensors, layer_names=names, **own
+        kind="sharded Keras weights", suffixes=(".weights.json",), tensors=tensors, layer_names=layers, **own
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swa_avg.errors import UnreadableError, UsageError
-from swa_avg.files.region import Image, open_file
+from swa_avg.files.region import Region, open_file
 from swa_avg.formats.base import Checkpoint
 
 __all__ = ["check_digests", "read_digests"]
@@ -31,10 +31,10 @@ def read_digests(path: Path) -> dict[Path, str]:
         UnreadableError: it is missing, or a line is something else, or two lines disagree on a file.
     """
     with open_file(path) as file:
-        image = Image(path, file)
-        if image.size > _MAX_BYTES:
+        shard = Region(path, file)
+        if shard.size > _MAX_BYTES:
             raise UnreadableError(path, f"a list of digests larger than {_MAX_BYTES >> 20} MiB")
-        text = image.read(0, image.size).decode("utf-8", "surrogateescape")
+        text = shard.read(0, shard.size).decode("utf-8", "surrogateescape")
     digests: dict[Path, str] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -63,7 +63,7 @@ def check_digests(checkpoints: Sequence[Checkpoint], digests: dict[Path, str], l
         UnreadableError: a file has another digest.
     """
     for checkpoint in checkpoints:
-        opened = {image.path: image for image in checkpoint.images}
+        opened = {shard.path: shard for shard in checkpoint.shards}
         for path in dict.fromkeys([checkpoint.path, *opened]):
             expected = digests.get(path.absolute())
             if expected is None:
@@ -74,10 +74,10 @@ def check_digests(checkpoints: Sequence[Checkpoint], digests: dict[Path, str], l
                 raise UnreadableError(path, problem, hint="leave this file out, or restore it")
 
 
-def _sha256(opened: Image | None, path: Path) -> str:
+def _sha256(opened: Region | None, path: Path) -> str:
     """Return the digest of a whole file: by the descriptor that is averaged from, or of a map by its name."""
     digest = hashlib.sha256()
     with contextlib.nullcontext(opened.file) if opened else open_file(path) as file:
-        for chunk in Image(path, file).chunks():
+        for chunk in Region(path, file).chunks():
             digest.update(chunk)
     return digest.hexdigest()

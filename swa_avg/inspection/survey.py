@@ -39,7 +39,7 @@ class Contents:
     writer: str | None
     """What wrote it, where it says so."""
     size: int
-    """Bytes of its HDF5 images."""
+    """Bytes of its HDF5 files."""
     tensors: int
     """Model weights; optimizer state and metrics are not counted."""
     parameters: int
@@ -172,7 +172,7 @@ def inspect_checkpoints(
         try:
             plan = make_plan(checkpoints, checkpoints[-1], coefficients)
             check_shared_files(plan)
-            check_contents(plan, [[image.crc32 for image in checkpoint.images] for checkpoint in checkpoints])
+            check_contents(plan, [[shard.crc32 for shard in checkpoint.shards] for checkpoint in checkpoints])
         except MismatchError as error:
             inspection = replace(inspection, findings=error.findings)
         else:

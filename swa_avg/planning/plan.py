@@ -31,7 +31,7 @@ class Plan:
     coefficients: tuple[float, ...]
     """One an input."""
     averaged: tuple[Tensor, ...]
-    """Tensors of the template, by image and offset; of one that has several names, the first."""
+    """Tensors of the template, by shard and offset; of one that has several names, the first."""
     compared: tuple[Tensor, ...]
     """Integers that must be equal in all inputs, likewise."""
     copied: tuple[Tensor, ...]
@@ -63,10 +63,10 @@ def make_plan(
     dropped = {
         name for name, tensor in newest.tensors.items() if drop_optimizer and is_model_optimizer(tensor)
     }
-    for tensor in sorted(template.tensors.values(), key=lambda t: (t.image, t.offset, t.name)):
+    for tensor in sorted(template.tensors.values(), key=lambda t: (t.shard, t.offset, t.name)):
         if tensor.name in dropped:
             continue
-        extent = (tensor.image, tensor.offset, tensor.nbytes)
+        extent = (tensor.shard, tensor.offset, tensor.nbytes)
         if not tensor.nbytes or extent not in seen:
             by_treatment[treatment(tensor)].append(tensor)
         seen.add(extent)
@@ -130,7 +130,7 @@ def _tied(checkpoint: Checkpoint) -> set[frozenset[str]]:
     names: dict[tuple[int, int, int], list[str]] = {}
     for tensor in checkpoint.tensors.values():
         if tensor.role == "weight" and tensor.nbytes:
-            names.setdefault((tensor.image, tensor.offset, tensor.nbytes), []).append(tensor.name)
+            names.setdefault((tensor.shard, tensor.offset, tensor.nbytes), []).append(tensor.name)
     return {frozenset(same) for same in names.values() if len(same) > 1}
 
 

@@ -34,9 +34,9 @@ class RecordedInput:
 
     name: str
     size: int
-    """Bytes of its images."""
+    """Bytes of its shards."""
     crc32: tuple[str | None, ...]
-    """One an image, hexadecimal; None where it was not computed."""
+    """One a shard, hexadecimal; None where it was not computed."""
     coefficient: float
 
 
@@ -59,7 +59,7 @@ def describe(
 ) -> dict[str, Any]:
     """Return the record that the output carries: enough to derive it again, and no clock time.
 
-    Each input has a CRC-32 (hexadecimal) per HDF5 image: of `model.weights.h5` in an archive, of each
+    Each input has a CRC-32 (hexadecimal) per shard: of `model.weights.h5` in an archive, of each
     file else; null where it was not computed.
     """
     return {

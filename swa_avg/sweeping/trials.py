@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO
 
 from swa_avg.averaging import check_contents, check_shared_files, write_draft
 from swa_avg.batchnorm.report import RefreshReport
@@ -20,7 +19,7 @@ from swa_avg.combine.spill import Spill
 from swa_avg.combine.workers import Crew
 from swa_avg.files.publication import Publication
 from swa_avg.formats import Checkpoint
-from swa_avg.formats.base import Chunk
+from swa_avg.formats.base import Stream
 from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.sweeping import candidates
 from swa_avg.sweeping.candidates import Candidate, badness
@@ -33,8 +32,6 @@ POINTS = 11
 
 _Underway = tuple[Candidate, "TemporaryDirectory[str]", "Future[Scoring]"]
 """A candidate, the folder of its draft, and the work."""
-
-Image = Callable[[int, IO[bytes]], Iterator[Chunk]]
 
 
 @dataclass(frozen=True)
@@ -110,19 +107,19 @@ class Trials:
                 for number, row in enumerate(rows):
                     if len(under_way) == self.at_once:
                         results.append(self._finish(under_way.popleft()))
-                    under_way.append(self._start(row, plan, partial(spill.image, number), stack))
+                    under_way.append(self._start(row, plan, partial(spill.stream, number), stack))
                 return (*results, *map(self._finish, under_way))
 
-    def score(self, candidate: Candidate, plan: Plan, image: Image) -> Scored:
+    def score(self, candidate: Candidate, plan: Plan, stream: Stream) -> Scored:
         """Write a draft, have it scored, and remember what it takes to write it if it is the best so far."""
         with ExitStack() as stack:
-            return self._finish(self._start(candidate, plan, image, stack))
+            return self._finish(self._start(candidate, plan, stream, stack))
 
-    def _start(self, candidate: Candidate, plan: Plan, image: Image, stack: ExitStack) -> _Underway:
+    def _start(self, candidate: Candidate, plan: Plan, stream: Stream, stack: ExitStack) -> _Underway:
         folder = TemporaryDirectory(dir=self.folder)
         stack.callback(folder.cleanup)
         draft = Path(folder.name) / f"draft{plan.template.suffixes[0]}"
-        write_draft(draft, plan.template, image)
+        write_draft(draft, plan.template, stream)
         work = self.submit(draft.absolute())
         stack.callback(work.cancel)
         return candidate, folder, work
@@ -149,7 +146,7 @@ def greedy_soup(trials: Trials, singles: Sequence[Scored]) -> Scored:
     def badness_of(accepted: tuple[int, ...]) -> float:
         candidate = candidates.soup_of(accepted, len(singles))
         combiner = trials.combiner([candidate])
-        soups[accepted] = trials.score(candidate, combiner.plan, combiner.image)
+        soups[accepted] = trials.score(candidate, combiner.plan, combiner.stream)
         return soups[accepted].badness
 
     accepted = candidates.greedy([single.badness for single in singles], badness_of)

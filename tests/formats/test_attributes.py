@@ -11,19 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swa_avg.files.region import Image, open_file
+from swa_avg.files.region import Region, open_file
 from swa_avg.formats.hdf5.messages import AttributeReader, DamagedStructureError
 from swa_avg.formats.hdf5.objects import NewerStructureError, Structures
 
 
-def _image(path: Path) -> Image:
+def _region(path: Path) -> Region:
     file = open_file(path)
-    return Image(path, file, 0, file.seek(0, 2))
+    return Region(path, file, 0, file.seek(0, 2))
 
 
-def _root(image: Image) -> tuple[bytes, ...]:
+def _root(region: Region) -> tuple[bytes, ...]:
     """Return the attribute messages of the root."""
-    structures = Structures(image)
+    structures = Structures(region)
     return structures.attributes(structures.messages(structures.root))
 
 
@@ -52,9 +52,9 @@ def test_strings_are_those_that_h5py_wrote(value: object, tmp_path: Path) -> Non
             file.attrs[f"after{number}"] = "filler" * number
     flat = np.asarray(value).reshape(-1).tolist()
     expected = [item.encode() if isinstance(item, str) else item for item in flat]
-    image = _image(path)
-    assert AttributeReader(image).strings(_root(image), ["it", "absent"]) == {"it": expected}
-    image.close()
+    region = _region(path)
+    assert AttributeReader(region).strings(_root(region), ["it", "absent"]) == {"it": expected}
+    region.close()
 
 
 def test_parts_of_a_long_attribute_are_joined_in_order(tmp_path: Path) -> None:
@@ -63,9 +63,9 @@ def test_parts_of_a_long_attribute_are_joined_in_order(tmp_path: Path) -> None:
     with h5py.File(path, "w") as file:
         for part in range(12):
             file.attrs[f"layer_names{part}"] = names[2 * part : 2 * part + 2]
-    image = _image(path)
-    assert AttributeReader(image).strings(_root(image), ["layer_names"]) == {"layer_names": names}
-    image.close()
+    region = _region(path)
+    assert AttributeReader(region).strings(_root(region), ["layer_names"]) == {"layer_names": names}
+    region.close()
 
 
 def _original() -> bytes:
@@ -96,10 +96,10 @@ def test_damage_is_an_error_or_harmless(
             | st.binary(min_size=8, max_size=8)
         )
     path.write_bytes(damaged)
-    image = _image(path)
+    region = _region(path)
     try:
-        AttributeReader(image).strings(_root(image), ["model_config", "layer_names"])
+        AttributeReader(region).strings(_root(region), ["model_config", "layer_names"])
     except (DamagedStructureError, NewerStructureError, struct.error, IndexError):
         pass
     finally:
-        image.close()
+        region.close()

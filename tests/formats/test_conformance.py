@@ -55,7 +55,7 @@ class Conformance:
         for name, value in stored.items():
             tensor = checkpoint.tensors[name]
             assert (tensor.shape, tensor.dtype, tensor.role) == (value.shape, value.dtype.name, "weight")
-            assert checkpoint.images[tensor.image].read(tensor.offset, tensor.nbytes) == value.tobytes()
+            assert checkpoint.shards[tensor.shard].read(tensor.offset, tensor.nbytes) == value.tobytes()
         checkpoint.close()
 
     def test_average_is_the_mean_and_reads_back(self, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import makers
 from swa_avg.errors import UnreadableError
-from swa_avg.files.region import Image, open_file
+from swa_avg.files.region import Region, open_file
 from swa_avg.formats.hdf5 import libhdf5
 from swa_avg.formats.hdf5.layout import Layout, read_layout
 
@@ -21,7 +21,7 @@ NAMES = {np.dtype(bool): "bool", makers.BFLOAT16: "opaque16"}
 
 def _layout(path: Path) -> Layout:
     with open_file(path) as file:
-        return read_layout(Image(path, file, 0, file.seek(0, 2)))
+        return read_layout(Region(path, file, 0, file.seek(0, 2)))
 
 
 def _by_h5py(path: Path) -> dict[str, tuple[object, ...]]:

@@ -73,8 +73,8 @@ def test_everything_but_the_optimizer_is_kept(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path / "a.weights.h5")
     with (tmp_path / "scratch").open("w+b") as file:
         stripped = checkpoint.without_optimizer(lambda: file)
-        (image,) = stripped.images
-        found = _dump(image.read(0, image.size))
+        (region,) = stripped.shards
+        found = _dump(region.read(0, region.size))
     checkpoint.close()
     with h5py.File(tmp_path / "a.weights.h5", "r+") as file:
         del file["optimizer"]

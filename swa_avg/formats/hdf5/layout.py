@@ -1,4 +1,4 @@
-"""HDF5 images: where each tensor lies."""
+"""HDF5: where each tensor lies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from swa_avg.errors import UnreadableError
-from swa_avg.files.region import Image
+from swa_avg.files.region import Region
 from swa_avg.formats.base import Role, Tensor
 from swa_avg.formats.hdf5.messages import DamagedStructureError, decode, number_of, shape_of
 from swa_avg.formats.hdf5.objects import Extent, Message, NewerStructureError, Structures
@@ -32,7 +32,7 @@ _UNALLOCATED = 2**64 - 1
 
 @dataclass(frozen=True)
 class Layout:
-    """What is in one HDF5 image, apart from the values."""
+    """What is in one HDF5 region, apart from the values."""
 
     tensors: Mapping[str, Tensor]
     groups: Mapping[str, Sequence[bytes]]
@@ -41,8 +41,8 @@ class Layout:
     """The same of what is no group."""
 
 
-def read_layout(image: Image, index: int = 0) -> Layout:
-    """Parse an HDF5 image for where its tensors lie; no value is read.
+def read_layout(region: Region, index: int = 0) -> Layout:
+    """Parse an HDF5 region for where its tensors lie; no value is read.
 
     libhdf5 is asked only where a group keeps its links in a newer way than Keras's files do, and never
     for an attribute.
@@ -50,31 +50,31 @@ def read_layout(image: Image, index: int = 0) -> Layout:
     Raises:
         UnreadableError: the file is damaged, or holds something other than plain contiguous tensors.
     """
-    if image.size < len(SIGNATURE) or image.read(0, len(SIGNATURE)) != SIGNATURE:
-        raise UnreadableError(image.path, "not an HDF5 file")
-    walk = Walk(image, index)
+    if region.size < len(SIGNATURE) or region.read(0, len(SIGNATURE)) != SIGNATURE:
+        raise UnreadableError(region.path, "not an HDF5 file")
+    walk = Walk(region, index)
     try:
-        structures = Structures(image)
+        structures = Structures(region)
         try:
             _walk(walk, structures)
         except NewerStructureError:
             from swa_avg.formats.hdf5.libhdf5 import walk_newer
 
-            walk, structures = Walk(image, index), Structures(image)
+            walk, structures = Walk(region, index), Structures(region)
             walk_newer(walk, structures)
     except (DamagedStructureError, struct.error, IndexError, MemoryError) as error:
         problem = f"damaged HDF5 file ({error or 'a structure is too large'})"
-        raise UnreadableError(image.path, problem, tensor=walk.at) from error
+        raise UnreadableError(region.path, problem, tensor=walk.at) from error
     layout = Layout({**walk.tensors, **walk.inner_optimizers()}, walk.groups, walk.datasets)
-    _check_extents(image, layout.tensors.values(), structures)
+    _check_extents(region, layout.tensors.values(), structures)
     return layout
 
 
 @dataclass
 class Walk:
-    """One pass over the groups of an image: what has been found so far."""
+    """One pass over the groups of a region: what has been found so far."""
 
-    image: Image
+    region: Region
     index: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
     groups: dict[str, Sequence[bytes]] = field(default_factory=dict)
@@ -86,26 +86,28 @@ class Walk:
     def child(self, path: str, name: bytes) -> str:
         """Return the path of what a group holds under `name`, after checks of name and number."""
         if len(name) > _MAX_NAME:
-            raise UnreadableError(self.image.path, f"holds a name of {len(name)} bytes")
+            raise UnreadableError(self.region.path, f"holds a name of {len(name)} bytes")
         try:
             text = name.decode()
         except UnicodeDecodeError:
-            raise UnreadableError(self.image.path, f"holds a name that is not UTF-8: {name[:80]!r}") from None
+            raise UnreadableError(
+                self.region.path, f"holds a name that is not UTF-8: {name[:80]!r}"
+            ) from None
         if text in ("", ".", "..") or "/" in text:
-            raise UnreadableError(self.image.path, f"holds an impossible name: {name[:80]!r}")
+            raise UnreadableError(self.region.path, f"holds an impossible name: {name[:80]!r}")
         self.at = child = f"{path}/{text}" if path else text
         if child in self.tensors or child in self.groups:
-            raise UnreadableError(self.image.path, "stands twice in the file", tensor=child)
+            raise UnreadableError(self.region.path, "stands twice in the file", tensor=child)
         if len(self.tensors) + len(self.groups) >= _MAX_OBJECTS:
-            raise UnreadableError(self.image.path, f"holds more than {_MAX_OBJECTS} objects")
+            raise UnreadableError(self.region.path, f"holds more than {_MAX_OBJECTS} objects")
         return child
 
     def enter(self, path: str, address: int, attributes: Sequence[bytes]) -> None:
         """Note a group, which may be reached once only."""
         if address in self._entered:
-            raise UnreadableError(self.image.path, "is a group that is linked twice", tensor=path)
+            raise UnreadableError(self.region.path, "is a group that is linked twice", tensor=path)
         if path.count("/") > _MAX_DEPTH:
-            raise UnreadableError(self.image.path, f"holds groups nested more than {_MAX_DEPTH} deep")
+            raise UnreadableError(self.region.path, f"holds groups nested more than {_MAX_DEPTH} deep")
         self._entered.add(address)
         self.groups[path] = attributes
 
@@ -119,27 +121,27 @@ class Walk:
 
     def refuse_link(self, name: str) -> UnreadableError:
         problem = "is a soft or external link, which Keras never writes"
-        return UnreadableError(self.image.path, problem, tensor=name)
+        return UnreadableError(self.region.path, problem, tensor=name)
 
     def refuse_storage(self, name: str) -> UnreadableError:
         problem = "is stored chunked, compressed, compact, virtual or in another file"
         hint = "rewrite it without: h5repack -l CONTI -f NONE IN OUT"
-        return UnreadableError(self.image.path, problem, tensor=name, hint=hint)
+        return UnreadableError(self.region.path, problem, tensor=name, hint=hint)
 
     def refuse_type(self, name: str) -> UnreadableError:
         problem = "has a type that Keras does not write for a variable"
-        return UnreadableError(self.image.path, problem, tensor=name)
+        return UnreadableError(self.region.path, problem, tensor=name)
 
     def refuse_object(self, name: str) -> UnreadableError:
-        return UnreadableError(self.image.path, "is neither a group nor a dataset", tensor=name)
+        return UnreadableError(self.region.path, "is neither a group nor a dataset", tensor=name)
 
     def check_size(self, name: str, nbytes: int, offset: int | None, stored: int) -> None:
         """Raise UnreadableError unless a dataset's bytes were written, all of them."""
         if nbytes and offset is None:
-            raise UnreadableError(self.image.path, "was never written", tensor=name)
+            raise UnreadableError(self.region.path, "was never written", tensor=name)
         if offset is not None and stored != nbytes:
             problem = f"its shape takes {nbytes} bytes, but {stored} are stored"
-            raise UnreadableError(self.image.path, problem, tensor=name)
+            raise UnreadableError(self.region.path, problem, tensor=name)
 
     def inner_optimizers(self) -> dict[str, Tensor]:
         """Return the tensors of optimizers that a subclassed model holds as attributes, such as a GAN's.
@@ -234,8 +236,8 @@ def _type(datatype: bytes, attributes: Iterable[bytes]) -> tuple[str, int] | Non
     return None
 
 
-def _check_extents(image: Image, tensors: Iterable[Tensor], structures: Structures) -> None:
-    """Raise UnreadableError unless every extent lies inside the image and overlaps nothing.
+def _check_extents(region: Region, tensors: Iterable[Tensor], structures: Structures) -> None:
+    """Raise UnreadableError unless every extent lies inside the region and overlaps nothing.
 
     The exact same extent twice is one dataset with two names.
     """
@@ -243,11 +245,11 @@ def _check_extents(image: Image, tensors: Iterable[Tensor], structures: Structur
     for tensor in stored:
         if tensor.offset < _SUPERBLOCK_SIZE or tensor.stop > structures.end:
             problem = f"its {tensor.nbytes} bytes lie outside the file; it was truncated or damaged"
-            raise UnreadableError(image.path, problem, tensor=tensor.name)
+            raise UnreadableError(region.path, problem, tensor=tensor.name)
     extents: dict[Extent, str] = {(tensor.offset, tensor.stop): tensor.name for tensor in stored}
     position, name = 0, ""
     for (start, stop), this in sorted([*extents.items(), *((extent, "") for extent in structures.found)]):
         if start < position:
             problem = "overlaps another part of the file; it is damaged"
-            raise UnreadableError(image.path, problem, tensor=this or name or None)
+            raise UnreadableError(region.path, problem, tensor=this or name or None)
         position, name = stop, this

@@ -15,7 +15,7 @@ import h5py
 from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t
 
 from swa_avg.errors import SwaAvgError, UnreadableError, first_line
-from swa_avg.files.region import Image, ImageFile
+from swa_avg.files.region import Region, RegionFile
 from swa_avg.formats.base import Tensor
 from swa_avg.formats.hdf5.layout import Walk
 from swa_avg.formats.hdf5.objects import NewerStructureError, Structures
@@ -64,30 +64,30 @@ def attributes_of(structures: Structures, address: int) -> tuple[bytes, ...]:
     return structures.attributes(messages)
 
 
-def check_readable(image: Image, tensors: Mapping[str, Tensor]) -> None:
-    """See that libhdf5, and so Keras, finds these tensors in an image, and no others.
+def check_readable(region: Region, tensors: Mapping[str, Tensor]) -> None:
+    """See that libhdf5, and so Keras, finds these tensors in a region, and no others.
 
     Raises:
-        UnreadableError: it does not; what the image was copied from, `image.path`, is damaged.
+        UnreadableError: it does not; what the region was copied from, `region.path`, is damaged.
     """
-    walk = Walk(image, 0)
+    walk = Walk(region, 0)
     _visit(walk)
     found = {name: (t.shape, t.offset, t.nbytes) for name, t in walk.tensors.items()}
     if found != {name: (t.shape, t.offset, t.nbytes) for name, t in tensors.items()}:
-        raise UnreadableError(image.path, "damaged HDF5 file (libhdf5 finds other tensors in it)")
+        raise UnreadableError(region.path, "damaged HDF5 file (libhdf5 finds other tensors in it)")
 
 
 def _visit(walk: Walk) -> dict[str, int]:
-    """Walk an image, and return path -> address of the object header."""
+    """Walk a region, and return path -> address of the object header."""
     addresses: dict[str, int] = {}
     try:
-        with h5py.File(ImageFile(walk.image), "r") as file:
+        with h5py.File(RegionFile(walk.region), "r") as file:
             _visit_all(walk, file.id, addresses)
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError) as error:
         if isinstance(error, SwaAvgError):
             raise
         problem = f"damaged HDF5 file ({first_line(error)})"
-        raise UnreadableError(walk.image.path, problem, tensor=walk.at) from error
+        raise UnreadableError(walk.region.path, problem, tensor=walk.at) from error
     return addresses
 
 
@@ -150,4 +150,4 @@ def _type(dataset: Any) -> tuple[str, int] | None:
 
 def _end_of_file(walk: Walk) -> int:
     """Return where the superblock says that the file ends: what lies beyond, HDF5 takes for free space."""
-    return int(min(walk.image.size, struct.unpack("<Q", walk.image.read(28, 8))[0]))
+    return int(min(walk.region.size, struct.unpack("<Q", walk.region.read(28, 8))[0]))

@@ -1,4 +1,4 @@
-"""Read attributes from the bytes of an HDF5 image.
+"""Read attributes from the bytes of an HDF5 region.
 
 libhdf5 loops forever or crashes on damaged variable-length strings, the form in which Keras stores
 `model_config` and layer names. So these few structures are decoded here, with every length checked, from
@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from swa_avg.files.region import Image
+from swa_avg.files.region import Region
 
 __all__ = [
     "Attribute",
@@ -47,7 +47,7 @@ _NUMBERS = {  # class and the rest of a datatype message -> NumPy's name
 
 
 class DamagedStructureError(ValueError):
-    """A structure of an HDF5 image is not what the format says."""
+    """A structure of an HDF5 region is not what the format says."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,15 @@ class Attribute:
 
 
 class AttributeReader:
-    """Reads attributes of one image.
+    """Reads attributes of one region.
 
     Hostile files lead to the same bytes again and again; all that is read together is bounded by the size of
-    the image.
+    the region.
     """
 
-    def __init__(self, image: Image) -> None:
-        self.image = image
-        self._budget = 4 * image.size + 2**20
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        self._budget = 4 * region.size + 2**20
         self._heaps: dict[int, dict[int, memoryview]] = {}
         self._heap_bytes = 0
 
@@ -104,7 +104,7 @@ class AttributeReader:
         Each value is the flat list of its strings: one for a scalar, none for an empty array of any type.
 
         Raises:
-            DamagedStructureError: a length or an address points outside the image, or a structure is
+            DamagedStructureError: a length or an address points outside the region, or a structure is
                 malformed.
         """
         found = {}
@@ -164,10 +164,10 @@ class AttributeReader:
         return objects
 
     def _read(self, position: int, size: int) -> bytes:
-        if position + size > self.image.size:
+        if position + size > self.region.size:
             raise DamagedStructureError("an attribute points outside the file")
         self._spend(size)
-        return self.image.read(position, size)
+        return self.region.read(position, size)
 
     def _spend(self, size: int) -> None:
         self._budget -= size

@@ -1,4 +1,4 @@
-"""The structures of an HDF5 image: object headers, groups, and where each of them lies.
+"""The structures of an HDF5 region: object headers, groups, and where each of them lies.
 
 What every Keras writer produces, after the HDF5 file format specification (version 3.0): superblock versions
 0 and 1 (II.A), version 1 B-trees (III.A.1), symbol table nodes (III.B, III.C), local heaps (III.D), global
@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 
-from swa_avg.files.region import Image
+from swa_avg.files.region import Region
 from swa_avg.formats.hdf5.messages import DamagedStructureError, decode
 
 __all__ = ["Extent", "Message", "NewerStructureError", "Structures"]
@@ -58,17 +58,17 @@ def _free_bytes(heap: bytes, free: int) -> int:
 class Structures:
     """Reads structures, and notes where they lie."""
 
-    def __init__(self, image: Image) -> None:
-        self.image = image
+    def __init__(self, region: Region) -> None:
+        self.region = region
         self.found: set[Extent] = set()
         """The extents of all that has been read."""
         self._heaps: set[int] = set()
-        self._budget = image.size + 2**20
+        self._budget = region.size + 2**20
         version = self._read(8, 1)[0]
         self.is_newer = version > 1
         self.found.add((0, {0: 96, 1: 100}.get(version, 48)))
         if self.is_newer:
-            leaf, internal, self.end, self.root = 4, 16, image.size, 0
+            leaf, internal, self.end, self.root = 4, 16, region.size, 0
         else:
             shift = 4 * version  # version 1 holds one number more
             widths, leaf, internal = struct.unpack("<13xHxHH", self._read(0, 20))
@@ -76,8 +76,8 @@ class Structures:
             (self.root,) = struct.unpack("<Q", self._read(64 + shift, 8))
             if widths != 0x0808 or base or {free, driver} != {_UNDEFINED}:
                 raise DamagedStructureError("the superblock is not one that Keras writes")
-            if self.end > image.size:
-                raise DamagedStructureError(f"it has {image.size} bytes of {self.end}")
+            if self.end > region.size:
+                raise DamagedStructureError(f"it has {region.size} bytes of {self.end}")
         self._node_size, self._tree_size = 8 + 2 * leaf * 40, 32 + 2 * internal * 16
 
     def messages(self, header: int) -> list[Message]:
@@ -198,9 +198,9 @@ class Structures:
 
     def _read(self, start: int, size: int) -> bytes:
         self._budget -= size
-        if start + size > self.image.size or size > _MAX_BLOCK or self._budget < 0:
+        if start + size > self.region.size or size > _MAX_BLOCK or self._budget < 0:
             raise DamagedStructureError("a structure lies outside the file, or overlaps another")
-        return self.image.read(start, size)
+        return self.region.read(start, size)
 
     @staticmethod
     def _expect(found: bytes, expected: bytes) -> None:

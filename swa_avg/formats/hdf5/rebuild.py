@@ -1,4 +1,4 @@
-"""Write HDF5 images with libhdf5: without some groups, and with the record of how they were made."""
+"""Write HDF5 files with libhdf5: without some groups, and with the record of how they were made."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from h5py import h5d, h5o, h5p, h5s, h5t
 
 from swa_avg.errors import SwaAvgError, UnreadableError, first_line
-from swa_avg.files.region import Image, ImageFile
+from swa_avg.files.region import Region, RegionFile
 from swa_avg.formats.base import PROVENANCE, Checkpoint, Tensor
 from swa_avg.formats.hdf5.layout import Layout, read_layout
 from swa_avg.formats.hdf5.libhdf5 import attributes_of
@@ -35,41 +35,41 @@ _ATTRIBUTE_BYTES = 60_000  # HDF5 takes 64 kB an attribute
 
 
 def strip(checkpoint: Checkpoint, groups: Sequence[str], scratch: Callable[[], IO[bytes]]) -> dict[str, Any]:
-    """Return images and tensors of a checkpoint without some top-level groups.
+    """Return shards and tensors of a checkpoint without some top-level groups.
 
-    HDF5 does not give back the room of what is deleted, so each image is built anew, from what has been read
+    HDF5 does not give back the room of what is deleted, so each region is built anew, from what has been read
     and checked: what libhdf5 writes here, it does not read from the input.
 
     Raises:
         UnreadableError: an attribute is damaged, or of a type that Keras does not write.
     """
-    images = []
+    shards = []
     tensors: dict[str, Tensor] = {}
-    for index, image in enumerate(checkpoint.images):
+    for index, region in enumerate(checkpoint.shards):
         file = scratch()
-        layout = read_layout(image, index)
+        layout = read_layout(region, index)
         kept = {name: t for name, t in layout.tensors.items() if name.split("/")[0] not in groups}
         with h5py.File(file, "w") as target:
-            _rebuild(target, image, layout, groups, kept)
+            _rebuild(target, region, layout, groups, kept)
         file.flush()
-        stripped = Image(image.path, file)
-        images.append(stripped)
+        stripped = Region(region.path, file)
+        shards.append(stripped)
         for name, tensor in read_layout(stripped, index).tensors.items():
             own = checkpoint.tensors[name]
             tensors[name] = replace(tensor, dtype=own.dtype, role=own.role)
             file.seek(tensor.offset)
-            for chunk in image.chunks(own.offset, own.stop):
+            for chunk in region.chunks(own.offset, own.stop):
                 file.write(chunk)
         file.flush()
-        images[-1] = Image(image.path, file, 0, stripped.size)  # it was written to since
-    return {"images": tuple(images), "tensors": tensors}
+        shards[-1] = Region(region.path, file, 0, stripped.size)  # it was written to since
+    return {"shards": tuple(shards), "tensors": tensors}
 
 
 def _rebuild(
-    target: Any, image: Image, layout: Layout, groups: Sequence[str], kept: Mapping[str, Tensor]
+    target: Any, region: Region, layout: Layout, groups: Sequence[str], kept: Mapping[str, Tensor]
 ) -> None:
     """Make the groups and attributes of a layout, and room for its tensors."""
-    reader = AttributeReader(image)
+    reader = AttributeReader(region)
     for path, messages in layout.groups.items():
         if path.split("/")[0] not in groups:
             _copy_attributes(reader, messages, path, target.require_group(path) if path else target)
@@ -98,7 +98,9 @@ def _copy_attributes(reader: AttributeReader, messages: Sequence[bytes], path: s
             target.attrs.create(attribute.name.decode(), values, attribute.shape, values.dtype)
     except (DamagedStructureError, ValueError) as error:
         problem = f"an attribute cannot be copied ({error})"
-        raise UnreadableError(reader.image.path, problem, tensor=path, hint="use --optimizer keep") from error
+        raise UnreadableError(
+            reader.region.path, problem, tensor=path, hint="use --optimizer keep"
+        ) from error
 
 
 def _values(reader: AttributeReader, attribute: Attribute) -> np.ndarray[Any, Any]:
@@ -185,14 +187,14 @@ def write_provenance(
     try:
         with h5py.File(_GuardedFile(file, tensors), "r+") as hdf5:
             root = h5o.get_info(hdf5.id).addr
-            image = Image(path, file)
-            for body in attributes_of(Structures(image), root):  # of an average that was an input
+            region = Region(path, file)
+            for body in attributes_of(Structures(region), root):  # of an average that was an input
                 if whole_name(decode(body).name) == PROVENANCE:
                     del hdf5.attrs[decode(body).name.decode()]
             for name, part in zip(names, parts, strict=True):
                 hdf5.attrs[name] = np.bytes_(part)
         file.flush()
-        with h5py.File(ImageFile(Image(path, file)), "r") as hdf5:
+        with h5py.File(RegionFile(Region(path, file)), "r") as hdf5:
             if b"".join(bytes(hdf5.attrs[name]) for name in names) != text:
                 raise ValueError("the record of how it was made does not read back")
     except (OSError, RuntimeError, KeyError, ValueError) as error:
