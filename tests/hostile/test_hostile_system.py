@@ -355,7 +355,8 @@ def test_two_runs_on_one_output_leave_one_of_the_two(overwrite: bool, suffix: st
 
 SIGNALLED = """
 import os, signal, sys
-from swa_avg import cli, publish
+from swa_avg import cli
+from swa_avg.files import publication as publish
 
 number = getattr(signal, sys.argv.pop(1))
 
