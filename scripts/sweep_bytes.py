@@ -29,7 +29,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from swa_avg.files.publication import Publication
 from swa_avg.combine.workers import hired
-from swa_avg.averaging import open_all
+from swa_avg.inputs.opening import opened
 from swa_avg.combine.spill import Spill
 from swa_avg.sweeping.search import candidate_rows
 from swa_avg.sweeping.trials import Trials
@@ -37,7 +37,7 @@ from swa_avg.sweeping.trials import Trials
 output, *paths = map(Path, sys.argv[1:])
 rows, _ = candidate_rows(paths, [])
 with ExitStack() as stack:
-    checkpoints = open_all(paths, stack)
+    checkpoints = stack.enter_context(opened(paths))
     publication = stack.enter_context(Publication(output, overwrite=False))
     crew = stack.enter_context(hired(None, 2, None, len(rows)))
     trials = Trials(checkpoints, publication, crew, output.parent, None, 1, None)

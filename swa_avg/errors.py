@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from swa_avg.sweeping.search import SweepReport
-
 __all__ = [
     "Finding",
     "MismatchError",
@@ -104,9 +102,9 @@ class NoImprovementError(SwaAvgError):
 
     exit_code = 4
 
-    def __init__(self, message: str, report: SweepReport) -> None:
+    def __init__(self, message: str, report: Any) -> None:
         self.report = report
-        """With every score."""
+        """The SweepReport, with every score."""
         super().__init__(message)
 
 

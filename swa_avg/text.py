@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-__all__ = ["counted", "number_text", "size_text"]
+__all__ = ["Progress", "counted", "number_text", "size_text"]
+
+Progress = Callable[[int | None, int], None]
+"""Told how much there is to do in all, where that is known, and how much was done since the last call."""
 
 
 def size_text(count: float) -> str:

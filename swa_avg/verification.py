@@ -15,7 +15,6 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swa_avg.averaging import as_output, open_all
 from swa_avg.combine.blocks import Block
 from swa_avg.combine.budget import fit_memory
 from swa_avg.combine.combiner import Combiner
@@ -26,8 +25,9 @@ from swa_avg.formats.archive import ArchiveCheckpoint
 from swa_avg.formats.bare import WEIGHTS, Hdf5Checkpoint
 from swa_avg.formats.base import PROVENANCE
 from swa_avg.formats.sharded import ShardedCheckpoint
+from swa_avg.inputs.opening import opened, resolve_dtypes
+from swa_avg.planning.output import as_output
 from swa_avg.planning.plan import Plan, config_differences, make_plan
-from swa_avg.planning.policy import resolve_dtypes
 from swa_avg.planning.record import Record, RecordedInput, read_record
 
 __all__ = ["Verification", "verify"]
@@ -85,7 +85,7 @@ def verify(
         (found,) = resolve_dtypes([found], record.dtype)
         named = [inputs] if isinstance(inputs, str | Path) else inputs
         paths = _paths(record, output, list(dict.fromkeys(map(as_path, named))) or [output.parent])
-        checkpoints = resolve_dtypes(open_all(paths, stack), record.dtype)
+        checkpoints = stack.enter_context(opened(paths, record.dtype))
         _check_inputs(checkpoints, record)
         template = as_output(checkpoints[-1], output)
         if record.optimizer == "drop":
@@ -102,8 +102,7 @@ def verify(
             *_value_findings(found, combiner, record),
             *_surroundings(found, plan.template, rebuilt=record.optimizer == "drop"),
         ]
-        for checkpoint in (*checkpoints, found):
-            checkpoint.check_unchanged()
+        found.check_unchanged()
     count = sum(tensor.name not in record.values for tensor in plan.averaged)
     copied = len(plan.copied) + len(plan.compared)
     return Verification(output, tuple(paths), record, count, copied, digests, tuple(findings))

@@ -25,7 +25,6 @@ from swa_avg.errors import MismatchError, SystemRefusalError, UnreadableError, U
 
 distributed = pytest.importorskip("distributed")
 
-from swa_avg import averaging as run  # noqa: E402
 from swa_avg.batchnorm.checkpoint import Refresh  # noqa: E402
 from swa_avg.combine import budget as resources  # noqa: E402
 from swa_avg.combine import cluster as module  # noqa: E402
@@ -33,6 +32,7 @@ from swa_avg.combine import combiner as combine  # noqa: E402
 from swa_avg.combine import kernel as work  # noqa: E402
 from swa_avg.combine.kernel import BlockWorker  # noqa: E402
 from swa_avg.formats.base import Written  # noqa: E402
+from swa_avg.planning import output  # noqa: E402
 from swa_avg.sweeping.scoring import Validation  # noqa: E402
 from swa_avg.sweeping.search import sweep  # noqa: E402
 
@@ -124,7 +124,7 @@ def both(paths: list[Path], folder: Path, address: str, **options: Any) -> tuple
     outputs = []
     for name, where in (("here", None), ("cluster", address)):
         (folder / name).mkdir()
-        outputs.append(folder / name / f"swa{run._suffix(paths[0])}")
+        outputs.append(folder / name / f"swa{output._suffix(paths[0])}")
         average(paths, outputs[-1], cluster=where, **options)
     assert contents(folder / "here") == contents(folder / "cluster")
     return outputs[0], outputs[1]
@@ -182,14 +182,14 @@ def test_workers_write_the_output_where_they_see_it_and_else_send_it(
     if not seen:
         monkeypatch.setattr(work, "open", refused, raising=False)
     written = []
-    image = run.Combiner.stream
+    image = combine.Combiner.stream
 
     def watched(self: Any, index: int, file: Any = None) -> Iterator[Any]:
         for chunk in image(self, index, file):
             written.append(isinstance(chunk, Written))
             yield chunk
 
-    monkeypatch.setattr(run.Combiner, "stream", watched)
+    monkeypatch.setattr(combine.Combiner, "stream", watched)
     average(paths, tmp_path / "swa.keras", cluster=lonely.scheduler_address)
     assert (tmp_path / "swa.keras").read_bytes() == (tmp_path / "here.keras").read_bytes()
     assert set(written) == {seen}
@@ -362,7 +362,7 @@ def test_a_worker_that_sees_no_file_or_another_is_named_with_the_file(
 ) -> None:
     """The client has the file open; then it goes, or is replaced: to a worker, as on another file system."""
     paths = write_run(tmp_path)
-    make_plan = run.make_plan
+    make_plan = output.make_plan
 
     def change_file(*args: Any, **kwargs: Any) -> Any:
         other = tmp_path / "other"
@@ -373,7 +373,7 @@ def test_a_worker_that_sees_no_file_or_another_is_named_with_the_file(
             paths[1].unlink()
         return make_plan(*args, **kwargs)
 
-    monkeypatch.setattr(run, "make_plan", change_file)
+    monkeypatch.setattr(output, "make_plan", change_file)
     with pytest.raises(UnreadableError) as error:
         average(paths, tmp_path / "swa.keras", cluster=cluster.scheduler_address)
     problem = {

@@ -15,7 +15,7 @@ import oracle
 from conftest import CORPUS, Ended
 from swa_avg import average
 from swa_avg.formats import open_checkpoint
-from swa_avg.planning.policy import resolve_dtypes
+from swa_avg.inputs.opening import resolve_dtypes
 
 RUNS = [
     ("keras-3.3.3-tf/cnn_bn", ".keras"),

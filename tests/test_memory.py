@@ -55,14 +55,14 @@ from pathlib import Path
 from swa_avg.combine.combiner import Combiner
 from swa_avg.planning.plan import make_plan
 from swa_avg.combine.budget import fit_memory
-from swa_avg.averaging import open_all
+from swa_avg.inputs.opening import opened
 from swa_avg.combine.spill import Spill
 
 count, spilled, *paths = sys.argv[1:]
 rows = [[(row + 1) / 1000, 1 - (row + 1) / 1000] for row in range(int(count))]
 block_bytes, threads = fit_memory(None, 2, len(rows))
 with ExitStack() as stack:
-    inputs = open_all([Path(path) for path in paths], stack)
+    inputs = stack.enter_context(opened([Path(path) for path in paths]))
     executor = stack.enter_context(ThreadPoolExecutor(threads))
     plan = make_plan(inputs, inputs[-1], rows[0])
     spill = Spill(Combiner(plan, rows, executor, block_bytes, threads), stack.enter_context(open(spilled, "wb+")))

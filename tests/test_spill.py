@@ -13,9 +13,9 @@ import pytest
 
 import makers
 import oracle
-from swa_avg.averaging import write_draft
 from swa_avg.combine.budget import fit_memory
 from swa_avg.combine.combiner import Combiner
+from swa_avg.combine.drafts import write_draft
 from swa_avg.combine.spill import Spill
 from swa_avg.formats import open_checkpoint
 from swa_avg.planning.plan import make_plan

@@ -7,12 +7,13 @@ import os
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
+from swa_avg.batchnorm.statistics import RefreshedStatistics
 from swa_avg.data.spec import ARGUMENTS, TRAINING
 from swa_avg.data.user_functions import import_function, import_module, names_function
 from swa_avg.errors import Finding, MismatchError, SwaAvgError, UsageError, first_line
@@ -22,10 +23,9 @@ from swa_avg.formats.bare import LEGACY_MODEL, LEGACY_WEIGHTS, Hdf5Checkpoint
 from swa_avg.planning.policy import has_lambda
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
     from swa_avg.batchnorm.elsewhere import Elsewhere
-    from swa_avg.batchnorm.report import RefreshReport
+    from swa_avg.combine.workers import Crew
+    from swa_avg.text import Progress
 
 __all__ = [
     "Loading",
@@ -34,8 +34,7 @@ __all__ = [
     "load_model",
     "load_weights",
     "refresh_loaded",
-    "refreshed_values",
-    "with_values",
+    "refreshed_statistics",
     "without_greeting",
 ]
 
@@ -91,45 +90,41 @@ def check_request(
         raise UsageError(_TRUST.format(newest.path.name))
 
 
-def refreshed_values(
-    draft: Path,
-    refresh: Refresh,
-    progress: Callable[[int | None, int], None] | None,
-    executor: Executor | None = None,
-    at_once: int = 0,
-) -> tuple[dict[str, bytes], RefreshReport]:
-    """Return tensor name -> new bytes for each BatchNorm statistic of the checkpoint `draft`, and the report.
+def refreshed_statistics(
+    draft: Checkpoint, refresh: Refresh, progress: Progress | None, crew: Crew
+) -> RefreshedStatistics:
+    """Return the re-estimated BatchNorm statistics of the average `draft`.
 
-    Batches run on an executor of other machines, where one is given, so many at a time.
+    Batches run on the workers of a cluster, where there is one.
 
     Raises:
         UsageError: the model cannot be loaded as it was asked for.
         UnreadableError: the data cannot be used.
         MismatchError: Keras does not give back the weights that it loaded.
     """
-    with closing(open_checkpoint(draft)) as checkpoint:
-        model = load_model(checkpoint, refresh)
-        if executor is None:
-            return refresh_loaded(model, checkpoint, refresh, progress)
-        from swa_avg.batchnorm.elsewhere import BatchWorker, Elsewhere
+    model = load_model(draft, refresh)
+    if not crew.together:
+        return refresh_loaded(model, draft, refresh, progress)
+    from swa_avg.batchnorm.elsewhere import BatchWorker, Elsewhere
 
-        worker = BatchWorker.of(checkpoint, refresh)
-        if worker is not None:
-            elsewhere = Elsewhere(executor, worker, at_once)
-            return refresh_loaded(model, checkpoint, refresh, progress, elsewhere)
-        values, report = refresh_loaded(model, checkpoint, refresh, progress)
-        note = "refreshed on this machine alone, since its memory holds the data or the model"
-        return values, replace(report, notes=(*report.notes, note))
+    worker = BatchWorker.of(draft, refresh)
+    if worker is not None:
+        elsewhere = Elsewhere(crew.executor, worker, crew.threads)
+        return refresh_loaded(model, draft, refresh, progress, elsewhere)
+    statistics = refresh_loaded(model, draft, refresh, progress)
+    note = "refreshed on this machine alone, since its memory holds the data or the model"
+    report = replace(statistics.report, notes=(*statistics.report.notes, note))
+    return replace(statistics, report=report)
 
 
 def refresh_loaded(
     model: Any,
     checkpoint: Checkpoint,
     refresh: Refresh,
-    progress: Callable[[int | None, int], None] | None,
+    progress: Progress | None,
     elsewhere: Elsewhere | None = None,
-) -> tuple[dict[str, bytes], RefreshReport]:
-    """Refresh a model that has the weights of `checkpoint`; returns and errors as for `refreshed_values`.
+) -> RefreshedStatistics:
+    """Refresh a model that has the weights of `checkpoint`; errors as for `refreshed_statistics`.
 
     Keras saves the model's weights before and after the refresh, beside the checkpoint; what differs between
     the two are the statistics, and where the first does not say what the checkpoint says, nothing is trusted.
@@ -152,22 +147,7 @@ def refresh_loaded(
             purpose=TRAINING if isinstance(refresh.model, str | Path | None) else ARGUMENTS,
         )
         with closing(_saved(model, checkpoint, scratch / "after")) as after:
-            return _changed(checkpoint, before, after), report
-
-
-def with_values(
-    checkpoint: Checkpoint, values: Mapping[str, bytes], index: int, file: IO[bytes]
-) -> Iterator[bytes]:
-    """Yield the bytes of shard `index` of a checkpoint with the values of some tensors replaced."""
-    shard = checkpoint.shards[index]
-    position = 0
-    tensors = [checkpoint.tensors[name] for name in values if checkpoint.tensors[name].shard == index]
-    for tensor in [*sorted(tensors, key=lambda tensor: tensor.offset), None]:
-        stop = shard.size if tensor is None else tensor.offset
-        yield from shard.chunks(position, stop)
-        if tensor is not None:
-            yield values[tensor.name]
-            position = tensor.stop
+            return RefreshedStatistics(_changed(checkpoint, before, after), report)
 
 
 @contextmanager

@@ -23,16 +23,14 @@ from swa_avg.data.sources import open_data
 from swa_avg.data.spec import ARGUMENTS, Purpose, Shape, Spec
 from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError, first_line
 from swa_avg.interrupts import interrupts, interrupts_held
+from swa_avg.text import Progress
 
-__all__ = ["Progress", "arranger", "check_data", "inputs_of", "refresh_batchnorm"]
+__all__ = ["arranger", "check_data", "inputs_of", "refresh_batchnorm"]
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm.elsewhere import Elsewhere
 
 _TOGETHER = 8  # batches that travel together at most
-
-Progress = Callable[[int | None, int], None]
-"""Called with (rows in all where known, rows since the last call)."""
 
 
 def refresh_batchnorm(

@@ -17,7 +17,6 @@ from swa_avg.cli.options import (
     verify_option,
 )
 from swa_avg.cli.terminal import batchnorm_warning, progress_bar, say
-from swa_avg.interrupts import interrupts
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Report
@@ -82,7 +81,6 @@ def average(
             refresh=refresh,
             progress=progress,
             refresh_progress=rows,
-            published=interrupts.ignore,
             **options,
         )
     if not quiet:

@@ -10,7 +10,6 @@ import click
 from swa_avg.cli.options import method_options, selection_options
 from swa_avg.cli.terminal import progress_bar, say
 from swa_avg.errors import MismatchError
-from swa_avg.interrupts import interrupts
 from swa_avg.text import counted, number_text
 
 if TYPE_CHECKING:
@@ -46,9 +45,7 @@ def inspect(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
     from swa_avg.inspection.survey import inspect_checkpoints
 
     with progress_bar(quiet, "inspecting", in_bytes=True) as progress:
-        inspection = inspect_checkpoints(
-            checkpoints, progress=progress, published=interrupts.ignore, **options
-        )
+        inspection = inspect_checkpoints(checkpoints, progress=progress, **options)
     if not quiet:
         say(_lines(inspection, verbose=verbose))
         say(f"wrote {options[kind]}" for kind in ("plot", "report") if options[kind] is not None)

@@ -18,7 +18,6 @@ from swa_avg.cli.options import (
 )
 from swa_avg.cli.terminal import batchnorm_warning, progress_bar, say
 from swa_avg.errors import NoImprovementError
-from swa_avg.interrupts import interrupts
 
 if TYPE_CHECKING:
     from swa_avg.sweeping.search import SweepReport
@@ -126,7 +125,6 @@ def sweep(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool,
                 tried=options.pop("candidates"),
                 progress=progress,
                 score_progress=scores,
-                published=interrupts.ignore,
                 **options,
             )
     except NoImprovementError as error:

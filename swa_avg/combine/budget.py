@@ -1,4 +1,4 @@
-"""How much is done at a time: memory, threads, open files."""
+"""How much is done at a time: memory and threads."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import os
 
 from swa_avg.combine.combiner import block_memory
 from swa_avg.errors import UsageError
+from swa_avg.files.remote import CONNECTIONS
 from swa_avg.text import size_text
 
-__all__ = ["REMOTE_THREADS", "allow_open_files", "fit_cluster", "fit_memory", "peak_memory"]
+__all__ = ["fit_cluster", "fit_memory", "peak_memory"]
 
 _BLOCK_BYTES = 2**20  # larger ones leave a core's cache with their sums, smaller ones cost more calls
 _SMALLEST_BLOCK, _SMALLEST_BLOCK_OF_ROWS, _SMALLEST_REMOTE_BLOCK = 2**16, 2**12, 2**18
 _MOST_FOR_ROWS = 2**26
 _REMOTE_BLOCK_BYTES = 2**20  # an object store takes as long to start an answer as to send this much
-REMOTE_THREADS = 10  # they wait; botocore keeps as many connections
 _REMOTE_MEMORY = 112 * 2**20  # fsspec with a client, and what is copied or uploaded at a time
 _PROCESS_MEMORY = 64 * 2**20  # the interpreter with numpy and h5py, before anything is averaged
 _CLUSTER_MEMORY = 96 * 2**20  # with Dask
 _CLUSTER_ROOM = 2**30  # for what workers send back
 _TASK_BYTES = 2**24  # of averages
-_SHARDS = 32  # of a checkpoint, as a rule at most
 
 
 def fit_memory(
@@ -37,7 +36,7 @@ def fit_memory(
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}; expected 1 or more")
     block_bytes = _REMOTE_BLOCK_BYTES if far else _BLOCK_BYTES
-    threads = threads or (REMOTE_THREADS if far else min(4, os.cpu_count() or 1))
+    threads = threads or (CONNECTIONS if far else min(4, os.cpu_count() or 1))
     if max_memory is None and rows == 1:
         return block_bytes, threads
     limit = peak_memory(0, 0, far=far) + _MOST_FOR_ROWS if max_memory is None else max_memory
@@ -81,17 +80,3 @@ def _too_little(max_memory: int | None, needed: int) -> UsageError:
 def peak_memory(block_bytes: int, threads: int, rows: int = 1, *, far: bool = False) -> int:
     """Return the bytes of resident memory that a process takes at most, without Keras."""
     return _PROCESS_MEMORY + block_memory(block_bytes, threads, rows) + (_REMOTE_MEMORY if far else 0)
-
-
-def allow_open_files(count: int) -> None:
-    """Raise the soft limit of open files for so many checkpoints, each of which may be a set of shards: all
-    stay open for the run."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = count * _SHARDS + 64
-    if soft != resource.RLIM_INFINITY and soft < needed and (hard == resource.RLIM_INFINITY or soft < hard):
-        wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

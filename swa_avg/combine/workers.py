@@ -6,16 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO
 
+from swa_avg.combine.blocks import bytes_to_read
 from swa_avg.combine.budget import fit_cluster, fit_memory, peak_memory
 from swa_avg.combine.combiner import Combiner
 from swa_avg.errors import UsageError
 from swa_avg.files.publication import Publication
 from swa_avg.planning.plan import Plan
+from swa_avg.text import Progress
 
 __all__ = ["Crew", "hired"]
 
@@ -39,7 +42,7 @@ class Crew:
         plan: Plan,
         rows: Sequence[Sequence[float]],
         verify: bool,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Combiner:
         return Combiner(
             plan,
@@ -48,7 +51,7 @@ class Crew:
             self.block_bytes,
             self.threads,
             verify,
-            progress,
+            progress and partial(progress, bytes_to_read(plan, verify)),
             self.together,
             self.sent,
         )

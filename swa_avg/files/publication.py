@@ -8,7 +8,6 @@ import io
 import os
 import secrets
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -101,8 +100,8 @@ class Publication:
         self._scratch.append(file)
         return file
 
-    def publish(self, published: Callable[[], None] | None = None) -> None:
-        """Give every file its name, in the order of creation; then call `published`, interrupts still held.
+    def publish(self) -> None:
+        """Give every file its name, in the order of creation; from then on, an interrupt comes too late.
 
         Raises:
             UsageError: a file of that name appeared during the run, and may not be replaced.
@@ -121,8 +120,10 @@ class Publication:
                     _move_to_free_name(temporary, final)
                     self._moved.append((final, ours))
             sync_folder(self.output.parent)
-            if published is not None:
-                published()
+            self._settled()
+
+    def _settled(self) -> None:
+        interrupts.ignore()
 
     def __enter__(self) -> Publication:
         return self
@@ -175,7 +176,7 @@ class _Upload(Publication):
         self._folder = TemporaryDirectory(prefix="swa-avg-")
         super().__init__(Path(self._folder.name, target.name), overwrite=False)
 
-    def publish(self, published: Callable[[], None] | None = None) -> None:
+    def publish(self) -> None:
         super().publish()
         done: list[RemotePath] = []
         try:
@@ -187,8 +188,10 @@ class _Upload(Publication):
             for target in done:
                 target.remove()
             raise
-        if published is not None:
-            published()
+        interrupts.ignore()
+
+    def _settled(self) -> None:
+        """Do nothing: the upload is still to come."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -21,6 +21,7 @@ from typing import IO, Any, cast
 from swa_avg.errors import SwaAvgError, SystemRefusalError, UnreadableError, UsageError, first_line
 
 __all__ = [
+    "CONNECTIONS",
     "RemoteFile",
     "RemotePath",
     "as_path",
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z0-9+.-]+)*://")  # one letter would be a drive
+CONNECTIONS = 10
+"""Requests at a time: they wait, and botocore keeps as many connections."""
 _SECONDS = 45
 """How long one request may take, retries included; those of a service that is there end sooner."""
 _AHEAD = 16 * 1024

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from swa_avg.errors import UnreadableError
 
-__all__ = ["MAX_JSON", "parse_json"]
+__all__ = ["MAX_JSON", "objects", "parse_json"]
 
 MAX_JSON = 64 * 2**20
 _MAX_VALUES = 2_000_000  # a value takes up to 100 bytes of memory, whatever it takes in the file
@@ -67,3 +69,15 @@ def _parse_constant(name: str) -> float:
     if name == "NaN":  # equal to nothing, so that no two configurations that hold it fit
         raise ValueError("it holds NaN")
     return float(name)
+
+
+def objects(value: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield every JSON object in a value, outermost first."""
+    pending = deque([value])
+    while pending:
+        current = pending.popleft()
+        if isinstance(current, Mapping):
+            yield current
+            pending.extend(current.values())
+        elif isinstance(current, list):
+            pending.extend(current)

@@ -50,8 +50,8 @@ class Written(NamedTuple):
 
 Chunk = Buffer | Written
 """The next bytes of an output."""
-Stream = Callable[[int, IO[bytes]], Iterator[Chunk]]
-"""Yields the bytes of a shard, by its number, for an open file."""
+Stream = Callable[[int, IO[bytes] | None], Iterator[Chunk]]
+"""Yields the bytes of a shard, by its number; who is given the output, an open file, may write there."""
 
 _WINDOW = 256 * 1024
 _NEAR = 4096  # what is worth reading between two places of an object, to ask for it once
@@ -152,6 +152,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         """Return this checkpoint without its optimizer's state, rebuilt in files that `scratch` opens."""
+
+    def stream(self, index: int, file: IO[bytes] | None = None) -> Iterator[Buffer]:
+        """Yield the bytes of a shard as they are: a `Stream`."""
+        return self.shards[index].chunks()
 
     def check_unchanged(self) -> None:
         """Raise UnreadableError if one of its files was written to since it was opened."""

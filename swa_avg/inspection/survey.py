@@ -5,23 +5,24 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from swa_avg.averaging import check_contents, check_shared_files, coefficients_of, open_all
 from swa_avg.combine.combiner import stream_values, unfit
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.files.publication import Publication, check_output
 from swa_avg.files.remote import RemotePath
 from swa_avg.formats import Checkpoint, Tensor
+from swa_avg.inputs.opening import check_contents, check_shared_files, opened
 from swa_avg.inputs.selection import epoch_number, expand, read_indices, select
 from swa_avg.inspection.geometry import Geometry, Measurement, geometry_of
+from swa_avg.planning.methods import coefficients_of
 from swa_avg.planning.plan import Plan, make_plan
-from swa_avg.planning.policy import FLOATS, batchnorm_layers, resolve_dtypes
+from swa_avg.planning.policy import FLOATS, batchnorm_layers
+from swa_avg.text import Progress
 
 __all__ = ["Contents", "Inspection", "inspect_checkpoints"]
 
@@ -136,8 +137,7 @@ def inspect_checkpoints(
     plot: str | Path | None = None,
     report: str | Path | None = None,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-    published: Callable[[], None] | None = None,
+    progress: Progress | None = None,
 ) -> Inspection:
     """Tell what is inside Keras checkpoints, whether they fit together, and how far apart they lie.
 
@@ -154,8 +154,6 @@ def inspect_checkpoints(
         report: A `.html` to write a page with pictures and tables into; needs matplotlib.
         overwrite: Replace existing outputs.
         progress: Told (bytes to read in all, bytes read since the last call).
-        published: Called right after an output got its name, before a SIGINT or SIGTERM that came meanwhile
-            takes effect.
 
     Raises:
         UsageError: the request cannot be met as it was made.
@@ -166,23 +164,22 @@ def inspect_checkpoints(
     named = expand(inputs)
     paths = select(named, epochs=epochs, best=best, monitor=monitor, mode=mode, last=last, every=every)
     coefficients = coefficients_of(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
-    with ExitStack() as stack:
-        checkpoints = resolve_dtypes(open_all(paths, stack), dtype)
+    with opened(paths, dtype) as checkpoints:
         inspection = Inspection(_contents(checkpoints), method, tuple(coefficients), {}, ())
         try:
             plan = make_plan(checkpoints, checkpoints[-1], coefficients)
-            check_shared_files(plan)
-            check_contents(plan, [[shard.crc32 for shard in checkpoint.shards] for checkpoint in checkpoints])
+            check_shared_files(checkpoints)
+            check_contents(
+                checkpoints, [[shard.crc32 for shard in checkpoint.shards] for checkpoint in checkpoints]
+            )
         except MismatchError as error:
             inspection = replace(inspection, findings=error.findings)
         else:
             inspection = _measured(inspection, plan, progress)
-        for checkpoint in checkpoints:
-            checkpoint.check_unchanged()
     for output, content in [(output, render(inspection)) for output, render in outputs.items()]:
         with Publication(output, overwrite=overwrite) as publication:
             publication.create(output.name).write(content)
-            publication.publish(published)
+            publication.publish()
     return inspection
 
 
@@ -242,7 +239,7 @@ def _contents(checkpoints: Sequence[Checkpoint]) -> tuple[Contents, ...]:
     return tuple(result)
 
 
-def _measured(inspection: Inspection, plan: Plan, progress: Callable[[int, int], None] | None) -> Inspection:
+def _measured(inspection: Inspection, plan: Plan, progress: Progress | None) -> Inspection:
     """Return the inspection with all that reading the values tells."""
     findings: tuple[Finding, ...] = ()
     measurement, odd, unequal = _measure(plan, progress)
@@ -268,7 +265,7 @@ def _measured(inspection: Inspection, plan: Plan, progress: Callable[[int, int],
     )
 
 
-def _measure(plan: Plan, progress: Callable[[int, int], None] | None) -> tuple[Measurement, set[int], bool]:
+def _measure(plan: Plan, progress: Progress | None) -> tuple[Measurement, set[int], bool]:
     """Read every value that is averaged or compared, once.
 
     Return the measurement, the inputs that hold values which are not finite, and whether integers that must

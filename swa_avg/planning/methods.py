@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 from swa_avg.errors import UsageError
+from swa_avg.inputs.selection import epochs_of
 from swa_avg.text import counted
 
-__all__ = ["METHODS", "ema", "given", "power_ema", "uniform"]
+__all__ = ["METHODS", "coefficients_of", "ema", "given", "power_ema", "uniform"]
 
 _SUM_TOLERANCE = 1e-9
 
@@ -97,3 +99,30 @@ def given(count: int, weights: Sequence[float]) -> list[float]:
 
 
 METHODS = {"uniform": uniform, "ema": ema, "power-ema": power_ema, "weights": given}
+
+
+def coefficients_of(
+    method: str,
+    paths: Sequence[Path],
+    *,
+    decay: float | None,
+    sigma_rel: float | None,
+    weights: Sequence[float] | None,
+) -> list[float]:
+    """Return the method's coefficients; each method takes its own option, and no other's."""
+    if method not in METHODS:
+        raise UsageError(f"the method is {' or '.join(METHODS)}, not {method!r}")
+    for option, value, owner in (
+        ("--decay", decay, "ema"),
+        ("--sigma-rel", sigma_rel, "power-ema"),
+        ("--weights", weights, "weights"),
+    ):
+        if (value is not None) != (method == owner):
+            raise UsageError(f"{option} and --method {owner} go together; the method is {method}")
+    if decay is not None:
+        return ema(len(paths), decay)
+    if sigma_rel is not None:
+        return power_ema([float(epoch) for epoch in epochs_of(paths, "--method power-ema")], sigma_rel)
+    if weights is not None:
+        return given(len(paths), weights)
+    return uniform(len(paths))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from swa_avg.errors import Finding, UsageError
+from swa_avg.errors import Finding
+from swa_avg.files.untrusted_json import objects
 from swa_avg.formats.base import Checkpoint, Tensor
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "has_lambda",
     "is_model_optimizer",
     "refusals",
-    "resolve_dtypes",
     "treatment",
 ]
 
@@ -62,32 +60,6 @@ def is_model_optimizer(tensor: Tensor) -> bool:
     return tensor.role == "optimizer" and tensor.name.startswith(("optimizer/", "optimizer_weights/"))
 
 
-def resolve_dtypes(checkpoints: Sequence[Checkpoint], untagged: str | None) -> list[Checkpoint]:
-    """Return the checkpoints with a type for their untagged two-byte tensors, where it can be known.
-
-    Keras 2, and every legacy file, stores bfloat16 as two opaque bytes; that it is bfloat16 only the
-    model's configuration says, or the user with `--dtype`. Checkpoints that share their tensors still do.
-
-    Raises:
-        UsageError: the user's is another type.
-    """
-    if untagged not in (None, "bfloat16"):
-        raise UsageError(f"dtype is bfloat16, not {untagged!r}")
-    resolved: dict[int, Mapping[str, Tensor]] = {}
-    for checkpoint in checkpoints:
-        tensors = checkpoint.tensors
-        if id(tensors) in resolved:
-            continue
-        resolved[id(tensors)] = tensors
-        if any(tensor.dtype == "opaque16" for tensor in tensors.values()):
-            dtype = untagged or ("bfloat16" if _mentions_bfloat16(checkpoint.config) else "opaque16")
-            resolved[id(tensors)] = {
-                name: replace(tensor, dtype=dtype) if tensor.dtype == "opaque16" else tensor
-                for name, tensor in tensors.items()
-            }
-    return [replace(c, tensors=resolved[id(c.tensors)]) for c in checkpoints]
-
-
 def refusals(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Yield what makes a mean of this kind of checkpoint meaningless, or its tensors unreadable."""
     for layer, mode in _quantized_layers(checkpoint.config):
@@ -119,7 +91,7 @@ def batchnorm_layers(checkpoint: Checkpoint) -> list[str]:
     """
     configured = [
         str(layer["config"].get("name", "?"))
-        for layer in _objects(checkpoint.config)
+        for layer in objects(checkpoint.config)
         if _BATCHNORM_CLASSES.search(str(layer.get("class_name")))
         and isinstance(layer.get("config"), Mapping)
     ]
@@ -136,7 +108,7 @@ def batchnorm_layers(checkpoint: Checkpoint) -> list[str]:
 
 def has_lambda(config: Any) -> bool:
     """Tell whether a model's configuration holds a Lambda layer: code, which loading the model would run."""
-    return any(layer.get("class_name") in ("Lambda", "__lambda__") for layer in _objects(config))
+    return any(layer.get("class_name") in ("Lambda", "__lambda__") for layer in objects(config))
 
 
 def _is_batchnorm(group: str, members: list[Tensor]) -> bool:
@@ -158,28 +130,8 @@ def _layer_name(checkpoint: Checkpoint, group: str) -> str:
 
 def _quantized_layers(config: Any) -> Iterator[tuple[str, str]]:
     """Yield (layer name, quantization mode); only the dtype policies of quantized layers have a mode."""
-    for settings in _objects(config):
+    for settings in objects(config):
         if "name" in settings and isinstance(settings.get("dtype"), Mapping):
-            for policy in _objects(settings["dtype"]):
+            for policy in objects(settings["dtype"]):
                 if "mode" in policy:
                     yield str(settings["name"]), str(policy["mode"])
-
-
-def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield every JSON object in a configuration, outermost first."""
-    pending = deque([value])
-    while pending:
-        current = pending.popleft()
-        if isinstance(current, Mapping):
-            yield current
-            pending.extend(current.values())
-        elif isinstance(current, list):
-            pending.extend(current)
-
-
-def _mentions_bfloat16(config: Any) -> bool:
-    return any(
-        isinstance(value, str) and "bfloat16" in value
-        for settings in _objects(config)
-        for value in settings.values()
-    )

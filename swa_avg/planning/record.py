@@ -6,9 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from isal.isal_zlib import crc32
+from typing import Any
 
 from swa_avg import __version__
 from swa_avg.errors import UnreadableError
@@ -20,10 +18,7 @@ from swa_avg.formats.sharded import ShardedCheckpoint
 from swa_avg.inputs.index import is_plain_name
 from swa_avg.planning.plan import Plan
 
-if TYPE_CHECKING:
-    from swa_avg.batchnorm.report import RefreshReport
-
-__all__ = ["Record", "RecordedInput", "batchnorm_record", "describe", "read_record"]
+__all__ = ["Record", "RecordedInput", "describe", "read_record"]
 
 _CRC32 = re.compile(r"[0-9a-f]{8}")
 
@@ -80,15 +75,6 @@ def describe(
         "averaged": len(plan.averaged),
         "copied": len(plan.copied) + len(plan.compared),
     }
-
-
-def batchnorm_record(report: RefreshReport, values: Mapping[str, bytes]) -> dict[str, Any]:
-    """Return what the output says of its refresh.
-
-    The statistics cannot be derived again without the data; their CRC-32 tells whether they are still those.
-    """
-    digests = {name: f"{crc32(value):08x}" for name, value in sorted(values.items())}
-    return {**report.record(), "values": digests}
 
 
 def read_record(checkpoint: Checkpoint) -> Record:

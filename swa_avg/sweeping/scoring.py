@@ -14,7 +14,7 @@ import numpy as np
 
 from swa_avg.batchnorm.checkpoint import Loading, Refresh, load_model, load_weights, refresh_loaded
 from swa_avg.batchnorm.elsewhere import absolute, check_keras, keras_versions, make_importable
-from swa_avg.batchnorm.report import RefreshReport
+from swa_avg.batchnorm.statistics import RefreshedStatistics
 from swa_avg.data.sources import open_data
 from swa_avg.data.spec import VALIDATION, Spec
 from swa_avg.data.user_functions import import_function
@@ -64,9 +64,8 @@ class Score:
     """What one checkpoint achieves."""
 
     metrics: Mapping[str, float]
-    values: Mapping[str, bytes] | None
-    """Its refreshed BatchNorm statistics, by tensor."""
-    refresh: RefreshReport | None
+    statistics: RefreshedStatistics | None
+    """Its re-estimated BatchNorm statistics, if that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -179,12 +178,12 @@ class Evaluator:
             UnreadableError: the data cannot be used.
             MismatchError: statistics came out that are not finite.
         """
-        values, report = None, None
+        statistics = None
         with closing(open_checkpoint(draft)) as checkpoint:
             load_weights(self._model, checkpoint)
             if self._refresh is not None:
-                values, report = refresh_loaded(self._model, checkpoint, self._refresh, None)
-        return Score(self._evaluate(), values, report)
+                statistics = refresh_loaded(self._model, checkpoint, self._refresh, None)
+        return Score(self._evaluate(), statistics)
 
     def monitor(self, score: Score) -> tuple[str, str]:
         """Return which metric decides, and which of its values are better.

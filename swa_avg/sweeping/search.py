@@ -9,28 +9,26 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import IO, Any
 
-from swa_avg.averaging import (
-    open_all,
-    output_path,
-    plan_output,
-    write_average,
-)
 from swa_avg.batchnorm.checkpoint import Loading, Refresh, check_request
-from swa_avg.batchnorm.report import RefreshReport
+from swa_avg.batchnorm.statistics import RefreshedStatistics
+from swa_avg.combine.drafts import folder_beside
 from swa_avg.combine.workers import Crew, hired
 from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageError
 from swa_avg.files.publication import Publication, check_output, publication_at
-from swa_avg.files.remote import kept_at_hand, remote
+from swa_avg.files.remote import remote
+from swa_avg.formats.base import Stream
+from swa_avg.inputs.opening import check_contents, opened
 from swa_avg.inputs.selection import epochs_of, expand, select
-from swa_avg.planning.policy import batchnorm_layers, resolve_dtypes
+from swa_avg.planning.output import output_path, plan_output
+from swa_avg.planning.policy import batchnorm_layers
 from swa_avg.planning.record import describe
 from swa_avg.sweeping import candidates
 from swa_avg.sweeping.candidates import Candidate
 from swa_avg.sweeping.scoring import Scorer, Scoring, Validation
 from swa_avg.sweeping.trials import POINTS, Scored, Trials, greedy_soup, line, rank
+from swa_avg.text import Progress
 
 __all__ = ["SweepReport", "candidate_rows", "sweep"]
 
@@ -100,9 +98,8 @@ def sweep(
     cluster: str | None = None,
     require_improvement: bool = False,
     path: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    score_progress: Callable[[int, int], None] | None = None,
-    published: Callable[[], None] | None = None,
+    progress: Progress | None = None,
+    score_progress: Progress | None = None,
 ) -> SweepReport:
     """Score every checkpoint and averages of them, and write the best.
 
@@ -113,7 +110,7 @@ def sweep(
 
     Args:
         inputs: As for `average`, and likewise `output`, `epochs`, `last`, `every`, `optimizer`, `dtype`,
-            `overwrite`, `verify`, `max_memory`, `threads`, `cluster`, `progress` and `published`.
+            `overwrite`, `verify`, `max_memory`, `threads`, `cluster` and `progress`.
         validation: Data and metric. Choose by data that you did not train on, and do not report the score
             that it was chosen by.
         refresh: Training data to re-estimate BatchNorm statistics on.
@@ -145,45 +142,41 @@ def sweep(
     far = any(remote(path) is not None for path in paths)
     verify = not far if verify is None else verify
     most_rows = max(len(rows), POINTS if draw else 1)
-    with ExitStack() as stack:
-        crew = stack.enter_context(hired(cluster, threads, max_memory, most_rows, far=far))
-        if cluster is None:  # a copy on this machine is none on the workers'
-            paths[-1] = stack.enter_context(kept_at_hand(paths[-1]))  # the template of most drafts
-        checkpoints = resolve_dtypes(open_all(paths, stack), dtype)
-        publication = stack.enter_context(publication_at(target, overwrite=overwrite))
-        beside = publication.output.parent
-        folder = Path(stack.enter_context(TemporaryDirectory(dir=beside, prefix=".swa-avg-")))
-        loading = refresh or loading or Loading()
-        if not isinstance(loading.model, str | Path | None):
-            raise UsageError(
-                "a sweep gives the model other weights for each candidate; name a file or MODULE:FUNCTION "
-                "that makes one, not a live model"
-            )
-        check_request(loading, checkpoints[-1], "a sweep", compiled=validation.metric is None)
-        steps = len(rows) + (len(paths) - 1 if with_greedy else 0) + (POINTS if draw else 0)
-        trials = Trials(
-            checkpoints,
-            publication,
-            crew,
-            folder,
-            *_scoring(Scorer(validation, loading, refresh), crew),
-            score_progress and partial(score_progress, steps),
+    loading = refresh or loading or Loading()
+    if not isinstance(loading.model, str | Path | None):
+        raise UsageError(
+            "a sweep gives the model other weights for each candidate; name a file or MODULE:FUNCTION "
+            "that makes one, not a live model"
         )
-        scored = trials.scored(rows, verify=verify, progress=progress)
-        singles, averages = scored[: len(paths)], scored[len(paths) :]
-        if with_greedy:
-            averages = (*averages, greedy_soup(trials, singles))
-        report = _report(target, trials, singles, averages, refresh)
-        if require_improvement and not report.improved:
-            raise NoImprovementError(_no_improvement(report), report)
-        values = trials.best_values  # of the winner: the points of the line are scored after it
-        if draw and report.best_average is not None:
-            report = replace(report, path=line(trials, report.best_average.candidate))
-        scratch = crew.scratch(publication, stack)
-        _write(report, values, trials, scratch, optimizer=optimizer, dtype=dtype, verify=verify)
-        for checkpoint in trials.checkpoints:  # those that lost have decided, too
-            checkpoint.check_unchanged()
-        publication.publish(published)
+    with (
+        hired(cluster, threads, max_memory, most_rows, far=far) as crew,
+        publication_at(target, overwrite=overwrite) as publication,
+    ):
+        # The newest is the template of most drafts; a copy on this machine is none on the workers'.
+        with opened(paths, dtype, newest_at_hand=cluster is None) as checkpoints, ExitStack() as stack:
+            check_request(loading, checkpoints[-1], "a sweep", compiled=validation.metric is None)
+            steps = len(rows) + (len(paths) - 1 if with_greedy else 0) + (POINTS if draw else 0)
+            trials = Trials(
+                checkpoints,
+                publication,
+                crew,
+                stack.enter_context(folder_beside(publication.output)),
+                *_scoring(Scorer(validation, loading, refresh), crew),
+                score_progress and partial(score_progress, steps),
+            )
+            scored = trials.scored(rows, verify=verify, progress=progress)
+            singles, averages = scored[: len(paths)], scored[len(paths) :]
+            if with_greedy:
+                averages = (*averages, greedy_soup(trials, singles))
+            report = _report(target, trials, singles, averages, refresh)
+            if require_improvement and not report.improved:
+                raise NoImprovementError(_no_improvement(report), report)
+            statistics = trials.best_statistics  # of the winner: the points of the line are scored after it
+            if draw and report.best_average is not None:
+                report = replace(report, path=line(trials, report.best_average.candidate))
+            scratch = crew.scratch(publication, stack)
+            _write(report, statistics, trials, scratch, optimizer=optimizer, dtype=dtype, verify=verify)
+        publication.publish()
     if path is not None and draw and report.path:
         with Publication(Path(path), overwrite=overwrite) as picture:
             picture.create(Path(path).name).write(draw(report))
@@ -288,7 +281,7 @@ def _no_improvement(report: SweepReport) -> str:
 
 def _write(
     report: SweepReport,
-    values: Mapping[str, bytes] | None,
+    statistics: RefreshedStatistics | None,
     trials: Trials,
     scratch: Callable[[], IO[bytes]],
     *,
@@ -303,18 +296,15 @@ def _write(
     plan = plan_output(inputs, coefficients, trials.publication.output, scratch, optimizer=optimizer)
     combiner = trials.crew.combiner(plan, [coefficients], verify)
     method = winner.candidate.name if winner.candidate.is_average else "single"
-
-    def refreshed(draft: Path) -> tuple[Mapping[str, bytes], RefreshReport]:
-        assert values is not None
-        assert winner.refresh is not None
-        return values, winner.refresh
-
-    write_average(
-        combiner,
-        lambda: describe(plan, method, combiner.checksums, dtype) | {"sweep": _record(report)},
-        trials.publication,
-        refreshed if values is not None else None,
+    stream: Stream = combiner.stream
+    further = {"sweep": _record(report)}
+    if statistics is not None:
+        stream = statistics.over(stream, plan.template.tensors)
+        further["batchnorm"] = statistics.record()
+    plan.template.write(
+        stream, lambda: describe(plan, method, combiner.checksums, dtype) | further, trials.publication
     )
+    check_contents(inputs, combiner.checksums)
 
 
 def _record(report: SweepReport) -> dict[str, Any]:

@@ -11,19 +11,21 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from swa_avg.averaging import check_contents, check_shared_files, write_draft
 from swa_avg.batchnorm.report import RefreshReport
-from swa_avg.combine.blocks import bytes_to_read
+from swa_avg.batchnorm.statistics import RefreshedStatistics
 from swa_avg.combine.combiner import Combiner
+from swa_avg.combine.drafts import write_draft
 from swa_avg.combine.spill import Spill
 from swa_avg.combine.workers import Crew
 from swa_avg.files.publication import Publication
 from swa_avg.formats import Checkpoint
 from swa_avg.formats.base import Stream
+from swa_avg.inputs.opening import check_contents, check_shared_files
 from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.sweeping import candidates
 from swa_avg.sweeping.candidates import Candidate, badness
 from swa_avg.sweeping.scoring import Scoring
+from swa_avg.text import Progress
 
 __all__ = ["POINTS", "Scored", "Trials", "greedy_soup", "line", "rank"]
 
@@ -68,39 +70,38 @@ class Trials:
     decides: tuple[str, str] | None = None
     """The metric that decides and its mode, once the first score is known."""
     best: Scored | None = None
-    best_values: Mapping[str, bytes] | None = None
-    """The refreshed statistics of the best; of the others, none are kept."""
+    best_statistics: RefreshedStatistics | None = None
+    """The re-estimated statistics of the best; of the others, none are kept."""
 
     def combiner(
         self,
         rows: Sequence[Candidate],
         *,
         verify: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Combiner:
         """Return what averages the checkpoints that any row uses; the newest of them is the template."""
         used = sorted({number for row in rows for number in row.used})
         inputs = [self.checkpoints[number] for number in used]
         matrix = [[row.coefficients[number] for number in used] for row in rows]
         plan = make_plan(inputs, inputs[-1], matrix[0])
-        advance = progress and partial(progress, bytes_to_read(plan, verify))
-        return self.crew.combiner(plan, matrix, verify, advance)
+        return self.crew.combiner(plan, matrix, verify, progress)
 
     def scored(
         self,
         rows: Sequence[Candidate],
         *,
         verify: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> tuple[Scored, ...]:
         """Average all rows in one pass over the checkpoints, then score one after the other."""
         combiner = self.combiner(rows, verify=verify, progress=progress)
         plan = combiner.plan
-        check_shared_files(plan)
-        check_contents(plan, combiner.checksums)
+        check_shared_files(plan.inputs)
+        check_contents(plan.inputs, combiner.checksums)
         with closing(self.publication.scratch()) as file:
             spill = Spill(combiner, file)
-            check_contents(plan, combiner.checksums)
+            check_contents(plan.inputs, combiner.checksums)
             with ExitStack() as stack:
                 under_way: deque[_Underway] = deque()
                 results = []
@@ -129,11 +130,12 @@ class Trials:
         self.last = work.result()
         folder.cleanup()
         score = self.last.score
+        report = score.statistics.report if score.statistics is not None else None
         self.decides = self.decides or self.last.decides
         monitor, mode = self.decides
-        scored = Scored(candidate, score.metrics, score.refresh, badness(score.metrics[monitor], mode))
+        scored = Scored(candidate, score.metrics, report, badness(score.metrics[monitor], mode))
         if self.best is None or rank(scored) <= rank(self.best):
-            self.best, self.best_values = scored, score.values
+            self.best, self.best_statistics = scored, score.statistics
         if self.progress is not None:
             self.progress(1)
         return scored

@@ -1,0 +1,54 @@
+"""Re-estimated BatchNorm statistics, as values that are laid over the bytes of an output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import IO, Any
+
+from isal.isal_zlib import crc32
+
+from swa_avg.batchnorm.report import RefreshReport
+from swa_avg.formats import Tensor
+from swa_avg.formats.base import Chunk, Stream, Written
+
+__all__ = ["RefreshedStatistics"]
+
+
+@dataclass(frozen=True)
+class RefreshedStatistics:
+    """What a refresh changed in a checkpoint."""
+
+    values: Mapping[str, bytes]
+    """Tensor name -> its new bytes."""
+    report: RefreshReport
+
+    def over(self, stream: Stream, tensors: Mapping[str, Tensor]) -> Stream:
+        """Return a stream of the same bytes with these values in the places of their tensors."""
+        places = sorted(
+            (tensors[name].shard, tensors[name].offset, value) for name, value in self.values.items()
+        )
+
+        def overlaid(index: int, file: IO[bytes] | None) -> Iterator[Chunk]:
+            position = 0
+            for chunk in stream(index, None):  # workers that wrote to the file would have to write again
+                assert not isinstance(chunk, Written)
+                data = None
+                for shard, offset, value in places:
+                    first, last = max(position, offset), min(position + len(chunk), offset + len(value))
+                    if shard == index and first < last:
+                        data = bytearray(chunk) if data is None else data
+                        data[first - position : last - position] = value[first - offset : last - offset]
+                yield chunk if data is None else data
+                position += len(chunk)
+
+        return overlaid
+
+    def record(self) -> dict[str, Any]:
+        """Return what the output says of its refresh.
+
+        The statistics cannot be derived again without the data; their CRC-32 tells whether they are still
+        those.
+        """
+        digests = {name: f"{crc32(value):08x}" for name, value in sorted(self.values.items())}
+        return {**self.report.record(), "values": digests}

@@ -1,0 +1,47 @@
+"""Drafts: averages that a model is loaded from, in a temporary folder, before anything is published."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO
+
+from swa_avg.formats import Checkpoint
+from swa_avg.formats.base import Stream
+
+__all__ = ["folder_beside", "write_draft"]
+
+
+@contextmanager
+def folder_beside(output: Path) -> Iterator[Path]:
+    """Make a temporary folder on the file system of an output."""
+    with TemporaryDirectory(dir=output.parent, prefix=".swa-avg-") as folder:
+        yield Path(folder)
+
+
+def write_draft(draft: Path, template: Checkpoint, stream: Stream) -> None:
+    """Write a copy of `template` with other values, and no record of how it was made.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    stage = _Folder(draft)
+    try:
+        template.write(stream, lambda: None, stage)
+    finally:
+        for file in stage.files:
+            file.close()
+
+
+class _Folder:
+    """A stage whose files need no protection: nobody looks for them there."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.files: list[IO[bytes]] = []
+
+    def create(self, name: str, size: int = 0) -> IO[bytes]:
+        self.files.append(self.output.with_name(name).open("w+b"))
+        return self.files[-1]

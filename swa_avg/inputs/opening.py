@@ -1,0 +1,138 @@
+"""The inputs of one run: opened, their types resolved, seen to be distinct, and unchanged to the end."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from swa_avg.errors import Finding, MismatchError, UsageError
+from swa_avg.files.remote import CONNECTIONS, kept_at_hand, remote
+from swa_avg.files.untrusted_json import objects
+from swa_avg.formats import Checkpoint, Tensor, open_checkpoint
+
+__all__ = ["check_contents", "check_shared_files", "opened", "resolve_dtypes"]
+
+_SHARDS = 32  # of a checkpoint, as a rule at most
+
+
+@contextmanager
+def opened(
+    paths: Sequence[Path], dtype: str | None = None, *, newest_at_hand: bool = False
+) -> Iterator[list[Checkpoint]]:
+    """Open checkpoints for as long as the block runs.
+
+    The newest is opened first, since the others are compared with its layout; with `newest_at_hand` it is
+    copied to this machine where it is named by a URL. Types are resolved as by `resolve_dtypes`.
+
+    Raises:
+        UnreadableError: one is missing or damaged; or, as the block ends well, was written to meanwhile.
+        SystemRefusalError: the system, or a service, refused.
+        UsageError: `dtype` is not one that can be named.
+    """
+    _allow_open_files(len(paths))
+    with ExitStack() as stack:
+        last = stack.enter_context(kept_at_hand(paths[-1])) if newest_at_hand else paths[-1]
+        newest = stack.enter_context(closing(open_checkpoint(last)))
+
+        def open_one(path: Path) -> Checkpoint:
+            return stack.enter_context(closing(open_checkpoint(path, newest)))
+
+        if all(remote(path) is None for path in paths[:-1]):
+            others = list(map(open_one, paths[:-1]))
+        else:
+            with ThreadPoolExecutor(CONNECTIONS) as executor:  # each waits for a dozen answers
+                others = list(executor.map(open_one, paths[:-1]))
+        checkpoints = resolve_dtypes([*others, newest], dtype)
+        yield checkpoints
+        for checkpoint in checkpoints:
+            checkpoint.check_unchanged()
+
+
+def resolve_dtypes(checkpoints: Sequence[Checkpoint], untagged: str | None) -> list[Checkpoint]:
+    """Return the checkpoints with a type for their untagged two-byte tensors, where it can be known.
+
+    Keras 2, and every legacy file, stores bfloat16 as two opaque bytes; that it is bfloat16 only the
+    model's configuration says, or the user with `--dtype`. Checkpoints that share their tensors still do.
+
+    Raises:
+        UsageError: the user's is another type.
+    """
+    if untagged not in (None, "bfloat16"):
+        raise UsageError(f"dtype is bfloat16, not {untagged!r}")
+    resolved: dict[int, Mapping[str, Tensor]] = {}
+    for checkpoint in checkpoints:
+        tensors = checkpoint.tensors
+        if id(tensors) in resolved:
+            continue
+        resolved[id(tensors)] = tensors
+        if any(tensor.dtype == "opaque16" for tensor in tensors.values()):
+            dtype = untagged or ("bfloat16" if _mentions_bfloat16(checkpoint.config) else "opaque16")
+            resolved[id(tensors)] = {
+                name: replace(tensor, dtype=dtype) if tensor.dtype == "opaque16" else tensor
+                for name, tensor in tensors.items()
+            }
+    return [replace(c, tensors=resolved[id(c.tensors)]) for c in checkpoints]
+
+
+def _mentions_bfloat16(config: Any) -> bool:
+    return any(
+        isinstance(value, str) and "bfloat16" in value
+        for settings in objects(config)
+        for value in settings.values()
+    )
+
+
+def check_shared_files(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise MismatchError if two inputs hold one file between them: a shard that both maps name."""
+    seen: dict[Hashable, Checkpoint] = {}
+    findings = []
+    for checkpoint in checkpoints:
+        shared = []
+        for shard in checkpoint.shards:
+            first = seen.setdefault(shard.identity(), checkpoint)
+            if first is not checkpoint:
+                problem = f"the same file as in {first.path.name}; name one of the two"
+                shared.append(Finding(checkpoint.path, shard.path.name, problem))
+        if len(shared) < len(checkpoint.shards):  # else they hold the same bytes, which is said once
+            findings.extend(shared)
+    if findings:
+        raise MismatchError(findings)
+
+
+def check_contents(checkpoints: Sequence[Checkpoint], checksums: Sequence[Sequence[int | None]]) -> None:
+    """Raise MismatchError if two inputs hold the same bytes: one checkpoint, counted twice.
+
+    `checksums` holds the CRC-32 of each input's shards, None where it is not known.
+    """
+    seen: dict[tuple[tuple[int, int], ...], Path] = {}
+    findings = []
+    for checkpoint, sums in zip(checkpoints, checksums, strict=True):
+        if None not in sums:
+            key = tuple(
+                (shard.size, checksum or 0) for shard, checksum in zip(checkpoint.shards, sums, strict=True)
+            )
+            first = seen.setdefault(key, checkpoint.path)
+            if first is not checkpoint.path:
+                findings.append(
+                    Finding(checkpoint.path, "weights", f"the same bytes as {first}; name one of the two")
+                )
+    if findings:
+        raise MismatchError(findings)
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the soft limit of open files for so many checkpoints, each of which may be a set of shards: all
+    stay open for the run."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count * _SHARDS + 64
+    if soft != resource.RLIM_INFINITY and soft < needed and (hard == resource.RLIM_INFINITY or soft < hard):
+        wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

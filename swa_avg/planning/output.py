@@ -1,0 +1,94 @@
+"""The form of an output: where it goes, and as which of the formats that its inputs can be written in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+from swa_avg.errors import SystemRefusalError, UsageError, escape
+from swa_avg.files.remote import as_path, remote
+from swa_avg.formats import Checkpoint
+from swa_avg.formats.archive import ArchiveCheckpoint
+from swa_avg.planning.plan import Plan, make_plan
+from swa_avg.planning.policy import is_model_optimizer
+
+__all__ = ["as_output", "output_path", "plan_output"]
+
+
+def output_path(output: str | Path | None, named: Sequence[Path]) -> Path:
+    """Return where the output goes, in the current folder by default, and never over an input."""
+    target = as_path(output) if output is not None else Path("swa" + _suffix(named[-1]))
+    if remote(target) is None:
+        try:
+            target.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:  # such as a name that is too long
+            raise SystemRefusalError(error.errno, str(error.strerror), str(target)) from error
+        except ValueError as error:
+            raise UsageError(f"the output {escape(target)}: {error}") from error
+    for path in named:
+        if _same_file(target, path):
+            raise UsageError(
+                f"the output {target} is also an input ({path}); name another output, or narrower inputs"
+            )
+    return target
+
+
+def plan_output(
+    checkpoints: Sequence[Checkpoint],
+    coefficients: Sequence[float],
+    output: Path,
+    scratch: Callable[[], IO[bytes]],
+    *,
+    optimizer: str,
+    dry_run: bool = False,
+) -> Plan:
+    """Plan an average in the form that the output's suffix and `optimizer` ask for.
+
+    Raises:
+        UsageError: the suffix does not fit the inputs, or `optimizer` is neither `keep` nor `drop`.
+        MismatchError: as for `make_plan`.
+    """
+    if optimizer not in ("keep", "drop"):
+        raise UsageError(f"optimizer is keep or drop, not {optimizer!r}")
+    template = checkpoints[-1]
+    if all(checkpoint.kind == template.kind for checkpoint in checkpoints):  # else the plan names the others
+        template = as_output(template, output)
+        if optimizer == "drop" and not dry_run and any(map(is_model_optimizer, template.tensors.values())):
+            template = template.without_optimizer(scratch)
+    return make_plan(checkpoints, template, coefficients, drop_optimizer=optimizer == "drop")
+
+
+def as_output(newest: Checkpoint, output: Path) -> Checkpoint:
+    """Return the newest checkpoint as what the output's suffix asks for.
+
+    Raises:
+        UsageError: the inputs cannot be written as that.
+    """
+    suffixes = newest.suffixes
+    if isinstance(newest, ArchiveCheckpoint):
+        if output.name.endswith(".weights.h5"):
+            return newest.as_weights()
+        suffixes = (*suffixes, ".weights.h5")
+    if not output.name.endswith((*suffixes, _suffix(newest.path))):
+        expected = " or ".join(suffixes)
+        raise UsageError(
+            f"the output {output.name} must end with {expected}, since the inputs are {newest.kind}"
+        )
+    return newest
+
+
+def _suffix(path: Path) -> str:
+    for suffix in (".weights.h5", ".weights.json"):
+        if path.name.endswith(suffix):
+            return suffix
+    return path.suffix
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    urls = remote(one), remote(other)
+    if urls[0] is not None and urls[1] is not None:
+        return urls[0].identity() == urls[1].identity()
+    return urls == (None, None) and one.exists() and other.exists() and one.samefile(other)
