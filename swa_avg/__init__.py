@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from swa_avg.text import __version__
+
 __all__ = [
     "Inspection",
     "Refresh",
@@ -22,33 +24,30 @@ __all__ = [
     "verify",
 ]
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
     from swa_avg.averaging import Report, average
     from swa_avg.batchnorm.checkpoint import Refresh
     from swa_avg.batchnorm.refresh import refresh_batchnorm
     from swa_avg.batchnorm.report import RefreshReport
     from swa_avg.errors import SwaAvgError
-    from swa_avg.inspection.survey import Inspection, inspect_checkpoints
-    from swa_avg.sweeping.scoring import Validation
-    from swa_avg.sweeping.search import SweepReport, sweep
+    from swa_avg.inspection import Inspection, inspect_checkpoints
+    from swa_avg.sweeping import SweepReport, Validation, sweep
     from swa_avg.verification import Verification, verify
 
 # `swa-avg --help` imports this package and must not wait for numpy and h5py, nor averaging for Keras.
 _HOMES = {
-    "Inspection": "swa_avg.inspection.survey",
+    "Inspection": "swa_avg.inspection",
     "Refresh": "swa_avg.batchnorm.checkpoint",
     "RefreshReport": "swa_avg.batchnorm.report",
     "Report": "swa_avg.averaging",
     "SwaAvgError": "swa_avg.errors",
-    "SweepReport": "swa_avg.sweeping.search",
-    "Validation": "swa_avg.sweeping.scoring",
+    "SweepReport": "swa_avg.sweeping",
+    "Validation": "swa_avg.sweeping",
     "Verification": "swa_avg.verification",
     "average": "swa_avg.averaging",
-    "inspect_checkpoints": "swa_avg.inspection.survey",
+    "inspect_checkpoints": "swa_avg.inspection",
     "refresh_batchnorm": "swa_avg.batchnorm.refresh",
-    "sweep": "swa_avg.sweeping.search",
+    "sweep": "swa_avg.sweeping",
     "verify": "swa_avg.verification",
 }
 

@@ -1,11 +1,13 @@
-"""Numbers and counts as text."""
+"""Numbers, counts and this release as text."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-__all__ = ["Progress", "counted", "number_text", "size_text"]
+__all__ = ["Progress", "__version__", "counted", "number_text", "size_text"]
+
+__version__ = "0.1.0"
 
 Progress = Callable[[int | None, int], None]
 """Told how much there is to do in all, where that is known, and how much was done since the last call."""

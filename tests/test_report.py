@@ -18,6 +18,7 @@ pytest.importorskip("matplotlib")
 import makers
 from browser import CHROMIUM, Browser, browser
 from conftest import Ended
+from swa_avg.inspection import drawings
 from swa_avg.inspection.geometry import Geometry, Measurement, geometry_of
 from swa_avg.pages import html, pictures
 
@@ -237,8 +238,8 @@ def test_any_number_of_checkpoints_has_pictures(count: int) -> None:
     labels = [str(number) for number in range(count)]
     geometry = _walk(count)
     shown = [
-        pictures.picture("way", pictures.trajectory(geometry, labels, "mean")),
-        pictures.picture("distances", pictures.distance_matrix(geometry, labels, "epoch")),
+        pictures.picture("way", drawings.trajectory(geometry, labels, "mean")),
+        pictures.picture("distances", drawings.distance_matrix(geometry, labels, "epoch")),
     ]
     for picture in shown:
         assert picture.light != picture.dark

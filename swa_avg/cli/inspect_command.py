@@ -13,7 +13,7 @@ from swa_avg.errors import MismatchError
 from swa_avg.text import counted, number_text
 
 if TYPE_CHECKING:
-    from swa_avg.inspection.survey import Inspection
+    from swa_avg.inspection.report import Inspection
 
 __all__ = ["inspect"]
 

@@ -13,7 +13,6 @@ import click
 from click.shell_completion import CompletionItem
 from click_default_group import DefaultGroup
 
-from swa_avg import __version__
 from swa_avg.cli.average_command import average
 from swa_avg.cli.inspect_command import inspect
 from swa_avg.cli.sweep_command import sweep
@@ -21,6 +20,7 @@ from swa_avg.cli.terminal import say
 from swa_avg.cli.verify_command import verify
 from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError
 from swa_avg.interrupts import Interrupted, interrupts
+from swa_avg.text import __version__
 
 __all__ = ["main"]
 

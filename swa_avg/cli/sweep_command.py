@@ -20,8 +20,7 @@ from swa_avg.cli.terminal import batchnorm_warning, progress_bar, say
 from swa_avg.errors import NoImprovementError
 
 if TYPE_CHECKING:
-    from swa_avg.sweeping.search import SweepReport
-    from swa_avg.sweeping.trials import Scored
+    from swa_avg.sweeping.report import Scored, SweepReport
 
 __all__ = ["sweep"]
 

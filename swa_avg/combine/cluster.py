@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from swa_avg import __version__
 from swa_avg.combine.sums import UnfitError
 from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError, UsageError, first_line
+from swa_avg.text import __version__
 
 if TYPE_CHECKING:
     from distributed import Client

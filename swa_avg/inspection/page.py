@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from swa_avg import __version__
-from swa_avg.inspection import wording
+from swa_avg.inspection import drawings, wording
 from swa_avg.pages import html, pictures
-from swa_avg.text import number_text, size_text
+from swa_avg.text import __version__, number_text, size_text
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from swa_avg.inspection.survey import Inspection
+    from swa_avg.inspection.report import Inspection
+    from swa_avg.pages.pictures import Axes
 
 __all__ = ["page", "plot"]
 
@@ -106,9 +104,9 @@ def _draws(inspection: Inspection) -> list[tuple[str, pictures.Draw]]:
             f"The checkpoints, by {axis}, in the plane of their two main directions, to scale; colours grow "
             f"stronger as training goes on, and the star is the {inspection.method} average."
         )
-        draws.append((caption, pictures.trajectory(geometry, labels, f"{inspection.method} average")))
+        draws.append((caption, drawings.trajectory(geometry, labels, f"{inspection.method} average")))
         draws.append(
-            ("Distances between all pairs of checkpoints.", pictures.distance_matrix(geometry, labels, axis))
+            ("Distances between all pairs of checkpoints.", drawings.distance_matrix(geometry, labels, axis))
         )
     return draws + _training(inspection)
 

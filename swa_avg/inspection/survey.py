@@ -4,120 +4,30 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from swa_avg.combine.combiner import stream_values, unfit
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.files.publication import Publication, check_output
-from swa_avg.files.remote import RemotePath
 from swa_avg.formats import Checkpoint, Tensor
 from swa_avg.inputs.opening import check_contents, check_shared_files, opened
 from swa_avg.inputs.selection import epoch_number, expand, read_indices, select
-from swa_avg.inspection.geometry import Geometry, Measurement, geometry_of
+from swa_avg.inspection.geometry import Measurement, geometry_of
+from swa_avg.inspection.report import Contents, Inspection
 from swa_avg.planning.methods import coefficients_of
 from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.planning.policy import FLOATS, batchnorm_layers
 from swa_avg.text import Progress
 
-__all__ = ["Contents", "Inspection", "inspect_checkpoints"]
+__all__ = ["inspect_checkpoints"]
 
 _MEMORY = 32 * 2**20  # for the rows of one block, float64, as read, centred, and their differences
 _FEWEST_VALUES = 1024
 _CHUNK = 2**20
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What is inside one checkpoint."""
-
-    path: Path
-    kind: str
-    writer: str | None
-    """What wrote it, where it says so."""
-    size: int
-    """Bytes of its HDF5 files."""
-    tensors: int
-    """Model weights; optimizer state and metrics are not counted."""
-    parameters: int
-    """Values in them."""
-    dtypes: Mapping[str, int]
-    """Their types -> values of that type."""
-    weight_bytes: int
-    optimizer_bytes: int
-    batchnorm_layers: tuple[str, ...]
-    is_average: bool
-    """Whether swa-avg wrote it."""
-    epoch: int | None
-    """By the index beside it, else the last whole number in its name."""
-    learning_rate: float | None
-    metrics: Mapping[str, float]
-    """By the index; may hold NaN and infinities."""
-
-    @property
-    def optimizer_share(self) -> float:
-        """Share of the bytes that the optimizer's state takes."""
-        return self.optimizer_bytes / self.size if self.size else 0.0
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What `inspect_checkpoints` found."""
-
-    checkpoints: tuple[Contents, ...]
-    """In training order."""
-    method: str
-    coefficients: tuple[float, ...]
-    """One a checkpoint: those of the method."""
-    treatments: Mapping[str, tuple[str, ...]]
-    """`averaged`, `compared`, `copied` -> names of the newest checkpoint's tensors; empty where they do not
-    fit."""
-    findings: tuple[Finding, ...]
-    """Everything that keeps them from being averaged."""
-    measured: tuple[int, ...] = ()
-    """Which checkpoints the geometry is of: those whose values are all finite."""
-    geometry: Geometry | None = None
-    """None of a single checkpoint, of those that do not fit, or of numbers whose squares overflow.
-
-    Its mean is the method's, the coefficients of `measured` scaled to sum 1."""
-
-    @property
-    def outliers(self) -> tuple[Contents, ...]:
-        """Checkpoints that lie in another basin than the group of the others."""
-        found = self.geometry.outliers if self.geometry is not None else ()
-        return tuple(self.checkpoints[self.measured[row]] for row in found)
-
-    @property
-    def groups(self) -> tuple[tuple[Contents, ...], ...]:
-        """The checkpoints by basin, the largest group first."""
-        groups = self.geometry.groups if self.geometry is not None else ()
-        return tuple(tuple(self.checkpoints[self.measured[row]] for row in group) for group in groups)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return all of it as JSON's types; numbers that are not finite become null."""
-        result: dict[str, Any] = {
-            "method": self.method,
-            "fit": not self.findings,
-            "findings": [finding._asdict() for finding in self.findings],
-            "checkpoints": [
-                {**asdict(contents), "optimizer_share": contents.optimizer_share, "coefficient": coefficient}
-                for contents, coefficient in zip(self.checkpoints, self.coefficients, strict=True)
-            ],
-            "tensors": self.treatments,
-            "geometry": None,
-        }
-        if self.geometry is not None:
-            result["geometry"] = {
-                "checkpoints": self.measured,
-                **asdict(self.geometry),
-                "outliers": [str(contents.path) for contents in self.outliers],
-            }
-        plain: dict[str, Any] = _plain(result)
-        return plain
 
 
 def inspect_checkpoints(
@@ -308,15 +218,3 @@ def _kernels(tensors: Sequence[Tensor]) -> Callable[[Tensor], bool]:
     """Return which tensors are kernels: those of two dimensions or more, or all where there are none."""
     least = 2 if any(len(tensor.shape) > 1 for tensor in tensors) else 0
     return lambda tensor: len(tensor.shape) >= least
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path | RemotePath) else value

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from swa_avg.text import counted, number_text, size_text
 
 if TYPE_CHECKING:
-    from swa_avg.inspection.survey import Contents, Inspection
+    from swa_avg.inspection.report import Contents, Inspection
 
 __all__ = [
     "checkpoint_table",

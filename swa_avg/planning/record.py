@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swa_avg import __version__
 from swa_avg.errors import UnreadableError
 from swa_avg.files.untrusted_json import parse_json
 from swa_avg.formats.archive import ArchiveCheckpoint
@@ -17,6 +16,7 @@ from swa_avg.formats.base import PROVENANCE, Checkpoint
 from swa_avg.formats.sharded import ShardedCheckpoint
 from swa_avg.inputs.index import is_plain_name
 from swa_avg.planning.plan import Plan
+from swa_avg.text import __version__
 
 __all__ = ["Record", "RecordedInput", "describe", "read_record"]
 

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from swa_avg.pages import pictures
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from swa_avg.sweeping.search import SweepReport
+    from swa_avg.pages.pictures import Axes
+    from swa_avg.sweeping.report import SweepReport
 
 __all__ = ["plot"]
 

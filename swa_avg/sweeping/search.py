@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -26,56 +26,14 @@ from swa_avg.planning.policy import batchnorm_layers
 from swa_avg.planning.record import describe
 from swa_avg.sweeping import candidates
 from swa_avg.sweeping.candidates import Candidate
+from swa_avg.sweeping.report import Scored, SweepReport
 from swa_avg.sweeping.scoring import Scorer, Scoring, Validation
-from swa_avg.sweeping.trials import POINTS, Scored, Trials, greedy_soup, line, rank
+from swa_avg.sweeping.trials import POINTS, Trials, greedy_soup, line
 from swa_avg.text import Progress
 
-__all__ = ["SweepReport", "candidate_rows", "sweep"]
+__all__ = ["candidate_rows", "sweep"]
 
 _PICTURES = (".png", ".svg", ".pdf")
-
-
-@dataclass(frozen=True)
-class SweepReport:
-    """What `sweep` found."""
-
-    output: Path
-    checkpoints: tuple[Path, ...]
-    """In training order."""
-    monitor: str
-    """The metric that decides."""
-    mode: str
-    singles: tuple[Scored, ...]
-    """The checkpoints alone, in training order."""
-    averages: tuple[Scored, ...]
-    winner: Scored
-    """What was written: of equals, the average of the most checkpoints."""
-    validation: str
-    """The validation data."""
-    rows: int
-    """Of the validation data."""
-    digest: str
-    """BLAKE2b-256 of these rows."""
-    batchnorm_layers: tuple[str, ...] = ()
-    """BatchNorm layers whose statistics are averages of statistics, for want of a refresh."""
-    path: tuple[Mapping[str, float], ...] = ()
-    """Metrics at points of equal distance from the last checkpoint to the best average."""
-
-    @property
-    def best_single(self) -> Scored:
-        """Of equals, the newest."""
-        return min(reversed(self.singles), key=lambda scored: scored.badness)
-
-    @property
-    def best_average(self) -> Scored | None:
-        averages = [scored for scored in reversed(self.averages) if scored.candidate.is_average]
-        return min(averages, key=rank, default=None)
-
-    @property
-    def improved(self) -> bool:
-        """Whether an average is better than every single checkpoint."""
-        average = self.best_average
-        return average is not None and average.badness < self.best_single.badness
 
 
 def sweep(

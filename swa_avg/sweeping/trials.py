@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.batchnorm.statistics import RefreshedStatistics
 from swa_avg.combine.combiner import Combiner
 from swa_avg.combine.drafts import write_draft
@@ -24,32 +23,17 @@ from swa_avg.inputs.opening import check_contents, check_shared_files
 from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.sweeping import candidates
 from swa_avg.sweeping.candidates import Candidate, badness
+from swa_avg.sweeping.report import Scored, rank
 from swa_avg.sweeping.scoring import Scoring
 from swa_avg.text import Progress
 
-__all__ = ["POINTS", "Scored", "Trials", "greedy_soup", "line", "rank"]
+__all__ = ["POINTS", "Trials", "greedy_soup", "line"]
 
 POINTS = 11
 """Of the line from the last checkpoint to the average."""
 
 _Underway = tuple[Candidate, "TemporaryDirectory[str]", "Future[Scoring]"]
 """A candidate, the folder of its draft, and the work."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A candidate and what it achieved."""
-
-    candidate: Candidate
-    metrics: Mapping[str, float]
-    refresh: RefreshReport | None
-    badness: float
-    """The deciding metric such that less is better, infinite for NaN."""
-
-
-def rank(scored: Scored) -> tuple[float, int]:
-    """Return a sort key: the better first, and of equals the average of the most checkpoints."""
-    return scored.badness, -len(scored.candidate.used)
 
 
 @dataclass
