@@ -44,7 +44,7 @@ from swa_avg.combine.cluster import connected
 from swa_avg.combine.combiner import Combiner
 from swa_avg.combine.workers import Crew
 from swa_avg.formats import open_checkpoint
-from swa_avg.inputs.selection import expand
+from swa_avg.inputs.listing import list_checkpoints
 from swa_avg.planning.plan import make_plan
 
 BLOCK = 2**19
@@ -184,7 +184,7 @@ def read_rate(path: Path) -> float:
 
 def work_rate(path: Path) -> float:
     """Return the bytes of input a second that a process reads and averages."""
-    paths = expand([str(path.with_name("ckpt_*.keras"))])
+    paths = list_checkpoints([str(path.with_name("ckpt_*.keras"))]).paths
     with ExitStack() as stack:
         combiner = combiner_of(paths, 1, stack)
         worker = pickle.loads(pickle.dumps(combiner.worker))
@@ -302,7 +302,7 @@ def main() -> None:
         "--measure", action="store_true", help="check against 1 and 2 workers on this machine"
     )
     options = parser.parse_args()
-    paths = expand(options.checkpoints)
+    paths = list_checkpoints(options.checkpoints).paths
     if options.measure:
         check(paths)
         return

@@ -31,11 +31,12 @@ from swa_avg.files.publication import Publication
 from swa_avg.combine.workers import hired
 from swa_avg.inputs.opening import opened
 from swa_avg.combine.spill import Spill
+from swa_avg.inputs.listing import list_checkpoints
 from swa_avg.sweeping.search import candidate_rows
 from swa_avg.sweeping.trials import Trials
 
 output, *paths = map(Path, sys.argv[1:])
-rows, _ = candidate_rows(paths, [])
+rows, _ = candidate_rows(list_checkpoints(paths), [])
 with ExitStack() as stack:
     checkpoints = stack.enter_context(opened(paths))
     publication = stack.enter_context(Publication(output, overwrite=False))

@@ -19,8 +19,9 @@ from swa_avg.files.remote import as_path, on_this_machine, remote
 from swa_avg.formats import open_checkpoint
 from swa_avg.formats.base import Stream
 from swa_avg.inputs.digests import check_digests, read_digests
+from swa_avg.inputs.listing import Listing, list_checkpoints
 from swa_avg.inputs.opening import check_contents, check_shared_files, opened
-from swa_avg.inputs.selection import expand, select
+from swa_avg.inputs.selection import Selection, select
 from swa_avg.planning.methods import coefficients_of
 from swa_avg.planning.output import output_path, plan_output
 from swa_avg.planning.plan import Plan
@@ -36,6 +37,8 @@ class Report:
     """What `average` did, or with `dry_run` would do."""
 
     output: Path
+    listing: Listing
+    """The inputs, and what is known of each without opening it."""
     plan: Plan
     method: str
     verify: bool
@@ -127,12 +130,14 @@ def average(
         SystemRefusalError: disk full, permission denied, input/output error; a service refused; no cluster,
             or one that was lost.
     """
-    named = expand(inputs)
-    target = output_path(output, named)
-    paths = select(named, epochs=epochs, best=best, monitor=monitor, mode=mode, last=last, every=every)
+    wanted = Selection(epochs, best, monitor, mode, last, every)
+    named = list_checkpoints(inputs)
+    target = output_path(output, named.paths)
+    listing = select(named, wanted)
+    paths = listing.paths
     if not dry_run:
         check_output(target, overwrite=overwrite)
-    coefficients = coefficients_of(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
+    coefficients = coefficients_of(method, listing, decay=decay, sigma_rel=sigma_rel, weights=weights)
     far = any(remote(path) is not None for path in paths)
     verify = not far if verify is None else verify
     # A copy of the newest on this machine is none on the workers'.
@@ -154,7 +159,7 @@ def average(
             if refresh is not None:
                 refresh = _with_model(refresh, plan)
                 check_request(refresh, plan.template)
-            report = Report(target, plan, method, verify, bytes_to_read(plan, verify), crew.memory)
+            report = Report(target, listing, plan, method, verify, bytes_to_read(plan, verify), crew.memory)
             if dry_run:
                 return report
             stream: Stream = combiner.stream

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swa_avg.errors import UsageError
+from swa_avg.inputs import metrics
 from swa_avg.sweeping import candidates
 
 COUNTS = st.integers(1, 30)
@@ -148,7 +149,7 @@ def test_the_soup_of_a_convex_loss_is_never_worse_than_its_best_part():
 
 def test_what_gives_nan_is_left_out():
     def badness_of(accepted):
-        return candidates.badness(math.nan if 1 in accepted else 0.0, "min")
+        return metrics.badness(math.nan if 1 in accepted else 0.0, "min")
 
     assert candidates.greedy([1.0, math.inf, 2.0], badness_of) == (0, 2)
     assert candidates.greedy([math.inf, math.inf], lambda accepted: math.inf) == (1,)
@@ -172,4 +173,4 @@ def test_a_soup_has_the_coefficients_of_a_plain_mean():
     ("value", "mode", "expected"), [(2.0, "min", 2.0), (2.0, "max", -2.0), (math.nan, "max", math.inf)]
 )
 def test_badness_falls_as_a_metric_gets_better(value, mode, expected):
-    assert candidates.badness(value, mode) == expected
+    assert metrics.badness(value, mode) == expected

@@ -335,10 +335,10 @@ def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path, swa_avg: Cli) -
     assert _names(folder) == before
     size = sum(len(makers.store_bytes(makers.weights(number))) for number in (1, 2, 10)) / 1024
     assert ended.err.splitlines()[:8] == [
-        " coefficient  checkpoint (.keras archive, uniform)",
-        "    0.333333  ckpt_1.keras",
-        "    0.333333  ckpt_2.keras",
-        "    0.333333  ckpt_10.keras",
+        "epoch   coefficient  checkpoint (.keras archive, uniform)",
+        "    1      0.333333  ckpt_1.keras",
+        "    2      0.333333  ckpt_2.keras",
+        "   10      0.333333  ckpt_10.keras",
         "averaged: 6 tensors, 240 B",
         "equal in all, copied: 0 tensors, 0 B",
         "copied from the newest: 0 tensors, 0 B",

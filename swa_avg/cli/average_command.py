@@ -99,9 +99,12 @@ def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
     plan = report.plan
     lines = []
     if dry_run or verbose:
-        lines.append(f"{'coefficient':>12}  checkpoint ({plan.inputs[-1].kind}, {report.method})")
-        for checkpoint, coefficient in zip(plan.inputs, plan.coefficients, strict=True):
-            lines.append(f"{coefficient:12.6g}  {checkpoint.path}")
+        lines.append(
+            f"{'epoch':>5}  {'coefficient':>12}  checkpoint ({plan.inputs[-1].kind}, {report.method})"
+        )
+        for listed, coefficient in zip(report.listing.files, plan.coefficients, strict=True):
+            epoch = "" if listed.epoch is None else str(listed.epoch)
+            lines.append(f"{epoch:>5}  {coefficient:12.6g}  {listed.path}")
         for title, tensors in _treatments(report).items():
             lines.append(
                 f"{title}: {counted(len(tensors), 'tensor')}, {size_text(sum(t.nbytes for t in tensors))}"
@@ -110,6 +113,7 @@ def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
                 lines.extend(f"  {tensor.name}  {tensor}" for tensor in tensors)
         memory = size_text(report.peak_memory)
         lines.append(f"bytes to read: {size_text(report.bytes_to_read)}; peak memory: about {memory}")
+    lines.extend(report.listing.notes)
     for checkpoint in plan.inputs:
         if checkpoint.is_average:
             lines.append(f"warning: {checkpoint.path} is itself an average that swa-avg wrote")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from swa_avg.errors import UsageError
 
-__all__ = ["direction", "main_metric"]
+__all__ = ["badness", "direction", "main_metric"]
 
 _ACCURACY = re.compile(r"(^|_)(acc|accuracy)(_|$)")
 _GREATER = re.compile(r"(^|_)(acc|accuracy|auc|f1|f1_score|fmeasure|precision|recall)(_|$)")
@@ -39,3 +40,10 @@ def direction(model: Any, monitor: str) -> str:
     if _GREATER.search(name):
         return "max"
     raise UsageError(f"monitor {monitor}: say which values are better, with mode min or max")
+
+
+def badness(value: float, mode: str) -> float:
+    """Return a metric's value such that less is better, and NaN is worst."""
+    if math.isnan(value):
+        return math.inf
+    return -value if mode == "max" else value

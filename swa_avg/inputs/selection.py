@@ -1,48 +1,50 @@
-"""Which files, and in which order."""
+"""Which of the listed checkpoints are averaged."""
 
 from __future__ import annotations
 
 import contextlib
-import glob
-import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
 
-from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
-from swa_avg.files.remote import as_path, find, remote
-from swa_avg.inputs.index import INDEX_NAME, MODES, Entry, Index, read_index
-from swa_avg.inputs.metrics import direction
+from swa_avg.errors import Finding, MismatchError, UsageError
+from swa_avg.inputs.index import INDEX_NAME, MODES
+from swa_avg.inputs.listing import Listed, Listing, identity
+from swa_avg.inputs.metrics import badness, direction
 from swa_avg.text import counted
 
-__all__ = ["epoch_number", "epochs_of", "expand", "natural_key", "parse_epochs", "read_indices", "select"]
+__all__ = ["Selection", "parse_epochs", "select"]
 
-_DECIMALS = re.compile(r"(?<![\d.])\d+\.\d+")
 _EPOCHS = re.compile(r"([0-9]{1,18})?:([0-9]{1,18})?(?::([0-9]{1,18}))?$|([0-9]{1,18})$")
-_MOST_DIGITS = 18
-_SUFFIXES = (".keras", ".weights.json", ".weights.h5", ".h5", ".hdf5")
 
 
-def natural_key(path: Path) -> list[tuple[int, int, str]]:
-    """Return a sort key that puts ckpt_2 before ckpt_10.
+@dataclass(frozen=True)
+class Selection:
+    """Which checkpoints are wanted: by epoch, then the best, then the last, then every K-th from the end."""
 
-    Numbers go by their digits, not as integers, of which Python reads 4,300 digits at most.
-    """
-    parts = re.split(r"([0-9]+)", str(path))
-    return [
-        (1, len(part.lstrip("0")), part.lstrip("0")) if part.isdecimal() and part.isascii() else (0, 0, part)
-        for part in parts
-    ]
+    epochs: str | None = None
+    """`A:B[:STEP]`, both ends included."""
+    best: int | None = None
+    monitor: str | None = None
+    """The metric of `best`; that of the index by default."""
+    mode: str | None = None
+    """`min` or `max`: which of its values are better."""
+    last: int | None = None
+    every: int | None = None
 
-
-def epoch_number(path: Path) -> int | None:
-    """Return the last whole number in a file's name: 7 of `w.07-0.32.h5`; decimals are metrics."""
-    stem = re.sub(r"(\.weights)?\.(keras|h5|hdf5|json)$", "", path.name)
-    numbers = re.findall(r"[0-9]+", _DECIMALS.sub(" ", stem))
-    return int(numbers[-1]) if numbers and len(numbers[-1]) <= _MOST_DIGITS else None
+    def check(self) -> None:
+        """Raise UsageError if it is none that any files could meet."""
+        for option, number in (("--best", self.best), ("--last", self.last), ("--every", self.every)):
+            if number is not None and not (isinstance(number, Integral) and number >= 1):
+                raise UsageError(f"{option} is {number!r}; expected 1 or more")
+        if self.mode not in (None, *MODES):
+            raise UsageError(f"mode is {' or '.join(MODES)}, not {self.mode!r}")
+        if self.best is None and (self.monitor is not None or self.mode is not None):
+            raise UsageError("--monitor and --mode go with --best")
 
 
 def parse_epochs(text: str) -> range:
@@ -60,241 +62,84 @@ def parse_epochs(text: str) -> range:
     return range(int(first or 0), int(last) + 1 if last else 2**62, int(step or 1))
 
 
-def expand(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Return the files that names, folders and shell patterns stand for, in training order.
-
-    That is the natural order of the names. Of several folders it is the order of epochs, where every file has
-    one of its own, by the index beside it or its name: one run may have gone on in another folder.
-
-    A folder stands for what its index names, in training order; with no pattern, the current folder does. A
-    URL may be a pattern, too, or with a `/` at its end a folder.
-
-    Raises:
-        SystemRefusalError: the service that a URL names did not answer or refused.
-        UnreadableError: a name that is no pattern does not exist, a folder has no index, or the index names a
-            file that is missing.
-        UsageError: a pattern matches nothing, or nothing was named and there is no index.
-    """
-    if isinstance(patterns, str | Path):
-        patterns = [patterns]
-    if not patterns:
-        if not Path(INDEX_NAME).exists():
-            example = "swa-avg 'ckpt_*.keras' -o swa.keras"
-            raise UsageError(f"no checkpoints named, and no {INDEX_NAME} here; such as: {example}")
-        return _indexed(Path())
-    named: list[Path] = []
-    for pattern in patterns:
-        path = as_path(pattern)
-        if not glob.has_magic(str(pattern)) or _is_there(path):
-            _identity(path)
-            named.append(path)
-            continue
-        matches = _matches(str(pattern))
-        if not matches:
-            raise UsageError(f"no file matches {str(pattern)!r}")
-        named.extend(matches)
-    if len(named) == 1 and _is_folder(named[0]):
-        return _indexed(named[0])
-    paths = [file for path in named for file in (_indexed(path) if _is_folder(path) else [path])]
-    return _ordered(paths)
-
-
-def _ordered(paths: Sequence[Path]) -> list[Path]:
-    by_name = sorted(paths, key=lambda path: (natural_key(path), str(path)))
-    if len({path.parent for path in by_name}) < 2:
-        return by_name
-    indexed = read_indices(by_name)
-    positions = {position: path for path in by_name if (position := _position(path, indexed)) is not None}
-    if len(positions) < len(by_name):  # several runs, or one that began to count anew: the names alone tell
-        return by_name
-    return [positions[position] for position in sorted(positions)]
-
-
-def _matches(pattern: str) -> list[Path]:
-    url = remote(as_path(pattern))
-    if url is not None:
-        return [as_path(match) for match in find(url)]
-    return [Path(match) for match in glob.glob(pattern)]  # noqa: PTH207 (takes absolute patterns)
-
-
-def _is_there(path: Path) -> bool:
-    if remote(path) is not None:
-        return path.exists()
-    try:
-        return path.is_symlink() or path.exists()
-    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
-        return False
-
-
-def _is_folder(path: Path) -> bool:
-    """Tell whether a name is that of a folder; of a URL without asking the service."""
-    return path.is_dir() if remote(path) is None else str(path).endswith("/")
-
-
-def _identity(path: Path) -> Hashable:
-    """Return what is equal for two names of one file; what a URL leads to is seen when it is opened."""
-    if (url := remote(path)) is not None:
-        return url.identity()
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise UnreadableError(path, "no such file") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UnreadableError(path, reason.lower()) from error
-    return status.st_dev, status.st_ino
-
-
-def _indexed(folder: Path) -> list[Path]:
-    if remote(folder) is not None:
-        folder = as_path(str(folder).rstrip("/"))
-    index_path = folder / INDEX_NAME
-    if not index_path.exists():
-        local = remote(folder) is None
-        suffix = next((suffix for suffix in _SUFFIXES if local and any(folder.glob(f"*{suffix}"))), ".keras")
-        hint = f"name its checkpoints, such as '{glob.escape(str(folder))}/*{suffix}'"
-        raise UnreadableError(folder, f"a folder without {INDEX_NAME}", hint=hint)
-    entries = read_index(index_path).entries
-    _check_one_run(index_path, entries)
-    paths = [folder / entry.file for entry in entries]
-    for path in paths:
-        if not path.exists():
-            hint = "name the checkpoints themselves, or restore it"
-            raise UnreadableError(index_path, f"names {path.name}, which is not there", hint=hint)
-    if not paths:
-        raise UsageError(f"{index_path} names no checkpoints")
-    return paths
-
-
-def _check_one_run(index_path: Path, entries: Sequence[Entry]) -> None:
-    """Raise UsageError if a checkpoint was saved before one of an earlier epoch: by another, longer run."""
-    times = []
-    for entry in entries:
-        with contextlib.suppress(ValueError):
-            times.append((datetime.fromisoformat(entry.time), entry.file))
-    for (before, earlier), (after, later) in pairwise(times):
-        if (before.tzinfo is None) == (after.tzinfo is None) and after < before:
-            raise UsageError(
-                f"{index_path} names {later}, which was saved before {earlier}: it is of an earlier run; "
-                "name the checkpoints of one run"
-            )
-
-
-def read_indices(paths: Sequence[Path]) -> dict[Path, tuple[Index, Entry]]:
-    """Return what the indices beside the files, if there are any, say of each.
-
-    Raises:
-        UnreadableError: an index is damaged.
-    """
-    known = {}
-    for folder in dict.fromkeys(path.parent for path in paths):
-        if (folder / INDEX_NAME).exists():
-            index = read_index(folder / INDEX_NAME)
-            known.update({folder / entry.file: (index, entry) for entry in index.entries})
-    return {path: known[path] for path in paths if path in known}
-
-
-def _position(path: Path, indexed: Mapping[Path, tuple[Index, Entry]]) -> tuple[int, int] | None:
-    """Return epoch and step: by the index, else by the last whole number in the name; None without one."""
-    if path in indexed:
-        return indexed[path][1].position
-    number = epoch_number(path)
-    return None if number is None else (number, -1)
-
-
-def epochs_of(paths: Sequence[Path], purpose: str) -> list[int]:
-    """Return each checkpoint's epoch: by the index beside it, else the last whole number in its name.
-
-    Raises:
-        UsageError: neither says it; `purpose` is the option that needs it.
-    """
-    indexed = read_indices(paths)
-    epochs = []
-    for path in paths:
-        position = _position(path, indexed)
-        if position is None:
-            raise UsageError(
-                f"{purpose} needs the epoch in an index or as a number in each name; {path.name} has none"
-            )
-        epochs.append(position[0])
-    return epochs
-
-
-def select(
-    paths: Sequence[Path],
-    *,
-    epochs: str | None = None,
-    best: int | None = None,
-    monitor: str | None = None,
-    mode: str | None = None,
-    last: int | None = None,
-    every: int | None = None,
-) -> list[Path]:
-    """Choose among files in training order, and keep that order.
-
-    By epoch, then the best N by a metric of the index, then the last N, then every K-th counted from the end.
+def select(listing: Listing, wanted: Selection) -> Listing:
+    """Choose among listed checkpoints, and keep their order.
 
     Raises:
         MismatchError: two names lead to one file.
-        UnreadableError: an index is damaged.
-        UsageError: what to select by is not known of a file, or nothing is left.
+        UsageError: what to select by is not known of a file, nothing is left, or what is left are two runs.
     """
-    _check_distinct(paths)
-    chosen = list(paths)
-    for option, number in (("--best", best), ("--last", last), ("--every", every)):
-        if number is not None and not (isinstance(number, Integral) and number >= 1):
-            raise UsageError(f"{option} is {number!r}; expected 1 or more")
-    if mode not in (None, *MODES):
-        raise UsageError(f"mode is {' or '.join(MODES)}, not {mode!r}")
-    if best is None and (monitor is not None or mode is not None):
-        raise UsageError("--monitor and --mode go with --best")
-    if epochs is not None:
-        wanted, known = parse_epochs(epochs), epochs_of(chosen, "--epochs")
-        chosen = [path for path, epoch in zip(chosen, known, strict=True) if epoch in wanted]
+    _check_distinct(listing.paths)
+    wanted.check()
+    chosen = list(listing.files)
+    if wanted.epochs is not None:
+        numbers, known = parse_epochs(wanted.epochs), listing.epochs("--epochs")
+        chosen = [listed for listed, epoch in zip(chosen, known, strict=True) if epoch in numbers]
         if not chosen:
             there = sorted(set(known))
             shown = ", ".join(map(str, there)) if len(there) < 6 else f"{there[0]} to {there[-1]}"
-            raise UsageError(f"--epochs {epochs}: none of the checkpoints; their epochs are {shown}")
-    if best is not None:
-        chosen = _best(chosen, best, monitor, mode)
-    if last is not None:
-        if last > len(chosen):
-            raise UsageError(f"--last {last}, but found only {counted(len(chosen), 'checkpoint')}")
-        chosen = chosen[-last:]
-    if every is not None:
-        chosen = chosen[::-1][::every][::-1]
-    return chosen
+            raise UsageError(f"--epochs {wanted.epochs}: none of the checkpoints; their epochs are {shown}")
+    if wanted.best is not None:
+        chosen = _best(replace(listing, files=tuple(chosen)), wanted)
+    if wanted.last is not None:
+        listing.check_order("--last")
+        if wanted.last > len(chosen):
+            raise UsageError(f"--last {wanted.last}, but found only {counted(len(chosen), 'checkpoint')}")
+        chosen = chosen[-wanted.last :]
+    if wanted.every is not None:
+        listing.check_order("--every")
+        chosen = chosen[::-1][:: wanted.every][::-1]
+    _check_one_run(chosen)
+    return replace(listing, files=tuple(chosen))
 
 
-def _best(paths: Sequence[Path], count: int, monitor: str | None, mode: str | None) -> list[Path]:
-    """Return the best `count` files by a metric, in training order; of equals the newer."""
-    indexed = read_indices(paths)
-    missing = [path.name for path in paths if path not in indexed]
+def _check_one_run(chosen: Sequence[Listed]) -> None:
+    """Raise UsageError if a checkpoint was saved before one of an earlier epoch: by another, longer run."""
+    times = []
+    for listed in chosen:
+        with contextlib.suppress(ValueError):
+            if listed.index is not None:
+                times.append((datetime.fromisoformat(listed.time), listed))
+    for (before, earlier), (after, later) in pairwise(times):
+        comparable = (before.tzinfo is None) == (after.tzinfo is None) and earlier.index == later.index
+        if comparable and after < before:
+            raise UsageError(
+                f"{later.index} names {later.path.name}, which was saved before {earlier.path.name}: it is "
+                "of an earlier run; name the checkpoints of one run"
+            )
+
+
+def _best(listing: Listing, wanted: Selection) -> list[Listed]:
+    """Return the best files by a metric, in training order; of equals the newer."""
+    assert wanted.best is not None
+    listing.check_indices()
+    missing = [listed.path.name for listed in listing.files if listed.index is None]
     if missing:
         raise UsageError(f"--best goes by the metrics in {INDEX_NAME}, which does not name {missing[0]}")
-    if count > len(paths):
-        raise UsageError(f"--best {count}, but found only {counted(len(paths), 'checkpoint')}")
+    if wanted.best > len(listing.files):
+        found = counted(len(listing.files), "checkpoint")
+        raise UsageError(f"--best {wanted.best}, but found only {found}")
     values = []
-    for path in paths:
-        index, entry = indexed[path]
-        name = monitor or index.monitor
-        there = ", ".join(entry.metrics) or "none"
+    for listed in listing.files:
+        assert listed.index is not None
+        index = listing.indices[listed.index]
+        name = wanted.monitor or index.monitor
+        there = ", ".join(listed.metrics) or "none"
         if name is None:
             raise UsageError(f"--best needs --monitor NAME, a metric in the index: {there}")
-        if name not in entry.metrics:
-            raise UsageError(f"{path.name} has no metric {name!r} in the index, but {there}")
-        better = mode or (index.mode if name == index.monitor else None) or direction(None, name)
-        value = entry.metrics[name]
-        values.append(math.inf if math.isnan(value) else -value if better == "max" else value)
-    ranked = sorted(range(len(paths)), key=lambda position: (values[position], -position))
-    return [paths[position] for position in sorted(ranked[:count])]
+        if name not in listed.metrics:
+            raise UsageError(f"{listed.path.name} has no metric {name!r} in the index, but {there}")
+        better = wanted.mode or (index.mode if name == index.monitor else None) or direction(None, name)
+        values.append(badness(listed.metrics[name], better))
+    ranked = sorted(range(len(values)), key=lambda position: (values[position], -position))
+    return [listing.files[position] for position in sorted(ranked[: wanted.best])]
 
 
 def _check_distinct(paths: Sequence[Path]) -> None:
     seen: dict[Hashable, Path] = {}
     findings = []
     for path in paths:
-        first = seen.setdefault(_identity(path), path)
+        first = seen.setdefault(identity(path), path)
         if first is not path:
             findings.append(Finding(path, "file", f"the same file as {first}; name it once"))
     if findings:

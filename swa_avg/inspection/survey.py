@@ -14,8 +14,9 @@ from swa_avg.combine.combiner import stream_values, unfit
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.files.publication import Publication, check_output
 from swa_avg.formats import Checkpoint, Tensor
+from swa_avg.inputs.listing import Listing, list_checkpoints
 from swa_avg.inputs.opening import check_contents, check_shared_files, opened
-from swa_avg.inputs.selection import epoch_number, expand, read_indices, select
+from swa_avg.inputs.selection import Selection, select
 from swa_avg.inspection.geometry import Measurement, geometry_of
 from swa_avg.inspection.report import Contents, Inspection
 from swa_avg.planning.methods import coefficients_of
@@ -71,11 +72,10 @@ def inspect_checkpoints(
         SystemRefusalError: disk full, permission denied, input/output error.
     """
     outputs = _outputs(plot, report, overwrite)
-    named = expand(inputs)
-    paths = select(named, epochs=epochs, best=best, monitor=monitor, mode=mode, last=last, every=every)
-    coefficients = coefficients_of(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
-    with opened(paths, dtype) as checkpoints:
-        inspection = Inspection(_contents(checkpoints), method, tuple(coefficients), {}, ())
+    listing = select(list_checkpoints(inputs), Selection(epochs, best, monitor, mode, last, every))
+    coefficients = coefficients_of(method, listing, decay=decay, sigma_rel=sigma_rel, weights=weights)
+    with opened(listing.paths, dtype) as checkpoints:
+        inspection = Inspection(_contents(checkpoints, listing), method, tuple(coefficients), {}, ())
         try:
             plan = make_plan(checkpoints, checkpoints[-1], coefficients)
             check_shared_files(checkpoints)
@@ -118,19 +118,16 @@ def _outputs(
     return outputs
 
 
-def _contents(checkpoints: Sequence[Checkpoint]) -> tuple[Contents, ...]:
-    indexed = read_indices([checkpoint.path for checkpoint in checkpoints])
-    entries = {path: entry for path, (_, entry) in indexed.items()}
+def _contents(checkpoints: Sequence[Checkpoint], listing: Listing) -> tuple[Contents, ...]:
     result = []
-    for checkpoint in checkpoints:
-        path, entry = checkpoint.path, entries.get(checkpoint.path)
+    for checkpoint, listed in zip(checkpoints, listing.files, strict=True):
         weights = [tensor for tensor in checkpoint.tensors.values() if tensor.role == "weight"]
         dtypes: Counter[str] = Counter()
         for tensor in weights:
             dtypes[tensor.dtype] += math.prod(tensor.shape)
         result.append(
             Contents(
-                path=path,
+                path=checkpoint.path,
                 kind=checkpoint.kind,
                 writer=checkpoint.writer,
                 size=checkpoint.size,
@@ -141,9 +138,9 @@ def _contents(checkpoints: Sequence[Checkpoint]) -> tuple[Contents, ...]:
                 optimizer_bytes=sum(t.nbytes for t in checkpoint.tensors.values() if t.role == "optimizer"),
                 batchnorm_layers=tuple(batchnorm_layers(checkpoint)),
                 is_average=checkpoint.is_average,
-                epoch=epoch_number(path) if entry is None else entry.epoch,
-                learning_rate=None if entry is None else entry.learning_rate,
-                metrics={} if entry is None else dict(entry.metrics),
+                epoch=listed.epoch,
+                learning_rate=listed.learning_rate,
+                metrics=dict(listed.metrics) if listed.index is not None else {},
             )
         )
     return tuple(result)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 from swa_avg.errors import UsageError
-from swa_avg.inputs.selection import epochs_of
+from swa_avg.inputs.listing import Listing
 from swa_avg.text import counted
 
 __all__ = ["METHODS", "coefficients_of", "ema", "given", "power_ema", "uniform"]
@@ -103,13 +102,16 @@ METHODS = {"uniform": uniform, "ema": ema, "power-ema": power_ema, "weights": gi
 
 def coefficients_of(
     method: str,
-    paths: Sequence[Path],
+    listing: Listing,
     *,
     decay: float | None,
     sigma_rel: float | None,
     weights: Sequence[float] | None,
 ) -> list[float]:
     """Return the method's coefficients; each method takes its own option, and no other's."""
+    count = len(listing.files)
+    if method != "uniform":
+        listing.check_order(f"--method {method}")
     if method not in METHODS:
         raise UsageError(f"the method is {' or '.join(METHODS)}, not {method!r}")
     for option, value, owner in (
@@ -120,9 +122,9 @@ def coefficients_of(
         if (value is not None) != (method == owner):
             raise UsageError(f"{option} and --method {owner} go together; the method is {method}")
     if decay is not None:
-        return ema(len(paths), decay)
+        return ema(count, decay)
     if sigma_rel is not None:
-        return power_ema([float(epoch) for epoch in epochs_of(paths, "--method power-ema")], sigma_rel)
+        return power_ema([float(epoch) for epoch in listing.epochs("--method power-ema")], sigma_rel)
     if weights is not None:
-        return given(len(paths), weights)
-    return uniform(len(paths))
+        return given(count, weights)
+    return uniform(count)

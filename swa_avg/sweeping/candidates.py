@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from swa_avg.errors import UsageError
 from swa_avg.planning import methods
 
-__all__ = ["GREEDY", "Candidate", "badness", "default_candidates", "greedy", "parse", "soup_of"]
+__all__ = ["GREEDY", "Candidate", "default_candidates", "greedy", "parse", "soup_of"]
 
 GREEDY = "greedy"
 _SIGMAS = (0.05, 0.1, 0.2)
@@ -111,10 +111,3 @@ def greedy(alone: Sequence[float], badness_of: Callable[[tuple[int, ...]], float
         if bad <= best and bad < math.inf:
             accepted, best = trial, bad
     return accepted
-
-
-def badness(value: float, mode: str) -> float:
-    """Return a metric's value such that less is better, and NaN is worst."""
-    if math.isnan(value):
-        return math.inf
-    return -value if mode == "max" else value

@@ -19,8 +19,9 @@ from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageErro
 from swa_avg.files.publication import Publication, check_output, publication_at
 from swa_avg.files.remote import remote
 from swa_avg.formats.base import Stream
+from swa_avg.inputs.listing import Listing, list_checkpoints
 from swa_avg.inputs.opening import check_contents, opened
-from swa_avg.inputs.selection import epochs_of, expand, select
+from swa_avg.inputs.selection import Selection, select
 from swa_avg.planning.output import output_path, plan_output
 from swa_avg.planning.policy import batchnorm_layers
 from swa_avg.planning.record import describe
@@ -83,20 +84,21 @@ def sweep(
         NoImprovementError: there is no improvement, and it was required.
         UsageError, UnreadableError, MismatchError, SystemRefusalError: as for `average`.
     """
-    named = expand(inputs)
+    named = list_checkpoints(inputs)
     for data in (validation.data, refresh and refresh.data):
         if isinstance(data, Iterator):
             raise UsageError(
                 "a sweep reads its data anew for each candidate; pass arrays, a file or MODULE:FUNCTION, "
                 "not an iterator"
             )
-    target = output_path(output, named)
-    paths = select(named, epochs=epochs, last=last, every=every)
+    target = output_path(output, named.paths)
+    listing = select(named, Selection(epochs, last=last, every=every))
+    paths = listing.paths
     if len(paths) < 2:
         raise UsageError("a sweep compares averages of at least 2 checkpoints; found 1")
     check_output(target, overwrite=overwrite)
     draw = _drawing(Path(path), overwrite=overwrite) if path is not None else None
-    rows, with_greedy = candidate_rows(paths, tried)
+    rows, with_greedy = candidate_rows(listing, tried)
     far = any(remote(path) is not None for path in paths)
     verify = not far if verify is None else verify
     most_rows = max(len(rows), POINTS if draw else 1)
@@ -170,13 +172,15 @@ def _drawing(output: Path, *, overwrite: bool) -> Callable[[SweepReport], bytes]
     return partial(plot, suffix=output.suffix)
 
 
-def candidate_rows(paths: Sequence[Path], tried: Sequence[str]) -> tuple[list[Candidate], bool]:
+def candidate_rows(listing: Listing, tried: Sequence[str]) -> tuple[list[Candidate], bool]:
     """Return the candidates that are known beforehand, single checkpoints first, and whether a soup is asked
     for."""
+    paths = listing.paths
     count = len(paths)
+    listing.check_order("--candidates")
     times: list[float] | None
     try:
-        times = [float(epoch) for epoch in epochs_of(paths, "--candidates power-ema")]
+        times = [float(epoch) for epoch in listing.epochs("--candidates power-ema")]
         candidates.parse("power-ema:0.1", count, times)
     except UsageError:
         if any(text.startswith("power-ema") for text in tried):

@@ -19,10 +19,11 @@ from swa_avg.combine.workers import Crew
 from swa_avg.files.publication import Publication
 from swa_avg.formats import Checkpoint
 from swa_avg.formats.base import Stream
+from swa_avg.inputs.metrics import badness
 from swa_avg.inputs.opening import check_contents, check_shared_files
 from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.sweeping import candidates
-from swa_avg.sweeping.candidates import Candidate, badness
+from swa_avg.sweeping.candidates import Candidate
 from swa_avg.sweeping.report import Scored, rank
 from swa_avg.sweeping.scoring import Scoring
 from swa_avg.text import Progress

@@ -7,14 +7,39 @@ from pathlib import Path
 import pytest
 
 from swa_avg.errors import UnreadableError, UsageError
-from swa_avg.inputs.selection import epoch_number, expand, natural_key, parse_epochs, select
+from swa_avg.inputs.listing import Listing, list_checkpoints
+from swa_avg.inputs.selection import Selection, parse_epochs, select
 
 
-def test_order_is_natural() -> None:
-    names = ["ckpt_10.keras", "ckpt_2.keras", "ckpt_1.keras", "b/x.h5", "a/x.h5", "ckpt_02b.keras"]
-    assert [str(p) for p in sorted(map(Path, names), key=natural_key)] == [
-        "a/x.h5", "b/x.h5", "ckpt_1.keras", "ckpt_2.keras", "ckpt_02b.keras", "ckpt_10.keras",
-    ]  # fmt: skip
+def expand(patterns: object) -> list[Path]:
+    return list_checkpoints(patterns).paths  # type: ignore[arg-type]
+
+
+def chosen(paths: list[Path], **wanted: object) -> list[Path]:
+    return select(list_checkpoints(paths), Selection(**wanted)).paths  # type: ignore[arg-type]
+
+
+def test_order_is_natural(tmp_path: Path) -> None:
+    names = [
+        "b/x.h5",
+        "a/x.h5",
+        "ckpt_2.keras",
+        "ckpt_10.keras",
+        "ckpt_02b.keras",
+        "last.keras",
+        "ckpt_1.keras",
+    ]
+    _touch(tmp_path, *names)
+    ordered = [
+        "a/x.h5",
+        "b/x.h5",
+        "ckpt_1.keras",
+        "ckpt_2.keras",
+        "ckpt_02b.keras",
+        "ckpt_10.keras",
+        "last.keras",
+    ]
+    assert expand([tmp_path / name for name in names]) == [tmp_path / name for name in ordered]
 
 
 def test_the_order_is_the_same_however_the_names_are_given(tmp_path: Path) -> None:
@@ -22,22 +47,6 @@ def test_the_order_is_the_same_however_the_names_are_given(tmp_path: Path) -> No
     for path in paths:
         path.touch()
     assert expand(paths) == expand(paths[::-1]) == paths
-
-
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [
-        ("ckpt_0010.keras", 10),
-        ("weights.05-0.32.hdf5", 5),
-        ("w.07-0.32.weights.h5", 7),
-        ("resnet50_ckpt_140.weights.json", 140),
-        ("epoch12.h5", 12),
-        ("best.keras", None),
-        ("model-0.91.keras", None),
-    ],
-)
-def test_the_epoch_is_the_last_whole_number(name: str, number: int | None) -> None:
-    assert epoch_number(Path(name)) == number
 
 
 @pytest.mark.parametrize(
@@ -58,7 +67,7 @@ def test_open_ended_epochs_reach_the_newest(tmp_path: Path) -> None:
     paths = [tmp_path / f"ckpt_{number}.keras" for number in range(1, 6)]
     for path in paths:
         path.touch()
-    assert select(paths, epochs="4:") == paths[3:]
+    assert chosen(paths, epochs="4:") == paths[3:]
 
 
 def test_epochs_that_there_are_not_are_refused_with_those_that_there_are(tmp_path: Path) -> None:
@@ -66,15 +75,14 @@ def test_epochs_that_there_are_not_are_refused_with_those_that_there_are(tmp_pat
     for path in paths:
         path.touch()
     with pytest.raises(UsageError, match=r"^--epochs 5: none of the checkpoints; their epochs are 0 to 50$"):
-        select(paths, epochs="5")
+        chosen(paths, epochs="5")
 
 
 def test_filters_apply_in_order_epochs_last_every(tmp_path: Path) -> None:
     paths = [tmp_path / f"ckpt_{number}.keras" for number in range(1, 21)]
     for path in paths:
         path.touch()
-    chosen = select(paths, epochs="5:18", last=7, every=3)
-    assert [epoch_number(path) for path in chosen] == [12, 15, 18]
+    assert chosen(paths, epochs="5:18", last=7, every=3) == [paths[number - 1] for number in (12, 15, 18)]
 
 
 def test_names_with_pattern_characters_are_taken_literally_if_they_exist(tmp_path: Path) -> None:
@@ -152,3 +160,39 @@ def test_folders_whose_epochs_are_shared_or_unknown_are_ordered_by_name(
 ) -> None:
     paths = _touch(tmp_path, *names)
     assert expand(paths[::-1]) == paths
+
+
+def test_epochs_order_files_whose_names_begin_with_a_metric(tmp_path: Path) -> None:
+    names = [f"vl{abs(epoch - 4) / 40 + 0.2:.3f}-ep{epoch:02d}.keras" for epoch in range(1, 9)]
+    paths = _touch(tmp_path, *names)
+    listing = list_checkpoints([tmp_path / "*.keras"])
+    assert listing.paths == paths
+    assert listing.notes == ("in the order of their epochs, 1 to 8, not of their names",)
+    assert chosen(paths, last=2) == paths[-2:]
+    assert list_checkpoints(_touch(tmp_path, "ckpt_2.keras", "ckpt_10.keras")).notes == ()
+
+
+def test_names_that_can_be_read_in_two_ways_are_asked_about_where_it_matters(tmp_path: Path) -> None:
+    paths = _touch(tmp_path, "1_63.keras", "2_61.keras", "5_60.keras")
+    assert chosen(paths) == paths
+    for wanted in ({"last": 2}, {"epochs": "1:2"}, {"every": 2}):
+        with pytest.raises(UsageError) as caught:
+            chosen(paths, **wanted)
+        assert str(caught.value).endswith(
+            ": the names can be read in two ways, by one of which 1_63.keras is of epoch 1, by the other of epoch "
+            "63; mark the epoch in the names, as in ep01"
+        )
+
+
+def test_one_training_of_two_in_a_folder_can_be_selected(tmp_path: Path) -> None:
+    paths = _touch(tmp_path, *(f"ckpt_{epoch}.keras" for epoch in range(1, 7)))
+    entries = [
+        {"file": path.name, "epoch": epoch, "time": f"2026-01-0{2 if epoch < 4 else 1}T00:00:00+00:00"}
+        for epoch, path in enumerate(paths, 1)
+    ]
+    (tmp_path / "checkpoints.json").write_text(json.dumps({"version": 1, "checkpoints": entries}))
+    listing: Listing = list_checkpoints(tmp_path)
+    with pytest.raises(UsageError, match=r"was saved before ckpt_3\.keras"):
+        select(listing, Selection())
+    assert select(listing, Selection(epochs="4:6")).paths == paths[3:]
+    assert select(listing, Selection(epochs="1:3")).paths == paths[:3]

@@ -1,0 +1,243 @@
+"""Which files are meant, in training order, and what is known of each before it is opened."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from swa_avg.errors import UnreadableError, UsageError
+from swa_avg.files.remote import as_path, find, remote
+from swa_avg.inputs.index import INDEX_NAME, Index, read_index
+from swa_avg.inputs.names import Ambiguity, read_names
+
+__all__ = ["Listed", "Listing", "identity", "list_checkpoints"]
+
+_SUFFIXES = (".keras", ".weights.json", ".weights.h5", ".h5", ".hdf5")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One checkpoint, and what the index beside it or its name says of it."""
+
+    path: Path
+    epoch: int | None = None
+    """The 1-based number that `fit` prints."""
+    step: int | None = None
+    learning_rate: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """May hold NaN and infinities."""
+    time: str = ""
+    """When it was saved, ISO 8601; empty where no index says it."""
+    index: Path | None = None
+    """The index that says all this; of a file that none names, its name does."""
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """What orders the checkpoints of a run: epoch and step."""
+        return -1 if self.epoch is None else self.epoch, -1 if self.step is None else self.step
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Checkpoints in training order."""
+
+    files: tuple[Listed, ...]
+    indices: Mapping[Path, Index] = field(default_factory=dict)
+    """Those that lie beside the files, by path."""
+    damage: UnreadableError | None = None
+    """What is wrong with an index beside files that were named themselves: it matters where it is asked."""
+    ambiguity: Ambiguity | None = None
+    """How else the epochs in the names could be read."""
+    notes: tuple[str, ...] = ()
+    """What the user may not expect of the order."""
+
+    @property
+    def paths(self) -> list[Path]:
+        return [listed.path for listed in self.files]
+
+    def epochs(self, purpose: str) -> list[int]:
+        """Return each checkpoint's epoch.
+
+        Raises:
+            UsageError: it is not known of one, or the names can be read in two ways; `purpose` needs it.
+        """
+        self._check_reading(purpose)
+        unknown = next((listed for listed in self.files if listed.epoch is None), None)
+        if unknown is not None:
+            missing = f"{unknown.path.name} has none"
+            raise UsageError(f"{purpose} needs the epoch in an index or as a number in each name; {missing}")
+        return [listed.epoch for listed in self.files if listed.epoch is not None]
+
+    def check_order(self, purpose: str) -> None:
+        """Raise UsageError if the names can be read in two ways that put them into different orders."""
+        if self.ambiguity is not None and self.ambiguity.order_differs:
+            self._check_reading(purpose)
+
+    def check_indices(self) -> None:
+        """Raise UnreadableError if an index beside the files cannot be read."""
+        if self.damage is not None:
+            raise self.damage
+
+    def _check_reading(self, purpose: str) -> None:
+        self.check_indices()
+        if self.ambiguity is not None:
+            name, (one, other) = self.ambiguity.name, self.ambiguity.epochs
+            raise UsageError(
+                f"{purpose}: the names can be read in two ways, by one of which {name} is of epoch {one}, by "
+                f"the other of epoch {other}; mark the epoch in the names, as in ep{one:02d}"
+            )
+
+
+def list_checkpoints(patterns: str | Path | Sequence[str | Path]) -> Listing:
+    """Return the files that names, folders and shell patterns stand for, in training order.
+
+    That is the order of their epochs, where every file has one of its own, by the index beside it or by
+    its name, as `read_names` reads it; else the natural order of the names, `ckpt_2` before `ckpt_10`. One
+    run may lie in several folders.
+
+    A folder stands for what its index names, in training order; with no pattern, the current folder does. A
+    URL may be a pattern, too, or with a `/` at its end a folder.
+
+    Raises:
+        SystemRefusalError: the service that a URL names did not answer or refused.
+        UnreadableError: a name that is no pattern does not exist, a folder has no index, an index is damaged
+            or names a file that is missing.
+        UsageError: a pattern matches nothing, or nothing was named and there is no index.
+    """
+    if isinstance(patterns, str | Path):
+        patterns = [patterns]
+    if not patterns:
+        if not Path(INDEX_NAME).exists():
+            example = "swa-avg 'ckpt_*.keras' -o swa.keras"
+            raise UsageError(f"no checkpoints named, and no {INDEX_NAME} here; such as: {example}")
+        return _described(_indexed(Path()))
+    named: list[Path] = []
+    for pattern in patterns:
+        path = as_path(pattern)
+        if not glob.has_magic(str(pattern)) or _is_there(path):
+            identity(path)
+            named.append(path)
+            continue
+        matches = _matches(str(pattern))
+        if not matches:
+            raise UsageError(f"no file matches {str(pattern)!r}")
+        named.extend(matches)
+    if len(named) == 1 and _is_folder(named[0]):
+        return _described(_indexed(named[0]))
+    paths = [file for path in named for file in (_indexed(path) if _is_folder(path) else [path])]
+    return _ordered(_described(sorted(paths, key=lambda path: (_natural_key(path), str(path)))))
+
+
+def _described(paths: Sequence[Path]) -> Listing:
+    """Return the files in this order, with what indices and names say of them."""
+    indices, known, damage = {}, {}, None
+    for folder in dict.fromkeys(path.parent for path in paths):
+        if (folder / INDEX_NAME).exists():
+            try:
+                index = indices[folder / INDEX_NAME] = read_index(folder / INDEX_NAME)
+            except UnreadableError as error:
+                damage = error
+                continue
+            known.update({folder / entry.file: entry for entry in index.entries})
+    unknown = [path for path in paths if path not in known]
+    readings, ambiguity = read_names([path.name for path in unknown])
+    read = dict(zip(unknown, readings, strict=True))
+    files = []
+    for path in paths:
+        entry = known.get(path)
+        if entry is None:
+            reading = read[path]
+            files.append(Listed(path, reading.epoch, reading.step, metrics=reading.metrics))
+            continue
+        rate, metrics, index_path = entry.learning_rate, entry.metrics, path.parent / INDEX_NAME
+        files.append(Listed(path, entry.epoch, entry.step, rate, metrics, entry.time, index_path))
+    return Listing(tuple(files), indices, damage, ambiguity)
+
+
+def _ordered(listing: Listing) -> Listing:
+    """Return the files in the order of epochs and steps, if each has a position of its own."""
+    files = sorted(listing.files, key=lambda listed: listed.position)
+    positions = [listed.position for listed in files]
+    alone = len({listed.path for listed in files}) == len(set(positions))
+    if any(listed.epoch is None for listed in files) or not alone:
+        return listing  # several runs, or one that began to count anew: the names alone tell
+    if listing.ambiguity is not None and listing.ambiguity.order_differs:
+        return listing
+    notes = listing.notes
+    if files != list(listing.files) and len({listed.path.parent for listed in files}) == 1:
+        first, last = files[0], files[-1]
+        notes = (*notes, f"in the order of their epochs, {first.epoch} to {last.epoch}, not of their names")
+    return replace(listing, files=tuple(files), notes=notes)
+
+
+def _natural_key(path: Path) -> list[tuple[int, int, str]]:
+    """Return a sort key that puts ckpt_2 before ckpt_10.
+
+    Numbers go by their digits, not as integers, of which Python reads 4,300 digits at most.
+    """
+    parts = re.split(r"([0-9]+)", str(path))
+    return [
+        (1, len(part.lstrip("0")), part.lstrip("0")) if part.isdecimal() and part.isascii() else (0, 0, part)
+        for part in parts
+    ]
+
+
+def _matches(pattern: str) -> list[Path]:
+    url = remote(as_path(pattern))
+    if url is not None:
+        return [as_path(match) for match in find(url)]
+    return [Path(match) for match in glob.glob(pattern)]  # noqa: PTH207 (takes absolute patterns)
+
+
+def _is_there(path: Path) -> bool:
+    if remote(path) is not None:
+        return path.exists()
+    try:
+        return path.is_symlink() or path.exists()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    """Tell whether a name is that of a folder; of a URL without asking the service."""
+    return path.is_dir() if remote(path) is None else str(path).endswith("/")
+
+
+def identity(path: Path) -> Hashable:
+    """Return what is equal for two names of one file; what a URL leads to is seen when it is opened.
+
+    Raises:
+        UnreadableError: there is no such file.
+    """
+    if (url := remote(path)) is not None:
+        return url.identity()
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise UnreadableError(path, "no such file") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UnreadableError(path, reason.lower()) from error
+    return status.st_dev, status.st_ino
+
+
+def _indexed(folder: Path) -> list[Path]:
+    if remote(folder) is not None:
+        folder = as_path(str(folder).rstrip("/"))
+    index_path = folder / INDEX_NAME
+    if not index_path.exists():
+        local = remote(folder) is None
+        suffix = next((suffix for suffix in _SUFFIXES if local and any(folder.glob(f"*{suffix}"))), ".keras")
+        hint = f"name its checkpoints, such as '{glob.escape(str(folder))}/*{suffix}'"
+        raise UnreadableError(folder, f"a folder without {INDEX_NAME}", hint=hint)
+    paths = [folder / entry.file for entry in read_index(index_path).entries]
+    for path in paths:
+        if not path.exists():
+            hint = "name the checkpoints themselves, or restore it"
+            raise UnreadableError(index_path, f"names {path.name}, which is not there", hint=hint)
+    if not paths:
+        raise UsageError(f"{index_path} names no checkpoints")
+    return paths
