@@ -50,7 +50,7 @@ OUTPUTS = GOLDEN / "outputs.zip"
 Cli = Callable[..., Any]
 """Runs the command line; what it returns has `code`, `out` and `err`."""
 
-# --- The spelling of methods: the one place that a change of the grammar changes -----------------------------------
+# --- The spelling of methods: the one place that a change of the grammar changes ----------------------------
 
 _VALUES = {"ema": "--decay", "power-ema": "--sigma-rel", "weights": "--weights"}
 
@@ -64,7 +64,7 @@ def spelling(method: str) -> tuple[tuple[str, ...], str]:
     return ("--method", name, *((_VALUES[name], value) if value else ())), name
 
 
-# --- The cases ------------------------------------------------------------------------------------------------------
+# --- The cases ----------------------------------------------------------------------------------------------
 
 POWER = "power-ema:0.1632993161855452"  # exponent 4
 QUARTER = {3: "weights:0.25,0.25,0.5", 4: "weights:0.125,0.25,0.125,0.5"}
@@ -219,7 +219,7 @@ KERAS_WARNINGS = (
     "ignore:Skipping variable loading for optimizer:UserWarning",  # Keras 3.15, of files of Keras 3.3
 )
 
-# --- Running one ----------------------------------------------------------------------------------------------------
+# --- Running one --------------------------------------------------------------------------------------------
 
 
 def lay_out(folder: Path) -> None:
@@ -435,7 +435,7 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-# --- Comparing and recording ----------------------------------------------------------------------------------------
+# --- Comparing and recording --------------------------------------------------------------------------------
 
 
 def differences(expected: Any, found: Any, where: str = "", *, tolerance: float = 0.0) -> list[str]:
