@@ -1,20 +1,20 @@
-"""What the command line gave for a list of cases, so that code can be rewritten without changing an output byte.
+"""What the command line gave for a list of cases, so that code can be rewritten and no output byte change.
 
-`golden/results.json` holds, of each case, digests of the output and of what was printed. `test_golden.py` runs
-the cases anew and compares. The same results are due on every machine, with every version of HDF5, NumPy and
-Keras that is supported, so:
+`golden/results.json` holds, of each case, digests of the output and of what was printed. `test_golden.py`
+runs the cases anew and compares. The same results are due on every machine, with every version of HDF5, NumPy
+and Keras that is supported, so:
 
 - inputs are files whose bytes are fixed: `golden/inputs.zip`, once written by `makers.py`, and the corpus;
 - coefficients are such that no rounding of `pow` shows: ema:0.5, and a power-ema whose exponent is 4;
 - what libhdf5 wrote (the record in an HDF5 file; all of a file without its optimizer) is compared by what it
-  holds, not byte by byte; bytes are compared, too, where HDF5 and swa-avg are those that they were recorded with;
+  holds; bytes are compared, too, where HDF5 and swa-avg are of the versions that they were recorded with;
 - BatchNorm statistics that Keras computed, and what inspection measures, are compared as numbers;
 - left out of what is printed is `peak_memory`, which depends on the machine. Paths are relative as they are.
 
-Results stay when the code changes: that is what they are for. `python tests/golden_cases.py` records the cases that
-`results.json` does not have yet, and touches no other; an entry is removed by hand, on purpose, where outputs are
-meant to change. `golden/outputs.zip` holds outputs of some cases that version 0.1.0 wrote, by the case's name; it
-never changes, since what was once written is to verify for ever.
+Results stay when the code changes: that is what they are for. `python tests/golden_cases.py` records the
+cases that `results.json` does not have yet, and touches no other; an entry is removed by hand, on purpose,
+where outputs are meant to change. `golden/outputs.zip` holds outputs of some cases that version 0.1.0 wrote,
+by the case's name; it never changes, since what was once written is to verify for ever.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ OUTPUTS = GOLDEN / "outputs.zip"
 Cli = Callable[..., Any]
 """Runs the command line; what it returns has `code`, `out` and `err`."""
 
-# --- The spelling of methods: the one place that a change of the grammar changes -----------------------------------
+# --- The spelling of methods: the one place that a change of the grammar changes ----------------------------
 
 _VALUES = {"ema": "--decay", "power-ema": "--sigma-rel", "weights": "--weights"}
 
 
 def spelling(method: str) -> tuple[tuple[str, ...], str]:
-    """Return the options that ask for a method, written NAME or NAME:VALUE, and how results and records name it.
+    """Return the options that ask for a method, NAME or NAME:VALUE, and what results and records call it.
 
-    That name is taken out of both before they are compared.
+    What they call it is checked, and taken out before they are compared.
     """
     name, _, value = method.partition(":")
     return ("--method", name, *((_VALUES[name], value) if value else ())), name
 
 
-# --- The cases ------------------------------------------------------------------------------------------------------
+# --- The cases ----------------------------------------------------------------------------------------------
 
 POWER = "power-ema:0.1632993161855452"  # exponent 4
 QUARTER = {3: "weights:0.25,0.25,0.5", 4: "weights:0.125,0.25,0.125,0.5"}
@@ -219,7 +219,7 @@ KERAS_WARNINGS = (
     "ignore:Skipping variable loading for optimizer:UserWarning",  # Keras 3.15, of files of Keras 3.3
 )
 
-# --- Running one ----------------------------------------------------------------------------------------------------
+# --- Running one --------------------------------------------------------------------------------------------
 
 
 def lay_out(folder: Path) -> None:
@@ -435,7 +435,7 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-# --- Comparing and recording ----------------------------------------------------------------------------------------
+# --- Comparing and recording --------------------------------------------------------------------------------
 
 
 def differences(expected: Any, found: Any, where: str = "", *, tolerance: float = 0.0) -> list[str]:

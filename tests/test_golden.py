@@ -1,4 +1,4 @@
-"""Outputs, records and results are what they were: see `golden_cases.py`, which also says when they may change."""
+"""Outputs, records and results are what they were; `golden_cases.py` says when they may change."""
 
 from __future__ import annotations
 
