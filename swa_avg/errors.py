@@ -6,6 +6,7 @@ a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +24,11 @@ __all__ = [
     "escape",
     "first_line",
 ]
+
+
+_FEW = 3
+_DETAILS = re.compile(r"'[^']*'|\w+\[[^\]]*\]|[0-9]+")
+"""What differs between problems of one cause: names, types and numbers."""
 
 
 def escape(text: object) -> str:
@@ -94,7 +100,23 @@ class MismatchError(SwaAvgError, ValueError):
 
     def __init__(self, findings: Sequence[Finding]) -> None:
         self.findings = tuple(findings)
-        super().__init__("\n".join(str(finding) for finding in self.findings))
+        super().__init__("\n".join(self.lines))
+
+    @property
+    def lines(self) -> list[str]:
+        """The findings, those of one cause in one line: how many they are, and three examples."""
+        causes: dict[object, list[Finding]] = {}
+        for finding in self.findings:
+            causes.setdefault((finding.path, _DETAILS.sub("", finding.problem)), []).append(finding)
+        summaries = {id(alike[0]): _told(alike) for alike in causes.values() if len(alike) > _FEW}
+        told = {id(finding) for alike in causes.values() if len(alike) > _FEW for finding in alike[1:]}
+        return [summaries.get(id(f), str(f)) for f in self.findings if id(f) not in told]
+
+
+def _told(alike: Sequence[Finding]) -> str:
+    first, *others = alike
+    also = ", ".join(finding.subject for finding in others[: _FEW - 1])
+    return escape(f"{first.path}: {len(alike)} times: {first.subject}: {first.problem} (also {also}, ...)")
 
 
 class NoImprovementError(SwaAvgError):

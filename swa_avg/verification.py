@@ -26,8 +26,9 @@ from swa_avg.formats.bare import WEIGHTS, Hdf5Checkpoint
 from swa_avg.formats.base import PROVENANCE
 from swa_avg.formats.sharded import ShardedCheckpoint
 from swa_avg.inputs.opening import opened, resolve_dtypes
+from swa_avg.planning.configuration import config_differences
 from swa_avg.planning.output import as_output
-from swa_avg.planning.plan import Plan, config_differences, make_plan
+from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.planning.record import Record, RecordedInput, read_record
 
 __all__ = ["Verification", "verify"]

@@ -71,12 +71,17 @@ def test_differing_optimizer_state_is_no_mismatch() -> None:
     assert make_plan([first, second], second, [0.5, 0.5]).averaged == (second.tensors["a"],)
 
 
-def test_findings_beyond_a_hundred_are_counted() -> None:
-    newest = _fake("two", *(_tensor(f"layer{i}", offset=i) for i in range(150)))
+def test_findings_of_one_cause_are_one_line_with_their_number_and_three_examples() -> None:
+    newest = _fake(
+        "two", *(_tensor(f"layer{i:03}", shape=(i,), offset=i) for i in range(150)), _tensor("one")
+    )
     with pytest.raises(MismatchError) as caught:
-        make_plan([_fake("one"), newest], newest, [0.5, 0.5])
-    assert len(caught.value.findings) == 101
-    assert str(caught.value).endswith("one: ...: and 50 more findings like these")
+        make_plan([_fake("one", _tensor("other")), newest], newest, [0.5, 0.5])
+    assert len(caught.value.findings) == 152
+    assert str(caught.value).splitlines() == [
+        "one: 151 times: layer000: missing; two has it as float32[0] (also layer001, layer002, ...)",
+        "one: other: extra float32[4]; two does not have it",
+    ]
 
 
 def test_automatic_numbers_of_tensor_names_are_explained() -> None:

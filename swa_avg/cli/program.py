@@ -92,7 +92,7 @@ def _run() -> int:
         if sys.stdout is not None:  # closed by whoever started us
             sys.stdout.flush()
     except MismatchError as error:
-        _complain(*map(str, error.findings))
+        _complain(*error.lines)
         return error.exit_code
     except SwaAvgError as error:
         _complain(_message(error))

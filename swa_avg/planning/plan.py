@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from swa_avg.errors import Finding, MismatchError
 from swa_avg.formats.base import Checkpoint, Tensor
+from swa_avg.planning.configuration import config_differences, stem
 from swa_avg.planning.policy import is_model_optimizer, refusals, treatment
 
-__all__ = ["Plan", "config_differences", "make_plan"]
-
-_MAX_FINDINGS = 100
-_AUTO_NUMBERED = re.compile(r"(.+?)(_\d+)?$", re.DOTALL)
-_NOT_COMPARED = ("build_config", "shared_object_id")
-_WRAPPERS = ("module", "registered_name")
-_NOT_NAMES = ("class_name", "registered_name", "module", "dtype")
+__all__ = ["Plan", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,7 @@ def make_plan(
     for checkpoint in inputs[:-1]:
         findings.extend(_differences(checkpoint, newest))
     if findings:
-        raise MismatchError(_limited(findings))
+        raise MismatchError(findings)
     by_treatment: dict[str, list[Tensor]] = {"average": [], "compare": [], "copy": []}
     seen = set()
     dropped = {
@@ -81,29 +74,29 @@ def make_plan(
     )
 
 
-def _limited(findings: Sequence[Finding]) -> Sequence[Finding]:
-    if len(findings) <= _MAX_FINDINGS:
-        return findings
-    rest = Finding(findings[-1].path, "...", f"and {len(findings) - _MAX_FINDINGS} more findings like these")
-    return [*findings[:_MAX_FINDINGS], rest]
-
-
 def _differences(checkpoint: Checkpoint, newest: Checkpoint) -> Iterator[Finding]:
     """Yield what keeps `checkpoint` from being averaged with `newest`."""
     path = checkpoint.path
     if checkpoint.kind != newest.kind:
         yield Finding(path, "format", f"is a {checkpoint.kind}; {newest.path.name} is a {newest.kind}")
         return
+    versions = ""
+    if checkpoint.writer != newest.writer:
+        versions = f"; written by {checkpoint.writer}, {newest.path.name} by {newest.writer}"
     for where, expected, found in config_differences(newest.config, checkpoint.config):
-        yield Finding(path, where, f"expected {expected} as in {newest.path.name}, found {found}")
+        yield Finding(path, where, f"expected {expected} as in {newest.path.name}, found {found}{versions}")
     for group, name in newest.layer_names.items():
         theirs_name = checkpoint.layer_names.get(group, name)
-        if _stem(theirs_name) != _stem(name):
+        if stem(theirs_name) != stem(name):
             yield Finding(
                 path, group, f"expected layer {name!r} as in {newest.path.name}, found {theirs_name!r}"
             )
-    if checkpoint.tensors is newest.tensors:
-        return
+    if checkpoint.tensors is not newest.tensors:
+        yield from _tensor_differences(checkpoint, newest)
+
+
+def _tensor_differences(checkpoint: Checkpoint, newest: Checkpoint) -> Iterator[Finding]:
+    path = checkpoint.path
     for names in sorted(map(sorted, _tied(newest) ^ _tied(checkpoint))):
         problem = f"one tensor under several names here or in {newest.path.name}, and not in the other"
         yield Finding(path, ", ".join(names[:5]), problem)
@@ -135,55 +128,4 @@ def _tied(checkpoint: Checkpoint) -> set[frozenset[str]]:
 
 
 def _stems(name: str) -> tuple[str, ...]:
-    return tuple(map(_stem, name.split("/")))
-
-
-def _stem(name: str) -> str:
-    match = _AUTO_NUMBERED.match(name)
-    return match.group(1) if match else name
-
-
-def config_differences(expected: Any, found: Any) -> Iterator[tuple[str, str, str]]:
-    """Yield (path, expected, found) for each difference between two model configurations.
-
-    Left out are compile settings, which the caller has removed; `build_config`, since shapes are compared
-    tensor by tensor; `shared_object_id`, an address in the memory of the process that saved; where a class
-    comes from, if only one of the two says it (Keras 2 stops saying so of nested layers once it has saved an
-    .h5 in the same process); and the numbers that Keras appends to names by itself, where they are exchanged
-    consistently: the same code run twice in one process gives `conv2d` and then `conv2d_1`.
-    """
-    if expected is found:
-        return
-    renamed: dict[str, str] = {}
-    original: dict[str, str] = {}
-    pending = [("config", expected, found)]
-    while pending:
-        path, one, other = pending.pop()
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            for key in sorted(one.keys() | other.keys(), reverse=True):
-                if key not in _NOT_COMPARED and (key not in _WRAPPERS or (key in one and key in other)):
-                    pending.append((f"{path}.{key}", one.get(key, _ABSENT), other.get(key, _ABSENT)))
-        elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-            pending.extend(
-                (f"{path}[{index}]", a, b)
-                for index, (a, b) in reversed(list(enumerate(zip(one, other, strict=True))))
-            )
-        elif isinstance(one, str) and isinstance(other, str) and not path.endswith(_NOT_NAMES):
-            same = renamed.setdefault(one, other) == other and original.setdefault(other, one) == one
-            if _stem(one) != _stem(other) or not same:
-                yield path, _short(one), _short(other)
-        elif type(one) is not type(other) or one != other:
-            yield path, _short(one), _short(other)
-
-
-class _Absent:
-    def __repr__(self) -> str:
-        return "nothing"
-
-
-_ABSENT = _Absent()
-
-
-def _short(value: Any) -> str:
-    text = f"{len(value)} entries" if isinstance(value, list | Mapping) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return tuple(map(stem, name.split("/")))
