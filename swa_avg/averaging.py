@@ -19,12 +19,12 @@ from swa_avg.combine.workers import hired
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UsageError, escape
 from swa_avg.files.publication import Publication, check_output, publication_at
 from swa_avg.files.remote import as_path, kept_at_hand, on_this_machine, remote
-from swa_avg.formats import Checkpoint, open_checkpoint
+from swa_avg.formats import Checkpoint, Tensor, open_checkpoint
 from swa_avg.formats.archive import ArchiveCheckpoint
 from swa_avg.formats.base import Stream
 from swa_avg.inputs.digests import check_digests, read_digests
 from swa_avg.inputs.selection import epochs_of, expand, select
-from swa_avg.planning import methods
+from swa_avg.planning.methods import Method
 from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.planning.policy import batchnorm_layers, is_model_optimizer, resolve_dtypes
 from swa_avg.planning.record import batchnorm_record, describe
@@ -67,12 +67,41 @@ class Report:
     """Predicted peak of the process's resident memory, in bytes, without a refresh."""
     refresh: RefreshReport | None = None
     """What the refresh of BatchNorm statistics did."""
+    written: bool = False
+    """Whether the output was written: not with `dry_run`."""
+
+    @property
+    def treatments(self) -> dict[str, tuple[Tensor, ...]]:
+        """What is done with which of the newest checkpoint's tensors."""
+        return {
+            "averaged": self.plan.averaged,
+            "equal in all, copied": self.plan.compared,
+            "copied from the newest": self.plan.copied,
+            "left out": self.plan.dropped,
+        }
 
     @cached_property
     def batchnorm_layers(self) -> list[str]:
         """BatchNorm layers whose statistics are averages of statistics, not those of the averaged weights."""
         alone = sum(map(bool, self.plan.coefficients)) == 1
         return [] if alone else batchnorm_layers(self.plan.inputs[-1])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it as JSON's types."""
+        inputs = zip(self.plan.inputs, self.plan.coefficients, strict=True)
+        return {
+            "output": str(self.output),
+            "written": self.written,
+            "method": self.method,
+            "format": self.plan.inputs[-1].kind,
+            "verify": self.verify,
+            "inputs": [{"path": str(input.path), "coefficient": share} for input, share in inputs],
+            "tensors": {title: [tensor.name for tensor in group] for title, group in self.treatments.items()},
+            "batchnorm_layers": self.batchnorm_layers,
+            "refresh": None if self.refresh is None else self.refresh.as_json(),
+            "bytes_to_read": self.bytes_to_read,
+            "peak_memory": self.peak_memory,
+        }
 
 
 def average(
@@ -85,10 +114,7 @@ def average(
     mode: str | None = None,
     last: int | None = None,
     every: int | None = None,
-    method: str = "uniform",
-    decay: float | None = None,
-    sigma_rel: float | None = None,
-    weights: Sequence[float] | None = None,
+    method: str | Sequence[float] = "uniform",
     optimizer: str = "keep",
     dtype: str | None = None,
     overwrite: bool = False,
@@ -125,10 +151,10 @@ def average(
         mode: `min` or `max`, for a metric that the index does not monitor and whose name does not tell.
         last: Of these, the last so many.
         every: Of these, every so many-th, counted back from the newest.
-        method: `uniform`; `ema` with `decay`; `power-ema` with `sigma_rel`; `weights` with `weights`.
-        decay: Share in [0, 1) that each step of `ema` keeps.
-        sigma_rel: Width of the `power-ema` profile relative to the length of training, in (0, 0.2887).
-        weights: One coefficient a checkpoint, in training order, with sum 1.
+        method: How much each checkpoint counts: `uniform`, `ema:DECAY`, `power-ema:SIGMA_REL`,
+            `half-life:FRACTION`, `decay:linear`, `decay:cosine`, `decay:1-sqrt` or `weights:W,W,...`, as
+            `swa_avg.planning.methods` explains them; or a sequence of weights, one per checkpoint in
+            training order.
         optimizer: `keep` copies the newest checkpoint's optimizer state, `drop` leaves it out.
         dtype: `bfloat16`, where untagged 2-byte tensors of weights-only files hold that.
         overwrite: Replace an existing output.
@@ -153,11 +179,12 @@ def average(
         SystemRefusalError: disk full, permission denied, input/output error; a service refused; no cluster,
             or one that was lost.
     """
+    chosen_method = Method.parse(method)
     named = expand(inputs)
     target = output_path(output, named)
     paths = select(named, epochs=epochs, best=best, monitor=monitor, mode=mode, last=last, every=every)
     check_output(target, overwrite=overwrite)
-    coefficients = coefficients_of(method, paths, decay=decay, sigma_rel=sigma_rel, weights=weights)
+    coefficients = coefficients_of(chosen_method, paths)
     far = any(remote(path) is not None for path in paths)
     verify = not far if verify is None else verify
     with ExitStack() as stack:
@@ -173,7 +200,7 @@ def average(
             checkpoints, coefficients, publication.output, scratch, optimizer=optimizer, dry_run=dry_run
         )
         total = bytes_to_read(plan, verify)
-        report = Report(target, plan, method, verify, total, crew.memory)
+        report = Report(target, plan, str(chosen_method), verify, total, crew.memory)
         combiner = crew.combiner(plan, [coefficients], verify, progress and partial(progress, total))
         check_shared_files(plan)
         check_contents(plan, combiner.checksums)
@@ -191,10 +218,10 @@ def average(
         if dry_run:
             return report
         statistics = write_average(
-            combiner, lambda: describe(plan, method, combiner.checksums, dtype), publication, refreshed
+            combiner, lambda: describe(plan, report.method, combiner.checksums, dtype), publication, refreshed
         )
         publication.publish(published)
-    return replace(report, refresh=statistics)
+    return replace(report, refresh=statistics, written=True)
 
 
 def write_average(
@@ -303,33 +330,12 @@ def _same_file(one: Path, other: Path) -> bool:
     return urls == (None, None) and one.exists() and other.exists() and one.samefile(other)
 
 
-def coefficients_of(
-    method: str,
-    paths: Sequence[Path],
-    *,
-    decay: float | None,
-    sigma_rel: float | None,
-    weights: Sequence[float] | None,
-) -> list[float]:
-    """Return the method's coefficients; each method takes its own option, and no other's."""
-    if method not in methods.METHODS:
-        raise UsageError(f"the method is {' or '.join(methods.METHODS)}, not {method!r}")
-    for option, value, owner in (
-        ("--decay", decay, "ema"),
-        ("--sigma-rel", sigma_rel, "power-ema"),
-        ("--weights", weights, "weights"),
-    ):
-        if (value is not None) != (method == owner):
-            raise UsageError(f"{option} and --method {owner} go together; the method is {method}")
-    if decay is not None:
-        return methods.ema(len(paths), decay)
-    if sigma_rel is not None:
-        return methods.power_ema(
-            [float(epoch) for epoch in epochs_of(paths, "--method power-ema")], sigma_rel
-        )
-    if weights is not None:
-        return methods.given(len(paths), weights)
-    return methods.uniform(len(paths))
+def coefficients_of(method: Method, paths: Sequence[Path]) -> list[float]:
+    """Return the coefficients of files in training order; their positions in training are their epochs."""
+    times = None
+    if method.needs_times:
+        times = [float(epoch) for epoch in epochs_of(paths, f"method {str(method)!r}")]
+    return method.coefficients(len(paths), times)
 
 
 def open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:

@@ -166,8 +166,8 @@ def _contents(path: Path) -> dict[str, object]:
     [
         ("last:2", ("--last", "2")),
         ("uniform", ()),
-        ("power-ema:0.1", ("--method", "power-ema", "--sigma-rel", "0.1")),
-        ("ema:0.5", ("--method", "ema", "--decay", "0.5", "--optimizer", "drop")),
+        ("power-ema:0.1", ("--method", "power-ema:0.1")),
+        ("ema:0.5", ("--method", "ema:0.5", "--optimizer", "drop")),
     ],
 )
 def test_the_winner_has_the_bytes_that_averaging_alone_writes(
@@ -414,7 +414,11 @@ def test_what_cannot_be_scored_is_one_line(here: Path, swa_avg: Cli) -> None:
         2,
         "a sweep compares averages of at least 2 checkpoints; found 1",
     )
-    _line(swa_avg(*command, "--candidates", "last:9"), 2, "--candidates last:9: there are 4 checkpoints")
+    _line(
+        swa_avg(*command, "--candidates", "last:9"),
+        2,
+        "candidate 'last:9': expected last:K, from last:1 to last:4",
+    )
     for name, arrays, text in (
         (
             "x.npz",
@@ -646,7 +650,7 @@ def test_a_picture_that_cannot_be_drawn_is_known_beforehand(
     _line(
         swa_avg(*command, "line.txt"),
         2,
-        "--path line.txt; expected a name that ends with .png or .svg or .pdf",
+        "path line.txt: expected a name that ends with .png or .svg or .pdf",
     )
     for name in [
         name
@@ -655,7 +659,7 @@ def test_a_picture_that_cannot_be_drawn_is_known_beforehand(
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    _line(swa_avg(*command, "line.png"), 2, "--path needs matplotlib; pip install 'swa-avg[plot]'")
+    _line(swa_avg(*command, "line.png"), 2, "path line.png: needs matplotlib; pip install 'swa-avg[plot]'")
 
 
 @pytest.mark.parametrize("place", ["loss", "metrics"])

@@ -1,18 +1,29 @@
-"""Names of metrics: which to go by, and which of their values are better."""
+"""Metrics: which one to go by, and which of its values are better."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from swa_avg.errors import UsageError
 
-__all__ = ["direction", "main_metric"]
+__all__ = ["badness", "direction", "main_metric"]
 
 _ACCURACY = re.compile(r"(^|_)(acc|accuracy)(_|$)")
 _GREATER = re.compile(r"(^|_)(acc|accuracy|auc|f1|f1_score|fmeasure|precision|recall)(_|$)")
 _LOWER = re.compile(r"(^|_)(loss|error|mse|mae|rmse|mape|msle)$")
+
+
+def badness(value: float, mode: str) -> float:
+    """Return a metric's value such that less is better, and NaN is worst: infinite.
+
+    `mode` is `min` or `max`: which values of the metric are the better ones.
+    """
+    if math.isnan(value):
+        return math.inf
+    return -value if mode == "max" else value
 
 
 def main_metric(names: Iterable[str]) -> str:
@@ -23,7 +34,7 @@ def main_metric(names: Iterable[str]) -> str:
 def direction(model: Any, monitor: str) -> str:
     """Return which values of a metric are better, `min` or `max`.
 
-    As the metric of that name says that the Keras model was compiled with, else as its name does.
+    The metric of that name that the Keras model was compiled with says so, or else the name itself.
 
     Raises:
         UsageError: neither does.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from datetime import datetime
@@ -15,7 +14,7 @@ from pathlib import Path
 from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
 from swa_avg.files.remote import as_path, find, remote
 from swa_avg.inputs.index import INDEX_NAME, MODES, Entry, Index, read_index
-from swa_avg.inputs.metrics import direction
+from swa_avg.inputs.metrics import badness, direction
 from swa_avg.text import counted
 
 __all__ = ["epoch_number", "epochs_of", "expand", "natural_key", "parse_epochs", "read_indices", "select"]
@@ -284,8 +283,7 @@ def _best(paths: Sequence[Path], count: int, monitor: str | None, mode: str | No
         if name not in entry.metrics:
             raise UsageError(f"{path.name} has no metric {name!r} in the index, but {there}")
         better = mode or (index.mode if name == index.monitor else None) or direction(None, name)
-        value = entry.metrics[name]
-        values.append(math.inf if math.isnan(value) else -value if better == "max" else value)
+        values.append(badness(entry.metrics[name], better))
     ranked = sorted(range(len(paths)), key=lambda position: (values[position], -position))
     return [paths[position] for position in sorted(ranked[:count])]
 

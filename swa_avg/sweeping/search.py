@@ -30,7 +30,7 @@ from swa_avg.planning.record import describe
 from swa_avg.sweeping import candidates
 from swa_avg.sweeping.candidates import Candidate
 from swa_avg.sweeping.scoring import Scorer, Scoring, Validation
-from swa_avg.sweeping.trials import POINTS, Scored, Trials, greedy_soup, line, rank
+from swa_avg.sweeping.trials import POINTS, Scored, Trials, finite, greedy_soup, line, rank
 
 __all__ = ["SweepReport", "candidate_rows", "sweep"]
 
@@ -62,6 +62,8 @@ class SweepReport:
     """BatchNorm layers whose statistics are averages of statistics, for want of a refresh."""
     path: tuple[Mapping[str, float], ...] = ()
     """Metrics at points of equal distance from the last checkpoint to the best average."""
+    written: bool = False
+    """Whether the winner was written."""
 
     @property
     def best_single(self) -> Scored:
@@ -78,6 +80,24 @@ class SweepReport:
         """Whether an average is better than every single checkpoint."""
         average = self.best_average
         return average is not None and average.badness < self.best_single.badness
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it as JSON's types; numbers that are not finite become null."""
+        return {
+            "output": str(self.output),
+            "written": self.written,
+            "monitor": self.monitor,
+            "mode": self.mode,
+            "rows": self.rows,
+            "checkpoints": [str(path) for path in self.checkpoints],
+            "singles": [scored.as_json() for scored in self.singles],
+            "averages": [scored.as_json() for scored in self.averages],
+            "winner": self.winner.candidate.name,
+            "best_single": self.best_single.candidate.name,
+            "improved": self.improved,
+            "batchnorm_layers": list(self.batchnorm_layers),
+            "path": [finite(point) for point in self.path],
+        }
 
 
 def sweep(
@@ -118,7 +138,8 @@ def sweep(
             that it was chosen by.
         refresh: Training data to re-estimate BatchNorm statistics on.
         loading: How to load the model; `refresh`, where there is one, says it itself.
-        tried: Averages, as `candidates.parse` reads them; by default, `candidates.default_candidates`.
+        tried: Averages: methods as for `average`, `last:K` for the mean of the last K, and `greedy` for the
+            greedy soup; by default, those of `candidates.default_candidates`.
         require_improvement: Write nothing if no average is better than the best single checkpoint.
         path: Also score 11 points on the line from the last checkpoint to the best average, each refreshed
             likewise, and draw them into this `.png`, `.svg` or `.pdf`; needs matplotlib.
@@ -188,7 +209,7 @@ def sweep(
         with Publication(Path(path), overwrite=overwrite) as picture:
             picture.create(Path(path).name).write(draw(report))
             picture.publish()
-    return report
+    return replace(report, written=True)
 
 
 def _scoring(scorer: Scorer, crew: Crew) -> tuple[Callable[[Path], Future[Scoring]], int]:
@@ -208,14 +229,14 @@ def _scoring(scorer: Scorer, crew: Crew) -> tuple[Callable[[Path], Future[Scorin
 def _drawing(output: Path, *, overwrite: bool) -> Callable[[SweepReport], bytes]:
     """Return what draws a report's line, once it is sure that the picture can be written."""
     if output.suffix not in _PICTURES:
-        raise UsageError(f"--path {output}; expected a name that ends with {' or '.join(_PICTURES)}")
+        raise UsageError(f"path {output}: expected a name that ends with {' or '.join(_PICTURES)}")
     check_output(output, overwrite=overwrite)
     try:
         from swa_avg.sweeping.page import plot
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        raise UsageError("--path needs matplotlib; pip install 'swa-avg[plot]'") from None
+        raise UsageError(f"path {output}: needs matplotlib; pip install 'swa-avg[plot]'") from None
     return partial(plot, suffix=output.suffix)
 
 
@@ -223,25 +244,21 @@ def candidate_rows(paths: Sequence[Path], tried: Sequence[str]) -> tuple[list[Ca
     """Return the candidates that are known beforehand, single checkpoints first, and whether a soup is asked
     for."""
     count = len(paths)
-    times: list[float] | None
+    needed = next((text for text in tried if candidates.needs_times(text)), None)
+    times: list[float] | None = None
     try:
-        times = [float(epoch) for epoch in epochs_of(paths, "--candidates power-ema")]
-        candidates.parse("power-ema:0.1", count, times)
+        times = [float(epoch) for epoch in epochs_of(paths, f"candidate {needed!r}")]
     except UsageError:
-        if any(text.startswith("power-ema") for text in tried):
+        if needed is not None:
             raise
-        times = None
-    rows = [
+    singles = [
         Candidate(path.name, tuple(float(other == number) for other in range(count)))
         for number, path in enumerate(paths)
     ]
-    with_greedy = False
-    for text in dict.fromkeys(tried or candidates.default_candidates(count, times)):
-        candidate = candidates.parse(text, count, times)
-        with_greedy = with_greedy or candidate is None
-        if candidate is not None:
-            rows.append(candidate)
-    return rows, with_greedy
+    texts = tried or candidates.default_candidates(count, times)
+    averages = [candidates.parse(text, count, times) for text in texts]
+    known = dict.fromkeys(average for average in averages if average is not None)
+    return [*singles, *known], None in averages
 
 
 def _report(

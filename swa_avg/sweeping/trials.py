@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from swa_avg.averaging import check_contents, check_shared_files, write_draft
 from swa_avg.batchnorm.report import RefreshReport
@@ -20,12 +22,13 @@ from swa_avg.combine.workers import Crew
 from swa_avg.files.publication import Publication
 from swa_avg.formats import Checkpoint
 from swa_avg.formats.base import Stream
+from swa_avg.inputs.metrics import badness
 from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.sweeping import candidates
-from swa_avg.sweeping.candidates import Candidate, badness
+from swa_avg.sweeping.candidates import Candidate
 from swa_avg.sweeping.scoring import Scoring
 
-__all__ = ["POINTS", "Scored", "Trials", "greedy_soup", "line", "rank"]
+__all__ = ["POINTS", "Scored", "Trials", "finite", "greedy_soup", "line", "rank"]
 
 POINTS = 11
 """Of the line from the last checkpoint to the average."""
@@ -43,6 +46,20 @@ class Scored:
     refresh: RefreshReport | None
     badness: float
     """The deciding metric such that less is better, infinite for NaN."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it as JSON's types."""
+        return {
+            "name": self.candidate.name,
+            "coefficients": list(self.candidate.coefficients),
+            "metrics": finite(self.metrics),
+            "refresh": None if self.refresh is None else self.refresh.as_json(),
+        }
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Return metrics as JSON can hold them: what is not finite becomes None."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def rank(scored: Scored) -> tuple[float, int]:
