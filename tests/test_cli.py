@@ -26,6 +26,7 @@ from swa_avg.errors import SystemRefusalError, UsageError
 from swa_avg.planning.methods import METHODS
 
 Cli = Callable[..., Ended]
+LN2 = np.log(2)
 
 
 @pytest.fixture
@@ -703,6 +704,35 @@ def test_the_output_says_how_it_was_made(folder: Path, swa_avg: Cli) -> None:
     assert (record["method"], record["optimizer"], record["template"]) == ("uniform", "keep", "ckpt_10.keras")
 
 
+@pytest.mark.parametrize(
+    ("method", "python", "text", "coefficients"),
+    [
+        ("ema:.50", "ema:0.5", "ema:0.5", [0.25, 0.25, 0.5]),
+        ("weights:1,2,1.0", [1, 2, 1], "weights:1,2,1", [0.25, 0.5, 0.25]),
+        ("weights:1,1,1", (1, 1, 1), "weights:1,1,1", [1 / 3, 1 / 3, 1 / 3]),
+        ("half-life:1", "half-life:1.0", "half-life:1", np.diff([0, 0.1**LN2, 0.2**LN2, 1]).tolist()),
+        ("decay:cosine", "decay:cosine", "decay:cosine", [0.25, 0.5, 0.25]),
+    ],
+)
+def test_the_record_holds_the_method_as_text_and_what_was_used(
+    method: str, python: object, text: str, coefficients: list[float], folder: Path, swa_avg: Cli
+) -> None:
+    import zipfile
+
+    ended = swa_avg("ckpt_*.keras", "--method", method, "--json")
+    result = json.loads(ended.out)
+    assert ended.err.endswith(f"wrote swa.keras: the {text} average of 3 checkpoints\n")
+    average("ckpt_*.keras", "python.keras", method=python)  # type: ignore[arg-type]
+    assert Path("python.keras").read_bytes() == Path("swa.keras").read_bytes()
+    with zipfile.ZipFile("swa.keras") as archive:
+        record = json.loads(archive.read("metadata.json"))["swa_avg"]
+    for made in (result, record):
+        assert made["method"] == text
+        assert [entry["coefficient"] for entry in made["inputs"]] == pytest.approx(coefficients)
+    ended = swa_avg("verify", "swa.keras")
+    assert (ended.code, f"is the {text} average of 3 checkpoints" in ended.err) == (0, True)
+
+
 def test_an_average_among_the_inputs_is_pointed_out(folder: Path, swa_avg: Cli) -> None:
     swa_avg("ckpt_*.keras", "-o", "swa_3.keras")
     ended = swa_avg("ckpt_10.keras", "swa_3.keras", "-o", "again.keras")
@@ -769,6 +799,8 @@ def test_completion_offers_options_commands_and_files() -> None:
     complete = ShellComplete(main_group, {}, "swa-avg", "_SWA_AVG_COMPLETE")
     assert "--last" in [item.value for item in complete.get_completions([], "--la")]
     assert "--last" in [item.value for item in complete.get_completions(["a.keras"], "--la")]
+    methods = [item.value for item in complete.get_completions(["--method"], "")]
+    assert methods == list(METHODS)
     assert "file" in [item.type for item in complete.get_completions([], "ck")]
     assert "average" in [item.value for item in complete.get_completions([], "av")]
     assert isinstance(main_group, click.Group)

@@ -251,6 +251,30 @@ def test_the_output_says_what_it_beat(here: Path, swa_avg: Cli) -> None:
     assert Path("again.keras").read_bytes() == first
 
 
+def test_the_examples_of_every_help_text_run(here: Path, swa_avg: Cli) -> None:
+    pytest.importorskip("matplotlib")
+    from swa_avg.cli.program import main_group
+
+    model, rng = keras.models.load_model("ckpt_4.keras"), np.random.default_rng(0)
+    for number in range(5, 11):
+        model.set_weights([w + 0.001 * np.abs(rng.standard_normal(w.shape)) for w in model.get_weights()])
+        model.save(f"ckpt_{number}.keras")
+    Path("run").mkdir()
+    entries = [{"file": f"ckpt_{number}.keras", "epoch": number} for number in range(1, 11)]
+    index = {"version": 1, "monitor": None, "mode": None, "checkpoints": entries}
+    Path("run/checkpoints.json").write_text(json.dumps(index))
+    for entry in entries:
+        Path("run", entry["file"]).hardlink_to(entry["file"])
+    examples = [example.split() for command in main_group.commands.values() for example in command.examples]
+    assert len(examples) == 8
+    for program, *arguments in examples:
+        assert program == "swa-avg"
+        if "-o" in arguments:
+            Path(arguments[arguments.index("-o") + 1]).unlink(missing_ok=True)
+        ended = swa_avg(*arguments)
+        assert ended.code == 0, (arguments, ended.err)
+
+
 def test_without_an_improvement_nothing_is_written(here: Path, swa_avg: Cli) -> None:
     """By a metric that gets worse with every call, the first checkpoint is best."""
     (here / "falling.py").write_text(
@@ -655,7 +679,8 @@ def test_a_picture_that_cannot_be_drawn_is_known_beforehand(
     for name in [
         name
         for name in sys.modules
-        if name.partition(".")[0] == "matplotlib" or name.startswith("swa_avg.pages")
+        if name.partition(".")[0] == "matplotlib"
+        or name.startswith(("swa_avg.pages", "swa_avg.sweeping.page"))
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -21,6 +21,7 @@ __all__ = [
     "LOADING",
     "METHOD",
     "METHOD_ROWS",
+    "MODE",
     "OPTIMIZER",
     "POSITION",
     "REFRESH",
@@ -56,13 +57,14 @@ CHECKPOINTS = click.Argument(["checkpoints"], nargs=-1, type=click.Path())
 
 # --- which checkpoints, named as `selection.select` takes them
 
+MODE = Option(
+    ["--mode"], type=click.Choice(["min", "max"]), help="Whether lower or higher values of it are better."
+)
 _EPOCHS = Option(["--epochs"], metavar="A:B[:STEP]", help="Only epochs A to B, both included.")
 _METRIC = (
     Option(["--best"], type=int, metavar="N", help="The best N of these, by a metric in checkpoints.json."),
     Option(["--monitor"], metavar="NAME", help="The metric for --best.  [default: the monitored one]"),
-    Option(
-        ["--mode"], type=click.Choice(["min", "max"]), help="Whether lower or higher values of it are better."
-    ),
+    MODE,
 )
 _PLACE = (
     Option(["--last"], type=int, metavar="N", help="The last N of these."),
@@ -79,8 +81,10 @@ METHOD = Option(
     default="uniform",
     metavar="NAME[:VALUE]",
     help="How much each checkpoint counts; the methods are listed below.  [default: uniform]",
+    shell_complete=lambda ctx, param, start: [name for name in METHODS if name.startswith(start)],
 )
 METHOD_ROWS = [(entry.spelling, entry.meaning) for entry in METHODS.values()]
+"""How each method is written -> what it is."""
 OPTIMIZER = Option(
     ["--optimizer"],
     type=click.Choice(["keep", "drop"]),
@@ -160,7 +164,7 @@ def output(what: str) -> Option:
 
 
 def overwrite(what: str = "output") -> Option:
-    """Return the option that allows to replace what is there."""
+    """Return the option that lets `what` be replaced."""
     return Option(["--overwrite"], is_flag=True, help=f"Replace an existing {what}.")
 
 

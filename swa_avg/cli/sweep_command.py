@@ -14,6 +14,7 @@ from swa_avg.cli.options import (
     DTYPE,
     LOADING,
     METHOD_ROWS,
+    MODE,
     OPTIMIZER,
     POSITION,
     REFRESH,
@@ -70,9 +71,7 @@ _VALIDATION = (
         metavar="NAME",
         help="Which of the model's metrics decides.  [default: accuracy or loss]",
     ),
-    click.Option(
-        ["--mode"], type=click.Choice(["min", "max"]), help="Whether lower or higher values of it are better."
-    ),
+    MODE,
 )
 _CANDIDATES = click.Option(
     ["--candidates"],

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from swa_avg.errors import UsageError
 from swa_avg.text import counted
@@ -225,8 +225,7 @@ def weighted(weights: Sequence[float]) -> list[float]:
 # --- the grammar
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     """What the grammar knows of one method."""
 
     spelling: str
