@@ -75,7 +75,7 @@ def contenders(folder: Path, data: dict[str, tuple[np.ndarray, np.ndarray]]) -> 
     made = {name: folder / f"{name}.keras" for name in ("plain", "fresh", "ema", "last", "soup", "sweep")}
     swa_avg.average(files, made["plain"])
     swa_avg.average(files, made["fresh"], refresh=refresh)
-    swa_avg.average(files, made["ema"], method="ema", decay=0.8, refresh=refresh)
+    swa_avg.average(files, made["ema"], method="ema:0.8", refresh=refresh)
     swa_avg.average(files[-1:], made["last"], refresh=refresh)
     validation = swa_avg.Validation(data["val"])
     plain = swa_avg.sweep(files, folder / "single.keras", validation=validation, tried=["uniform"])

@@ -16,15 +16,15 @@ from swa_avg.combine.drafts import folder_beside, write_draft
 from swa_avg.combine.workers import hired
 from swa_avg.files.publication import check_output, publication_at
 from swa_avg.files.remote import as_path, on_this_machine, remote
-from swa_avg.formats import open_checkpoint
+from swa_avg.formats import Tensor, open_checkpoint
 from swa_avg.formats.base import Stream
 from swa_avg.inputs.digests import check_digests, read_digests
 from swa_avg.inputs.listing import Listing, list_checkpoints
 from swa_avg.inputs.opening import check_contents, check_shared_files, opened
 from swa_avg.inputs.selection import Selection, select
-from swa_avg.planning.methods import coefficients_of
+from swa_avg.planning.methods import Method
 from swa_avg.planning.output import output_path, plan_output
-from swa_avg.planning.plan import Plan
+from swa_avg.planning.plan import Plan, coefficients_of
 from swa_avg.planning.policy import batchnorm_layers
 from swa_avg.planning.record import describe
 from swa_avg.text import Progress
@@ -47,12 +47,41 @@ class Report:
     """Predicted peak of the process's resident memory, in bytes, without a refresh."""
     refresh: RefreshReport | None = None
     """What the refresh of BatchNorm statistics did."""
+    written: bool = False
+    """Whether the output was written: not with `dry_run`."""
+
+    @property
+    def treatments(self) -> dict[str, tuple[Tensor, ...]]:
+        """What is done with which of the newest checkpoint's tensors."""
+        return {
+            "averaged": self.plan.averaged,
+            "equal in all, copied": self.plan.compared,
+            "copied from the newest": self.plan.copied,
+            "left out": self.plan.dropped,
+        }
 
     @cached_property
     def batchnorm_layers(self) -> list[str]:
         """BatchNorm layers whose statistics are averages of statistics, not those of the averaged weights."""
         alone = sum(map(bool, self.plan.coefficients)) == 1
         return [] if alone else batchnorm_layers(self.plan.inputs[-1])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it as JSON's types."""
+        inputs = zip(self.plan.inputs, self.plan.coefficients, strict=True)
+        return {
+            "output": str(self.output),
+            "written": self.written,
+            "method": self.method,
+            "format": self.plan.inputs[-1].kind,
+            "verify": self.verify,
+            "inputs": [{"path": str(input.path), "coefficient": share} for input, share in inputs],
+            "tensors": {title: [tensor.name for tensor in group] for title, group in self.treatments.items()},
+            "batchnorm_layers": self.batchnorm_layers,
+            "refresh": None if self.refresh is None else self.refresh.as_json(),
+            "bytes_to_read": self.bytes_to_read,
+            "peak_memory": self.peak_memory,
+        }
 
 
 def average(
@@ -65,10 +94,7 @@ def average(
     mode: str | None = None,
     last: int | None = None,
     every: int | None = None,
-    method: str = "uniform",
-    decay: float | None = None,
-    sigma_rel: float | None = None,
-    weights: Sequence[float] | None = None,
+    method: str | Sequence[float] = "uniform",
     optimizer: str = "keep",
     dtype: str | None = None,
     overwrite: bool = False,
@@ -104,10 +130,10 @@ def average(
         mode: `min` or `max`, for a metric that the index does not monitor and whose name does not tell.
         last: Of these, the last so many.
         every: Of these, every so many-th, counted back from the newest.
-        method: `uniform`; `ema` with `decay`; `power-ema` with `sigma_rel`; `weights` with `weights`.
-        decay: Share in [0, 1) that each step of `ema` keeps.
-        sigma_rel: Width of the `power-ema` profile relative to the length of training, in (0, 0.2887).
-        weights: One coefficient a checkpoint, in training order, with sum 1.
+        method: How much each checkpoint counts: `uniform`, `ema:DECAY`, `power-ema:SIGMA_REL`,
+            `half-life:FRACTION`, `decay:linear`, `decay:cosine`, `decay:1-sqrt` or `weights:W,W,...`, as
+            `swa_avg.planning.methods` explains them; or a sequence of weights, one per checkpoint in
+            training order.
         optimizer: `keep` copies the newest checkpoint's optimizer state, `drop` leaves it out.
         dtype: `bfloat16`, where untagged 2-byte tensors of weights-only files hold that.
         overwrite: Replace an existing output.
@@ -130,6 +156,7 @@ def average(
         SystemRefusalError: disk full, permission denied, input/output error; a service refused; no cluster,
             or one that was lost.
     """
+    chosen_method = Method.parse(method)
     wanted = Selection(epochs, best, monitor, mode, last, every)
     named = list_checkpoints(inputs)
     target = output_path(output, named.paths)
@@ -137,7 +164,7 @@ def average(
     paths = listing.paths
     if not dry_run:
         check_output(target, overwrite=overwrite)
-    coefficients = coefficients_of(method, listing, decay=decay, sigma_rel=sigma_rel, weights=weights)
+    coefficients = coefficients_of(chosen_method, listing)
     far = any(remote(path) is not None for path in paths)
     verify = not far if verify is None else verify
     # A copy of the newest on this machine is none on the workers'.
@@ -159,11 +186,12 @@ def average(
             if refresh is not None:
                 refresh = _with_model(refresh, plan)
                 check_request(refresh, plan.template)
-            report = Report(target, listing, plan, method, verify, bytes_to_read(plan, verify), crew.memory)
+            total = bytes_to_read(plan, verify)
+            report = Report(target, listing, plan, str(chosen_method), verify, total, crew.memory)
             if dry_run:
                 return report
             stream: Stream = combiner.stream
-            further: dict[str, Any] = {}
+            further: dict[str, Any] = {}  # that the output's record says
             if refresh is not None:
                 path = stack.enter_context(folder_beside(publication.output)) / publication.output.name
                 write_draft(path, plan.template, combiner.stream)
@@ -172,12 +200,14 @@ def average(
                 stream = statistics.over(draft.stream, draft.tensors)
                 further = {"batchnorm": statistics.record()}
                 report = replace(report, refresh=statistics.report)
-            plan.template.write(
-                stream, lambda: describe(plan, method, combiner.checksums, dtype) | further, publication
-            )
+
+            def record() -> dict[str, Any]:
+                return describe(plan, report.method, combiner.checksums, dtype) | further
+
+            plan.template.write(stream, record, publication)
             check_contents(checkpoints, combiner.checksums)
         publication.publish()
-    return report
+    return replace(report, written=True)
 
 
 def _with_model(refresh: Refresh, plan: Plan) -> Refresh:

@@ -61,7 +61,12 @@ def _rebuilt(kind: type[SwaAvgError], args: tuple[Any, ...], fields: dict[str, A
 
 
 class UsageError(SwaAvgError, ValueError):
-    """What was asked for cannot be done as asked."""
+    """What was asked for cannot be done as asked.
+
+    The command line and Python share these messages, so they name an argument by its bare name, with the
+    value that was found and what was expected: `method 'ema:2': expected ema:DECAY, from 0 ...`. Only `cli`
+    speaks of options, where it refuses something itself.
+    """
 
     exit_code = 2
 

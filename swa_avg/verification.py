@@ -54,6 +54,21 @@ class Verification:
     def equal(self) -> bool:
         return not self.findings
 
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it as JSON's types."""
+        return {
+            "output": str(self.output),
+            "equal": self.equal,
+            "method": self.record.method,
+            "inputs": [str(path) for path in self.inputs],
+            "averaged": self.averaged,
+            "copied": self.copied,
+            "by_digest": list(self.digests),
+            "findings": [
+                {"path": str(f.path), "subject": f.subject, "problem": f.problem} for f in self.findings
+            ],
+        }
+
 
 def verify(
     output: str | Path,

@@ -52,16 +52,13 @@ Cli = Callable[..., Any]
 
 # --- The spelling of methods: the one place that a change of the grammar changes ----------------------------
 
-_VALUES = {"ema": "--decay", "power-ema": "--sigma-rel", "weights": "--weights"}
-
 
 def spelling(method: str) -> tuple[tuple[str, ...], str]:
     """Return the options that ask for a method, NAME or NAME:VALUE, and what results and records call it.
 
     What they call it is checked, and taken out before they are compared.
     """
-    name, _, value = method.partition(":")
-    return ("--method", name, *((_VALUES[name], value) if value else ())), name
+    return ("--method", method), method
 
 
 # --- The cases ----------------------------------------------------------------------------------------------

@@ -11,10 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swa_avg.errors import UsageError
-from swa_avg.inputs import metrics
 from swa_avg.sweeping import candidates
 
 COUNTS = st.integers(1, 30)
+LENGTHS = "last:K, from last:1 to last:3"
+ANY = (
+    "last:K, uniform, ema:DECAY, power-ema:SIGMA_REL, half-life:FRACTION, decay:linear|cosine|1-sqrt, "
+    "weights:W,W,... or greedy"
+)
 
 
 def _checkpoints(count: int) -> np.ndarray:
@@ -58,14 +62,32 @@ def test_power_ema_is_what_stepping_gives(steps, sigma):
 def test_last_is_the_mean_of_the_last(count, data):
     length = data.draw(st.integers(1, count))
     checkpoints = _checkpoints(count)
-    candidate = candidates.parse(f"last:{length}", count, None)
+    candidate = candidates.parse(f"last:{length:02d}", count, None)
+    assert candidate.name == f"last:{length}"
     np.testing.assert_allclose(candidate.coefficients @ checkpoints, checkpoints[-length:].mean(axis=0))
     assert candidate.used == tuple(range(count - length, count))
 
 
 @pytest.mark.parametrize(
+    ("text", "name", "expected"),
+    [
+        ("ema:.50", "ema:0.5", [0.25, 0.25, 0.5]),
+        ("weights:1,2,1", "weights:1,2,1", [0.25, 0.5, 0.25]),
+        ("half-life:1", "half-life:1", np.diff([0, *np.array([0.25, 0.5, 1]) ** np.log(2)])),
+        ("decay:1-sqrt", "decay:1-sqrt", np.diff(np.sqrt([0, 1 / 3, 2 / 3, 1]))),
+    ],
+)
+def test_every_method_is_a_candidate(text, name, expected):
+    candidate = candidates.parse(text, 3, [1, 2, 4])
+    assert candidate.name == name
+    np.testing.assert_allclose(candidate.coefficients, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
     ("count", "times", "expected"),
     [
+        (3, [1, 1, 2], ["last:2", "uniform", "greedy"]),
+        (3, [0, 1, 2], ["last:2", "uniform", "greedy"]),
         (2, None, ["uniform", "greedy"]),
         (3, None, ["last:2", "uniform", "greedy"]),
         (12, None, ["last:2", "last:4", "last:8", "uniform", "greedy"]),
@@ -80,29 +102,27 @@ def test_what_is_tried_when_nothing_is_said(count, times, expected):
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "expected"),
     [
-        "",
-        "last",
-        "last:",
-        "last:0",
-        "last:4",
-        "last:1.5",
-        "ema:1",
-        "ema:x",
-        "power-ema:0.1",
-        "mean",
-        "greedy:2",
+        *(
+            (text, LENGTHS)
+            for text in ("last", "last:", "last:0", "last:4", "last:1.5", "last:" + "9" * 5000)
+        ),
+        *((text, ANY) for text in ("", "mean", "greedy:2", "Last:2", "lastly")),
     ],
 )
-def test_what_is_no_candidate_is_refused(text):
-    with pytest.raises(UsageError, match=r"--candidates|--decay"):
+def test_what_is_no_candidate_is_refused(text, expected):
+    with pytest.raises(UsageError) as refused:
         candidates.parse(text, 3, None)
+    assert str(refused.value) == f"candidate {text!r}: expected {expected}"
 
 
-def test_a_width_that_has_no_exponent_is_refused():
-    with pytest.raises(UsageError, match="--sigma-rel"):
-        candidates.parse("power-ema:0.3", 2, [1, 2])
+@pytest.mark.parametrize(
+    "text", ["ema:1", "ema:x", "power-ema:0.3", "power-ema:0.1", "weights:1,2", "uniform:3"]
+)
+def test_what_is_wrong_with_a_method_is_said_as_everywhere(text):
+    with pytest.raises(UsageError, match=f"^method '{text}': expected "):
+        candidates.parse(text, 3, None)
 
 
 # --- the greedy soup ----------------------------------------------------------------------------------------------
@@ -147,9 +167,9 @@ def test_the_soup_of_a_convex_loss_is_never_worse_than_its_best_part():
         assert int(np.argmin(alone)) in accepted
 
 
-def test_what_gives_nan_is_left_out():
+def test_what_is_infinitely_bad_is_left_out():
     def badness_of(accepted):
-        return metrics.badness(math.nan if 1 in accepted else 0.0, "min")
+        return math.inf if 1 in accepted else 0.0
 
     assert candidates.greedy([1.0, math.inf, 2.0], badness_of) == (0, 2)
     assert candidates.greedy([math.inf, math.inf], lambda accepted: math.inf) == (1,)
@@ -167,10 +187,3 @@ def test_a_soup_has_the_coefficients_of_a_plain_mean():
     assert soup.used == (0, 2, 3)
     assert soup.is_average
     assert not candidates.soup_of((4,), 5).is_average
-
-
-@pytest.mark.parametrize(
-    ("value", "mode", "expected"), [(2.0, "min", 2.0), (2.0, "max", -2.0), (math.nan, "max", math.inf)]
-)
-def test_badness_falls_as_a_metric_gets_better(value, mode, expected):
-    assert metrics.badness(value, mode) == expected

@@ -23,8 +23,10 @@ from conftest import Ended
 from swa_avg import average
 from swa_avg.data.spec import Spec
 from swa_avg.errors import SystemRefusalError, UsageError
+from swa_avg.planning.methods import METHODS
 
 Cli = Callable[..., Ended]
+LN2 = np.log(2)
 
 
 @pytest.fixture
@@ -197,7 +199,13 @@ def test_an_index_of_two_runs_is_refused(folder: Path, swa_avg: Cli) -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"method": "emma"}, "the method is uniform or ema or power-ema or weights, not 'emma'"),
+        (
+            {"method": "emma"},
+            "method 'emma': expected uniform, ema:DECAY, power-ema:SIGMA_REL, half-life:FRACTION, "
+            "decay:linear|cosine|1-sqrt, weights:W,W,...",
+        ),
+        ({"method": [1, 2]}, "method 'weights:1,2': expected 3 numbers, one per checkpoint, found 2"),
+        ({"method": [1, 2, np.nan]}, "method 'weights:1,2,nan': expected weights:W,W,..., one finite number"),
         ({"optimizer": "dropp"}, "optimizer is keep or drop, not 'dropp'"),
         ({"best": 1, "mode": "maxx"}, "mode is min or max, not 'maxx'"),
         ({"dtype": "float16"}, "dtype is bfloat16, not 'float16'"),
@@ -228,7 +236,7 @@ def test_a_checkpoint_that_does_not_count_must_be_finite_too(folder: Path, swa_a
     makers.write_archive(
         folder / "ckpt_1.keras", makers.weights(1) | {"layers/dense/vars/1": np.full(5, np.nan, "f4")}
     )
-    ended = swa_avg("ckpt_*.keras", "-q", "--method", "weights", "--weights", "0,0.5,0.5")
+    ended = swa_avg("ckpt_*.keras", "-q", "--method", "weights:0,1,1")
     line = "ckpt_1.keras: layers/dense/vars/1: holds NaN or infinity; leave this checkpoint out"
     assert (ended.code, ended.err) == (4, f"swa-avg: error: {line}\n")
 
@@ -616,24 +624,31 @@ def test_names_from_files_are_printed_escaped(tmp_path: Path, swa_avg: Cli) -> N
             ("ckpt_*.keras", "--epochs", "a:b"),
             "--epochs 'a:b'; expected A:B or A:B:STEP, such as 140:150 or 100:200:10",
         ),
-        (("ckpt_*.keras", "--method", "ema"), "--decay and --method ema go together; the method is ema"),
-        (("ckpt_*.keras", "--decay", "0.9"), "--decay and --method ema go together; the method is uniform"),
         (
-            ("ckpt_*.keras", "--method", "weights", "--weights", "1,1"),
-            "--weights has 2 numbers for 3 checkpoints",
+            ("ckpt_*.keras", "--method", "ema"),
+            "method 'ema': expected ema:DECAY, from 0 up to but not including 1, such as ema:0.9",
         ),
         (
-            ("ckpt_1.keras", "--method", "weights", "--weights", "1,0"),
-            "--weights has 2 numbers for 1 checkpoint",
+            ("ckpt_*.keras", "--method", "weights:1,1"),
+            "method 'weights:1,1': expected 3 numbers, one per checkpoint, found 2",
         ),
         (
-            ("ckpt_*.keras", "--method", "weights", "--weights", "1,1,1"),
-            "--weights sum to 3.0; expected finite numbers with sum 1",
+            ("ckpt_1.keras", "--method", "weights:1,0"),
+            "method 'weights:1,0': expected 1 number, one per checkpoint, found 2",
         ),
         (
-            ("ckpt_*.keras", "--method", "weights", "--weights", "nan,0,1"),
-            "--weights sum to nan; expected finite numbers with sum 1",
+            ("ckpt_*.keras", "--decay", "0.9"),
+            "no such option: --decay; use --method ema:DECAY (see swa-avg --help)",
         ),
+        (
+            ("ckpt_*.keras", "--method", "power-ema", "--sigma-rel=0.1"),
+            "no such option: --sigma-rel; use --method power-ema:SIGMA_REL (see swa-avg --help)",
+        ),
+        (
+            ("inspect", "ckpt_*.keras", "--method", "weights", "--weights", "1,1"),
+            "no such option: --weights; use --method weights:W,W,... (see swa-avg --help)",
+        ),
+        (("verify", "swa.keras", "--decay", "1"), "No such option '--decay'. (see swa-avg --help)"),
     ],
 )
 def test_requests_that_cannot_be_met(
@@ -689,6 +704,35 @@ def test_the_output_says_how_it_was_made(folder: Path, swa_avg: Cli) -> None:
     assert (record["method"], record["optimizer"], record["template"]) == ("uniform", "keep", "ckpt_10.keras")
 
 
+@pytest.mark.parametrize(
+    ("method", "python", "text", "coefficients"),
+    [
+        ("ema:.50", "ema:0.5", "ema:0.5", [0.25, 0.25, 0.5]),
+        ("weights:1,2,1.0", [1, 2, 1], "weights:1,2,1", [0.25, 0.5, 0.25]),
+        ("weights:1,1,1", (1, 1, 1), "weights:1,1,1", [1 / 3, 1 / 3, 1 / 3]),
+        ("half-life:1", "half-life:1.0", "half-life:1", np.diff([0, 0.1**LN2, 0.2**LN2, 1]).tolist()),
+        ("decay:cosine", "decay:cosine", "decay:cosine", [0.25, 0.5, 0.25]),
+    ],
+)
+def test_the_record_holds_the_method_as_text_and_what_was_used(
+    method: str, python: object, text: str, coefficients: list[float], folder: Path, swa_avg: Cli
+) -> None:
+    import zipfile
+
+    ended = swa_avg("ckpt_*.keras", "--method", method, "--json")
+    result = json.loads(ended.out)
+    assert ended.err.endswith(f"wrote swa.keras: the {text} average of 3 checkpoints\n")
+    average("ckpt_*.keras", "python.keras", method=python)  # type: ignore[arg-type]
+    assert Path("python.keras").read_bytes() == Path("swa.keras").read_bytes()
+    with zipfile.ZipFile("swa.keras") as archive:
+        record = json.loads(archive.read("metadata.json"))["swa_avg"]
+    for made in (result, record):
+        assert made["method"] == text
+        assert [entry["coefficient"] for entry in made["inputs"]] == pytest.approx(coefficients)
+    ended = swa_avg("verify", "swa.keras")
+    assert (ended.code, f"is the {text} average of 3 checkpoints" in ended.err) == (0, True)
+
+
 def test_an_average_among_the_inputs_is_pointed_out(folder: Path, swa_avg: Cli) -> None:
     swa_avg("ckpt_*.keras", "-o", "swa_3.keras")
     ended = swa_avg("ckpt_10.keras", "swa_3.keras", "-o", "again.keras")
@@ -727,8 +771,24 @@ def test_help_shows_the_options_of_the_default_command(swa_avg: Cli) -> None:
     ended = swa_avg("--help")
     assert ended.code == 0
     assert ended.out.startswith("Usage: swa-avg [OPTIONS] [CHECKPOINTS]...\n")
-    assert "--bn-refresh" in ended.out or "--last N" in ended.out
-    assert "Commands:" in ended.out
+    for heading in ("Which checkpoints", "How", "BatchNorm", "Output", "Checks", "Resources", "Other"):
+        assert f"\n{heading}:\n  -" in ended.out
+    assert "\nCommands, of which average is the default:\n  average  " in ended.out
+    assert "  --version  " in ended.out
+
+
+@pytest.mark.parametrize("command", [(), ("average",), ("inspect",), ("sweep",), ("verify",)], ids=str)
+def test_help_lists_every_option_once_and_every_method(command: tuple[str, ...], swa_avg: Cli) -> None:
+    from swa_avg.cli.program import main_group
+
+    help_text = swa_avg(*command, "--help").out.partition("\nWhich checkpoints:\n")[2]
+    for parameter in main_group.commands[(*command, "average")[0]].params:
+        if isinstance(parameter, click.Option):
+            pattern = rf"^  (-\w, )?{parameter.opts[-1]}\b(?!-)"
+            assert len(re.findall(pattern, help_text, re.MULTILINE)) == 1, parameter.opts
+    for entry in METHODS.values():
+        assert (f"\n  {entry.spelling} " in help_text) == ("verify" not in command)
+    assert not re.search(r" $", help_text, re.MULTILINE)
 
 
 def test_completion_offers_options_commands_and_files() -> None:
@@ -739,6 +799,8 @@ def test_completion_offers_options_commands_and_files() -> None:
     complete = ShellComplete(main_group, {}, "swa-avg", "_SWA_AVG_COMPLETE")
     assert "--last" in [item.value for item in complete.get_completions([], "--la")]
     assert "--last" in [item.value for item in complete.get_completions(["a.keras"], "--la")]
+    methods = [item.value for item in complete.get_completions(["--method"], "")]
+    assert methods == list(METHODS)
     assert "file" in [item.type for item in complete.get_completions([], "ck")]
     assert "average" in [item.value for item in complete.get_completions([], "av")]
     assert isinstance(main_group, click.Group)

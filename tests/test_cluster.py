@@ -144,7 +144,7 @@ BlockWorker.__call__ = wait
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "archives": (".keras", "float32", {}),
     "only what is averaged": (".keras", "float32", {"verify": False}),
-    "ema": (".weights.h5", "float32", {"method": "ema", "decay": 0.7}),
+    "ema": (".weights.h5", "float32", {"method": "ema:0.7"}),
     "bfloat16": (".weights.h5", "bfloat16", {"verify": False}),
     "shards": (".weights.json", "float16", {}),
     "without the optimizer": (".keras", "float32", {"optimizer": "drop"}),

@@ -174,7 +174,7 @@ def test_weighted_average_is_the_float64_sum_of_products(tmp_path: Path) -> None
     rng = np.random.default_rng(5)
     values = [rng.standard_normal(1000).astype(np.float32) for _ in range(3)]
     paths = _run(tmp_path, values)
-    average(paths, tmp_path / "swa.weights.h5", method="weights", weights=[0.25, -0.5, 1.25])
+    average(paths, tmp_path / "swa.weights.h5", method=[0.25, -0.5, 1.25])
     total = (0.25 * values[0].astype(np.float64) + -0.5 * values[1].astype(np.float64)) + 1.25 * values[
         2
     ].astype(np.float64)

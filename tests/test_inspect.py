@@ -181,7 +181,7 @@ def test_many_blocks_give_the_same_as_one(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_method_is_told_with_its_average(folder: Path, swa_avg: Cli) -> None:
-    ended = swa_avg("inspect", "ckpt_*.keras", "--last", "3", "--method", "ema", "--decay", "0.5", "--json")
+    ended = swa_avg("inspect", "ckpt_*.keras", "--last", "3", "--method", "ema:.5", "--json")
     result = json.loads(ended.out)
     coefficients = [0.25, 0.25, 0.5]
     assert [entry["coefficient"] for entry in result["checkpoints"]] == coefficients
@@ -189,7 +189,7 @@ def test_a_method_is_told_with_its_average(folder: Path, swa_avg: Cli) -> None:
     expected = np.linalg.norm(rows - np.array(coefficients) @ rows, axis=1)
     np.testing.assert_allclose(result["geometry"]["to_mean"], expected, rtol=1e-9)
     assert result["geometry"]["effective_count"] == pytest.approx(1 / (0.0625 + 0.0625 + 0.25))
-    assert "the ema average has norm" in ended.err
+    assert "the ema:0.5 average has norm" in ended.err
 
 
 def test_json_holds_all_of_it(folder: Path, swa_avg: Cli) -> None:
@@ -354,16 +354,16 @@ def test_squares_that_overflow_leave_out_the_distances(tmp_path: Path, swa_avg: 
         (["damaged.keras"], 3, "damaged.keras: damaged .keras archive (File is not a zip file)"),
         (["ckpt_*.keras", "--last", "9"], 2, "--last 9, but found only 5 checkpoints"),
         (
-            ["ckpt_*.keras", "--decay", "0.5"],
+            ["ckpt_*.keras", "--method", "weights:1,2"],
             2,
-            "--decay and --method ema go together; the method is uniform",
+            "method 'weights:1,2': expected 5 numbers, one per checkpoint, found 2",
         ),
         (
             ["ckpt_*.keras", "--plot", "a.jpg"],
             2,
-            "--plot a.jpg; expected a name that ends with .png or .svg or .pdf",
+            "plot a.jpg: expected a name that ends with .png or .svg or .pdf",
         ),
-        (["ckpt_*.keras", "--report", "a.pdf"], 2, "--report a.pdf; expected a name that ends with .html"),
+        (["ckpt_*.keras", "--report", "a.pdf"], 2, "report a.pdf: expected a name that ends with .html"),
         (["ckpt_*.keras", "--report", "no/a.html"], 2, "the folder of the output does not exist: no"),
         (
             ["ckpt_*.keras", "--report", "old.html"],
@@ -390,7 +390,10 @@ def test_without_matplotlib_pictures_are_refused_before_anything_is_read(folder:
     for option, output in (("--plot", "out.png"), ("--report", "out.html")):
         command = [sys.executable, "-c", code, option, output]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert ended.stderr == f"swa-avg: error: {option} needs matplotlib; pip install 'swa-avg[plot]'\n"
+        assert (
+            ended.stderr
+            == f"swa-avg: error: {option[2:]} {output}: needs matplotlib; pip install 'swa-avg[plot]'\n"
+        )
         assert ended.returncode == 2
         assert not Path(output).exists()
     command = [sys.executable, "-c", code, "--quiet"]

@@ -166,8 +166,8 @@ def _contents(path: Path) -> dict[str, object]:
     [
         ("last:2", ("--last", "2")),
         ("uniform", ()),
-        ("power-ema:0.1", ("--method", "power-ema", "--sigma-rel", "0.1")),
-        ("ema:0.5", ("--method", "ema", "--decay", "0.5", "--optimizer", "drop")),
+        ("power-ema:0.1", ("--method", "power-ema:0.1")),
+        ("ema:0.5", ("--method", "ema:0.5", "--optimizer", "drop")),
     ],
 )
 def test_the_winner_has_the_bytes_that_averaging_alone_writes(
@@ -249,6 +249,30 @@ def test_the_output_says_what_it_beat(here: Path, swa_avg: Cli) -> None:
         "1",
     )
     assert Path("again.keras").read_bytes() == first
+
+
+def test_the_examples_of_every_help_text_run(here: Path, swa_avg: Cli) -> None:
+    pytest.importorskip("matplotlib")
+    from swa_avg.cli.program import main_group
+
+    model, rng = keras.models.load_model("ckpt_4.keras"), np.random.default_rng(0)
+    for number in range(5, 11):
+        model.set_weights([w + 0.001 * np.abs(rng.standard_normal(w.shape)) for w in model.get_weights()])
+        model.save(f"ckpt_{number}.keras")
+    Path("run").mkdir()
+    entries = [{"file": f"ckpt_{number}.keras", "epoch": number} for number in range(1, 11)]
+    index = {"version": 1, "monitor": None, "mode": None, "checkpoints": entries}
+    Path("run/checkpoints.json").write_text(json.dumps(index))
+    for entry in entries:
+        Path("run", entry["file"]).hardlink_to(entry["file"])
+    examples = [example.split() for command in main_group.commands.values() for example in command.examples]
+    assert len(examples) == 8
+    for program, *arguments in examples:
+        assert program == "swa-avg"
+        if "-o" in arguments:
+            Path(arguments[arguments.index("-o") + 1]).unlink(missing_ok=True)
+        ended = swa_avg(*arguments)
+        assert ended.code == 0, (arguments, ended.err)
 
 
 def test_without_an_improvement_nothing_is_written(here: Path, swa_avg: Cli) -> None:
@@ -414,7 +438,11 @@ def test_what_cannot_be_scored_is_one_line(here: Path, swa_avg: Cli) -> None:
         2,
         "a sweep compares averages of at least 2 checkpoints; found 1",
     )
-    _line(swa_avg(*command, "--candidates", "last:9"), 2, "--candidates last:9: there are 4 checkpoints")
+    _line(
+        swa_avg(*command, "--candidates", "last:9"),
+        2,
+        "candidate 'last:9': expected last:K, from last:1 to last:4",
+    )
     for name, arrays, text in (
         (
             "x.npz",
@@ -646,16 +674,17 @@ def test_a_picture_that_cannot_be_drawn_is_known_beforehand(
     _line(
         swa_avg(*command, "line.txt"),
         2,
-        "--path line.txt; expected a name that ends with .png or .svg or .pdf",
+        "path line.txt: expected a name that ends with .png or .svg or .pdf",
     )
     for name in [
         name
         for name in sys.modules
-        if name.partition(".")[0] == "matplotlib" or name.startswith("swa_avg.pages")
+        if name.partition(".")[0] == "matplotlib"
+        or name.startswith(("swa_avg.pages", "swa_avg.sweeping.page"))
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    _line(swa_avg(*command, "line.png"), 2, "--path needs matplotlib; pip install 'swa-avg[plot]'")
+    _line(swa_avg(*command, "line.png"), 2, "path line.png: needs matplotlib; pip install 'swa-avg[plot]'")
 
 
 @pytest.mark.parametrize("place", ["loss", "metrics"])

@@ -29,8 +29,8 @@ OUTPUTS = [(suffix, suffix, ()) for suffix in WRITERS] + [
     (".keras", ".keras", ("--optimizer", "drop")),
     (".weights.h5", ".weights.h5", ("--optimizer", "drop")),
     (".weights.json", ".weights.json", ("--optimizer", "drop")),
-    (".keras", ".keras", ("--method", "ema", "--decay", "0.5")),
-    (".keras", ".keras", ("--method", "weights", "--weights", "0.5,0.5,0")),
+    (".keras", ".keras", ("--method", "ema:0.5")),
+    (".keras", ".keras", ("--method", "weights:1,1,0")),
     (".weights.h5", ".weights.h5", ("--no-verify",)),
     (".keras", ".keras", ("--last", "1")),
 ]
@@ -227,7 +227,7 @@ def test_inputs_of_one_name_are_told_apart_by_their_content(
         folder.mkdir()
         WRITERS[suffix](folder / f"ckpt{suffix}", makers.weights(number))
     target = tmp_path / f"swa{suffix}"
-    average = ("--method", "weights", "--weights", "0.25,0.75")
+    average = ("--method", "weights:0.25,0.75")
     assert (
         swa_avg(*(folder / f"ckpt{suffix}" for folder in folders), "-o", target, *average, *options).code == 0
     )
@@ -341,7 +341,8 @@ def test_refreshed_statistics_are_held_against_their_digest(tmp_path: Path, swa_
     assert ended.code == 0, ended.err
     statistics = [f"layers/batch_normalization/vars/{number}" for number in (2, 3)]
     assert (
-        f"held against their digest only, since a refresh replaced them: {', '.join(statistics)}" in ended.err
+        f"compared with their digests only, since a refresh replaced them: {', '.join(statistics)}"
+        in ended.err
     )
     for name, (file, start, _) in _places(target).items():
         _flip(file, start, 0)

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from swa_avg.cli.options import method_options, selection_options
+from swa_avg.cli.command import Command
+from swa_avg.cli.options import (
+    CHECKPOINTS,
+    DTYPE,
+    METHOD,
+    METHOD_ROWS,
+    SELECTION,
+    overwrite,
+    printing,
+    values_of,
+)
 from swa_avg.cli.terminal import progress_bar, say
 from swa_avg.errors import MismatchError
 from swa_avg.text import counted, number_text
@@ -17,35 +27,56 @@ if TYPE_CHECKING:
 
 __all__ = ["inspect"]
 
-
-@click.command()
-@click.argument("checkpoints", nargs=-1, type=click.Path())
-@selection_options
-@method_options
-@click.option("--dtype", type=click.Choice(["bfloat16"]), help="Take untagged 2-byte values as this.")
-@click.option("--plot", type=click.Path(), metavar="OUT.png", help="Draw the pictures (.png, .svg or .pdf).")
-@click.option(
-    "--report", type=click.Path(), metavar="OUT.html", help="Write a page with pictures and tables."
+_PICTURES = (
+    click.Option(
+        ["--plot"],
+        type=click.Path(),
+        metavar="OUT.png",
+        help="Draw the pictures into this .png, .svg or .pdf.",
+    ),
+    click.Option(
+        ["--report"],
+        type=click.Path(),
+        metavar="OUT.html",
+        help="Write a page with pictures and tables.",
+    ),
+    overwrite("picture or page"),
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing picture or page.")
-@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON on standard output.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option("-v", "--verbose", is_flag=True, help="List every tensor, and the distances.")
+
+
+@click.command(
+    cls=Command,
+    short_help="Show what is in checkpoints, whether they fit, and how far apart they are.",
+    params=[CHECKPOINTS],
+    sections={
+        "Which checkpoints": SELECTION,
+        "How": (METHOD, DTYPE),
+        "Output": (*_PICTURES, *printing("List every tensor, and all distances.")),
+    },
+    values={"Methods": METHOD_ROWS},
+    examples=(
+        "swa-avg inspect run",
+        "swa-avg inspect ckpt_*.keras --last 10 --report run.html",
+    ),
+)
 def inspect(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
-    """Tell what is inside checkpoints, whether they fit, and how far apart they lie.
+    """Show what is in checkpoints, whether they fit together, and how far apart they are.
 
-    CHECKPOINTS are named, and chosen, as for averaging. The average that --method would make is told of too:
-    its coefficients, and how far each checkpoint lies from it. An outlier is a checkpoint that lies in
-    another basin than the others; whether to leave it out is up to you.
-
-    \b
-    swa-avg inspect ckpt_*.keras
-    swa-avg inspect ckpt_*.keras --last 10 --report run.html
+    CHECKPOINTS are named and chosen as for averaging. The average that --method stands for is described, too:
+    its coefficients, and how far each checkpoint is from it. An outlier is a checkpoint that lies in another
+    basin than the others; whether to leave it out is up to you.
     """
     from swa_avg.inspection.survey import inspect_checkpoints
 
     with progress_bar(quiet, "inspecting", in_bytes=True) as progress:
-        inspection = inspect_checkpoints(checkpoints, progress=progress, **options)
+        inspection = inspect_checkpoints(
+            checkpoints,
+            **values_of(SELECTION, options),
+            method=options["method"],
+            dtype=options["dtype"],
+            **values_of(_PICTURES, options),
+            progress=progress,
+        )
     if not quiet:
         say(_lines(inspection, verbose=verbose))
         say(f"wrote {options[kind]}" for kind in ("plot", "report") if options[kind] is not None)

@@ -1,32 +1,42 @@
-"""Options that several commands take, and the types of their values. Nothing heavy is imported here."""
+"""The options of the commands, in groups, and the values that they make. Nothing heavy is imported."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+from click import Option
 from click.core import ParameterSource
+
+from swa_avg.planning.methods import METHODS
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm.checkpoint import Loading, Refresh
 
 __all__ = [
-    "Numbers",
-    "Size",
-    "cluster_option",
-    "method_options",
-    "place_options",
-    "refresh_options",
-    "resource_options",
-    "selection_options",
-    "take_refresh",
-    "verify_option",
+    "CHECKPOINTS",
+    "CLUSTER",
+    "DTYPE",
+    "LOADING",
+    "METHOD",
+    "METHOD_ROWS",
+    "MODE",
+    "OPTIMIZER",
+    "POSITION",
+    "REFRESH",
+    "RESOURCES",
+    "SELECTION",
+    "VERIFY",
+    "loading_of",
+    "output",
+    "overwrite",
+    "printing",
+    "refresh_of",
+    "values_of",
 ]
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-
-Command = Callable[..., Any]
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -43,167 +53,167 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3
             self.fail(f"{value!r} is not a size; expected such as 200M or 1G", param, ctx)
 
 
-class Numbers(click.ParamType):  # type: ignore[type-arg]
-    """Numbers separated by commas."""
+CHECKPOINTS = click.Argument(["checkpoints"], nargs=-1, type=click.Path())
 
-    name = "w,w,..."
+# --- which checkpoints, named as `selection.select` takes them
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
-        if isinstance(value, list):
-            return value
-        try:
-            return [float(part) for part in str(value).split(",")]
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers; expected such as 0.2,0.3,0.5", param, ctx)
-
-
-_EPOCHS = click.option("--epochs", metavar="A:B[:STEP]", help="Only these epochs, both ends included.")
-_BY_METRIC = (
-    click.option(
-        "--best", type=int, metavar="N", help="Of these, the best N by a metric in checkpoints.json."
-    ),
-    click.option("--monitor", metavar="NAME", help="The metric of --best.  [default: the monitored one]"),
-    click.option("--mode", type=click.Choice(["min", "max"]), help="Whether less or more of it is better."),
+MODE = Option(
+    ["--mode"], type=click.Choice(["min", "max"]), help="Whether lower or higher values of it are better."
 )
-_BY_PLACE = (
-    click.option("--last", type=int, metavar="N", help="Of these, the last N."),
-    click.option(
-        "--every", type=int, metavar="K", help="Of these, every K-th, counted back from the newest."
-    ),
+_EPOCHS = Option(["--epochs"], metavar="A:B[:STEP]", help="Only epochs A to B, both included.")
+_METRIC = (
+    Option(["--best"], type=int, metavar="N", help="The best N of these, by a metric in checkpoints.json."),
+    Option(["--monitor"], metavar="NAME", help="The metric for --best.  [default: the monitored one]"),
+    MODE,
 )
-_REFRESH = (
-    click.option(
-        "--bn-refresh", metavar="DATA", help="Re-estimate BatchNorm statistics on these training data."
+_PLACE = (
+    Option(["--last"], type=int, metavar="N", help="The last N of these."),
+    Option(["--every"], type=int, metavar="K", help="Every K-th of these, counted back from the newest."),
+)
+POSITION = (_EPOCHS, *_PLACE)
+"""What goes by the checkpoints' positions in training alone."""
+SELECTION = (_EPOCHS, *_METRIC, *_PLACE)
+
+# --- how
+
+METHOD = Option(
+    ["--method"],
+    default="uniform",
+    metavar="NAME[:VALUE]",
+    help="How much each checkpoint counts; the methods are listed below.  [default: uniform]",
+    shell_complete=lambda ctx, param, start: [name for name in METHODS if name.startswith(start)],
+)
+METHOD_ROWS = [(entry.spelling, entry.meaning) for entry in METHODS.values()]
+"""How each method is written -> what it is."""
+OPTIMIZER = Option(
+    ["--optimizer"],
+    type=click.Choice(["keep", "drop"]),
+    default="keep",
+    show_default=True,
+    help="Copy the optimizer state of the newest averaged checkpoint, or leave it out.",
+)
+DTYPE = Option(["--dtype"], type=click.Choice(["bfloat16"]), help="The type of untagged 2-byte values.")
+
+# --- BatchNorm and the model
+
+REFRESH = (
+    Option(["--bn-refresh"], metavar="DATA", help="Re-estimate BatchNorm statistics on this training data."),
+    Option(
+        ["--bn-input"],
+        multiple=True,
+        metavar="KEY[=INPUT]",
+        help="Which array of DATA goes to which input of the model.",
     ),
-    click.option(
-        "--bn-input", multiple=True, metavar="KEY[=INPUT]", help="Which array of DATA, for which input."
-    ),
-    click.option(
-        "--bn-batch-size", type=click.IntRange(1), metavar="N", help="Rows a batch.  [default: 128]"
-    ),
-    click.option("--bn-samples", type=click.IntRange(1), metavar="N", help="Use N rows.  [default: all]"),
-    click.option(
-        "--bn-estimator",
+    Option(["--bn-batch-size"], type=click.IntRange(1), metavar="N", help="Rows per batch.  [default: 128]"),
+    Option(["--bn-samples"], type=click.IntRange(1), metavar="N", help="Use N rows.  [default: all]"),
+    Option(
+        ["--bn-estimator"],
         type=click.Choice(["pooled", "batch-mean"]),
         default="pooled",
         show_default=True,
-        help="All rows as one population, or the mean of the batches.",
+        help="Take all rows as one population, or the mean over the batches.",
     ),
-    click.option(
-        "--bn-seed",
+    Option(
+        ["--bn-seed"],
         type=click.IntRange(0),
         default=0,
         metavar="N",
-        help="Of the order of rows, and of dropout.  [default: 0]",
+        help="Seed of the order of rows and of dropout.  [default: 0]",
     ),
-    click.option("--bn-preprocess", metavar="MODULE:FUNCTION", help="Applied to each batch."),
-    click.option(
-        "--model", metavar="PATH", help="For weights alone: .keras, JSON config or MODULE:FUNCTION."
-    ),
-    click.option(
-        "--import", "imports", multiple=True, metavar="MODULE", help="Registers the model's own classes."
-    ),
-    click.option("--unsafe", is_flag=True, help="Load Lambda layers: run code that the checkpoint holds."),
+    Option(["--bn-preprocess"], metavar="MODULE:FUNCTION", help="A function to apply to each batch."),
 )
-_LOADING = ("model", "imports", "unsafe")
-_RESOURCES = (
-    click.option("--max-memory", type=Size(), help="Stay under this much memory, such as 150M."),
-    click.option(
-        "--threads",
+LOADING = (
+    Option(
+        ["--model"],
+        metavar="PATH",
+        help="The model, if the checkpoints hold weights alone: a .keras, a JSON config or MODULE:FUNCTION.",
+    ),
+    Option(
+        ["--import", "imports"],
+        multiple=True,
+        metavar="MODULE",
+        help="Import this first; it registers the model's own classes.",
+    ),
+    Option(["--unsafe"], is_flag=True, help="Load Lambda layers, and so run code from the checkpoint."),
+)
+
+# --- checks and resources
+
+VERIFY = Option(
+    ["--verify/--no-verify"],
+    default=None,
+    help="Read every byte and check checksums, or read only what is averaged.  "
+    "[default: --verify, except for URLs]",
+)
+RESOURCES = (
+    Option(
+        ["--threads"],
         type=click.IntRange(1, 64),
         metavar="N",
-        help="Worker threads.  [default: cores, up to 4; 10 for URLs]",
+        help="Worker threads.  [default: one per core, up to 4; 10 for URLs]",
     ),
+    Option(["--max-memory"], type=Size(), help="Use at most this much memory, such as 150M."),
 )
-_METHOD = (
-    click.option(
-        "--method",
-        type=click.Choice(["uniform", "ema", "power-ema", "weights"]),
-        default="uniform",
-        show_default=True,
-        help="How much each checkpoint counts.",
-    ),
-    click.option("--decay", type=float, metavar="F", help="For ema: what each step keeps, such as 0.9."),
-    click.option("--sigma-rel", type=float, metavar="F", help="For power-ema: relative width, such as 0.1."),
-    click.option(
-        "--weights", type=Numbers(), help="For weights: one number a checkpoint, in training order, sum 1."
-    ),
-)
+CLUSTER = Option(["--cluster"], metavar="ADDRESS", help="Use the workers of this Dask scheduler.")
 
 
-def selection_options(command: Command) -> Command:
-    """Add the options that choose among the checkpoints, named as `selection.select` takes them."""
-    return _with(command, (_EPOCHS, *_BY_METRIC, *_BY_PLACE))
+def output(what: str) -> Option:
+    """Return the option that says where `what` goes."""
+    text = f"Where to write {what}.  [default: swa + the inputs' suffix]"
+    return Option(["-o", "--output"], type=click.Path(), help=text)
 
 
-def place_options(command: Command) -> Command:
-    """Add those that go by the checkpoints' places in training alone."""
-    return _with(command, (_EPOCHS, *_BY_PLACE))
+def overwrite(what: str = "output") -> Option:
+    """Return the option that lets `what` be replaced."""
+    return Option(["--overwrite"], is_flag=True, help=f"Replace an existing {what}.")
 
 
-def refresh_options(command: Command) -> Command:
-    """Add the options of a refresh and of loading the model; `take_refresh` reads them."""
-    return _with(command, _REFRESH)
+def printing(details: str | None = None) -> tuple[Option, ...]:
+    """Return the options for what is printed; `details` is what `--verbose` adds."""
+    options = [
+        Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON to standard output."),
+        Option(["-q", "--quiet"], is_flag=True, help="Print nothing but errors."),
+    ]
+    if details is not None:
+        options.append(Option(["-v", "--verbose"], is_flag=True, help=details))
+    return tuple(options)
 
 
-def resource_options(command: Command) -> Command:
-    """Add the options that bound what the machine gives."""
-    return _with(command, _RESOURCES)
+def values_of(group: Sequence[Option], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return name -> value of a group's options, out of those of a command."""
+    return {str(option.name): options[str(option.name)] for option in group}
 
 
-def verify_option(command: Command) -> Command:
-    """Add the option that says whether checksums are checked."""
-    option = click.option(
-        "--verify/--no-verify",
-        default=None,
-        help="Read every byte and check checksums, or only what is averaged.  "
-        "[default: verify, but for URLs]",
-    )
-    return option(command)
+def loading_of(options: Mapping[str, Any]) -> Loading:
+    """Return how the model is to be loaded."""
+    from swa_avg.batchnorm.checkpoint import Loading
+
+    return Loading(**values_of(LOADING, options))
 
 
-def cluster_option(command: Command) -> Command:
-    """Add the option that names a cluster."""
-    option = click.option("--cluster", metavar="ADDRESS", help="Work on the workers of this Dask scheduler.")
-    return option(command)
-
-
-def take_refresh(options: dict[str, Any], *, loads: bool) -> tuple[Refresh | None, Loading]:
-    """Take the options of a refresh out of `options`; the second value says how the model is loaded.
+def refresh_of(options: Mapping[str, Any], *, loads: bool = False) -> Refresh | None:
+    """Return the refresh that is asked for, if any.
 
     `loads` says that the command loads the model without a refresh, too.
+
+    Raises:
+        click.UsageError: options are given that have no effect without a refresh.
     """
-    from swa_avg.batchnorm.checkpoint import Loading, Refresh
+    from swa_avg.batchnorm.checkpoint import Refresh
 
-    if options["bn_refresh"] is None:
-        context = click.get_current_context()
-        for option in context.command.params:
-            name = str(option.name)
-            idle = name.startswith("bn_") or (name in _LOADING and not loads)
-            if idle and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                raise click.UsageError(f"{option.opts[0]} goes with --bn-refresh")
-    loading = {name: options.pop(name) for name in _LOADING}
-    taken = {
-        field: options.pop(option)
-        for option, field in (
-            ("bn_refresh", "data"),
-            ("bn_input", "inputs"),
-            ("bn_batch_size", "batch_size"),
-            ("bn_samples", "samples"),
-            ("bn_estimator", "estimator"),
-            ("bn_seed", "seed"),
-            ("bn_preprocess", "preprocess"),
+    if options["bn_refresh"] is not None:
+        return Refresh(
+            options["bn_refresh"],
+            inputs=options["bn_input"],
+            batch_size=options["bn_batch_size"],
+            samples=options["bn_samples"],
+            estimator=options["bn_estimator"],
+            seed=options["bn_seed"],
+            preprocess=options["bn_preprocess"],
+            **values_of(LOADING, options),
         )
-    }
-    return Refresh(**taken, **loading) if taken["data"] is not None else None, Loading(**loading)
-
-
-def method_options(command: Command) -> Command:
-    """Add the options that say how much each checkpoint counts, named as `run.average` takes them."""
-    return _with(command, _METHOD)
-
-
-def _with(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:
-    for option in reversed(options):  # decorators apply from the last to the first
-        command = option(command)
-    return command
+    context = click.get_current_context()
+    for option in REFRESH if loads else (*REFRESH, *LOADING):
+        if context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{option.opts[0]} goes with --bn-refresh")
+    return None

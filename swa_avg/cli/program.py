@@ -20,7 +20,6 @@ from swa_avg.cli.terminal import say
 from swa_avg.cli.verify_command import verify
 from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError
 from swa_avg.interrupts import Interrupted, interrupts
-from swa_avg.text import __version__
 
 __all__ = ["main"]
 
@@ -34,8 +33,9 @@ class _Group(DefaultGroup):  # type: ignore[misc]
         command.format_usage(inner, formatter)
         command.format_help_text(inner, formatter)
         command.format_options(inner, formatter)
-        self.format_commands(ctx, formatter)
-        self.format_epilog(ctx, formatter)
+        with formatter.section("Commands, of which average is the default"):
+            formatter.write_dl([(name, each.get_short_help_str()) for name, each in self.commands.items()])
+        command.format_epilog(inner, formatter)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if ctx.resilient_parsing and not args:  # completing the first word: it may be a command
@@ -59,7 +59,6 @@ class _Group(DefaultGroup):  # type: ignore[misc]
 
 
 @click.group(cls=_Group, default="average", default_if_no_args=True)
-@click.version_option(__version__)
 def main_group() -> None:
     """Average Keras checkpoints."""
 

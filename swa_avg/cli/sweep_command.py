@@ -2,114 +2,145 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from swa_avg.cli.command import Command
 from swa_avg.cli.options import (
-    cluster_option,
-    place_options,
-    refresh_options,
-    resource_options,
-    take_refresh,
-    verify_option,
+    CHECKPOINTS,
+    CLUSTER,
+    DTYPE,
+    LOADING,
+    METHOD_ROWS,
+    MODE,
+    OPTIMIZER,
+    POSITION,
+    REFRESH,
+    RESOURCES,
+    VERIFY,
+    loading_of,
+    output,
+    overwrite,
+    printing,
+    refresh_of,
+    values_of,
 )
 from swa_avg.cli.terminal import batchnorm_warning, progress_bar, say
 from swa_avg.errors import NoImprovementError
 
 if TYPE_CHECKING:
-    from swa_avg.sweeping.report import Scored, SweepReport
+    from swa_avg.sweeping.report import SweepReport
 
 __all__ = ["sweep"]
 
-
-@click.command()
-@click.argument("checkpoints", nargs=-1, type=click.Path())
-@click.option(
-    "-o", "--output", type=click.Path(), help="Where the best goes.  [default: swa + the inputs' suffix]"
+_VALIDATION = (
+    click.Option(["--val"], metavar="DATA", required=True, help="Validation data: inputs and targets."),
+    click.Option(
+        ["--val-input"],
+        multiple=True,
+        metavar="KEY[=INPUT]",
+        help="Which array of DATA goes to which input of the model.",
+    ),
+    click.Option(
+        ["--val-target"],
+        multiple=True,
+        metavar="KEY[=OUTPUT]",
+        help="Which array of DATA holds the targets.  [default: y, y_val or y_test]",
+    ),
+    click.Option(
+        ["--val-batch-size"], type=click.IntRange(1), metavar="N", help="Rows per batch.  [default: 128]"
+    ),
+    click.Option(
+        ["--val-samples"], type=click.IntRange(1), metavar="N", help="Use the first N rows.  [default: all]"
+    ),
+    click.Option(
+        ["--val-preprocess"],
+        metavar="MODULE:FUNCTION",
+        help="A function to apply to the inputs of each batch.",
+    ),
+    click.Option(
+        ["--metric"],
+        metavar="MODULE:FUNCTION",
+        help="A function of targets and predictions.  [default: the model's own metrics]",
+    ),
+    click.Option(
+        ["--monitor"],
+        metavar="NAME",
+        help="Which of the model's metrics decides.  [default: accuracy or loss]",
+    ),
+    MODE,
 )
-@click.option("--val", metavar="DATA", required=True, help="Validation data: inputs and targets.")
-@click.option("--val-input", multiple=True, metavar="KEY[=INPUT]", help="Which array of it, for which input.")
-@click.option(
-    "--val-target",
+_CANDIDATES = click.Option(
+    ["--candidates"],
     multiple=True,
-    metavar="KEY[=OUTPUT]",
-    help="Which array holds the targets.  [default: y, y_val, y_test]",
+    metavar="NAME[:VALUE]",
+    help="An average to try, as listed below; may be given several times.  [default: last:2, last:4, ..., "
+    "uniform, power-ema of 0.05, 0.1 and 0.2, greedy]",
 )
-@click.option("--val-batch-size", type=click.IntRange(1), metavar="N", help="Rows a batch.  [default: 128]")
-@click.option(
-    "--val-samples", type=click.IntRange(1), metavar="N", help="Use the first N rows.  [default: all]"
+_IMPROVEMENT = click.Option(
+    ["--require-improvement"],
+    is_flag=True,
+    help="Write only an average that beats every single checkpoint.",
 )
-@click.option("--val-preprocess", metavar="MODULE:FUNCTION", help="Applied to the inputs of each batch.")
-@click.option(
-    "--metric",
-    metavar="MODULE:FUNCTION",
-    help="Of targets and predictions.  [default: the metrics that the model was compiled with]",
-)
-@click.option(
-    "--monitor", metavar="NAME", help="Which compiled metric decides.  [default: accuracy, else loss]"
-)
-@click.option("--mode", type=click.Choice(["min", "max"]), help="Whether less or more of it is better.")
-@click.option(
-    "--candidates",
-    multiple=True,
-    metavar="NAME",
-    help="An average to try, several times: last:K, uniform, ema:DECAY, power-ema:SIGMA, greedy.  "
-    "[default: last:2, last:4, ..., uniform, power-ema of 0.05, 0.1 and 0.2, greedy]",
-)
-@click.option(
-    "--require-improvement", is_flag=True, help="Write only an average that beats every single checkpoint."
-)
-@click.option(
-    "--path",
+_PATH = click.Option(
+    ["--path"],
     type=click.Path(),
     metavar="OUT.png",
     help="Draw the metrics on the line from the last checkpoint to the best average.",
 )
-@place_options
-@click.option(
-    "--optimizer",
-    type=click.Choice(["keep", "drop"]),
-    default="keep",
-    show_default=True,
-    help="Copy the newest averaged checkpoint's optimizer state, or leave it out.",
+
+
+@click.command(
+    cls=Command,
+    short_help="Score averages on validation data, and write the best.",
+    params=[CHECKPOINTS],
+    sections={
+        "Which checkpoints": POSITION,
+        "Validation": _VALIDATION,
+        "How": (_CANDIDATES, _IMPROVEMENT, OPTIMIZER, DTYPE),
+        "BatchNorm": REFRESH,
+        "Model": LOADING,
+        "Output": (output("the best"), overwrite(), _PATH, *printing("List every single checkpoint, too.")),
+        "Checks": (VERIFY,),
+        "Resources": (*RESOURCES, CLUSTER),
+    },
+    values={
+        "Candidates": [
+            ("last:K", "The mean of the last K checkpoints."),
+            ("greedy", "The greedy soup: the best checkpoint, and each other one that does not hurt."),
+            *METHOD_ROWS,
+        ]
+    },
+    examples=(
+        "swa-avg sweep run --val val.npz -o best.keras",
+        "swa-avg sweep ckpt_*.keras --val val.npz --bn-refresh train.npz -o best.keras",
+    ),
 )
-@click.option("--dtype", type=click.Choice(["bfloat16"]), help="Take untagged 2-byte values as this.")
-@refresh_options
-@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-@verify_option
-@resource_options
-@cluster_option
-@click.option("--json", "as_json", is_flag=True, help="Print every score as JSON on standard output.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option("-v", "--verbose", is_flag=True, help="List every single checkpoint, too.")
 def sweep(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Score single checkpoints and averages of them on validation data, and write the best.
 
-    Every candidate is treated alike: with --bn-refresh, each has its BatchNorm statistics re-estimated,
-    single checkpoints too, so that the scores tell what averaging does. The model's own metrics decide, or
-    --metric; of equal scores, the average of the most checkpoints wins. The winner's score is what it was
-    chosen by: report one on data that played no part.
-
-    \b
-    swa-avg sweep ckpt_*.keras --val val.npz --bn-refresh train.npz -o swa.keras
+    All candidates are treated alike: with --bn-refresh, the BatchNorm statistics of each one are
+    re-estimated, those of single checkpoints included, so that the scores show what averaging does. What
+    decides is --metric, or one of the model's own metrics; of equal scores, the average of the most
+    checkpoints wins. The winner was chosen by its score, which therefore flatters it: report a score on data
+    that played no part.
     """
     from swa_avg.sweeping.scoring import Validation
     from swa_avg.sweeping.search import sweep as run
 
-    refresh, loading = take_refresh(options, loads=True)
+    refresh = refresh_of(options, loads=True)
     validation = Validation(
-        options.pop("val"),
-        inputs=options.pop("val_input"),
-        targets=options.pop("val_target"),
-        batch_size=options.pop("val_batch_size"),
-        samples=options.pop("val_samples"),
-        preprocess=options.pop("val_preprocess"),
-        metric=options.pop("metric"),
-        monitor=options.pop("monitor"),
-        mode=options.pop("mode"),
+        options["val"],
+        inputs=options["val_input"],
+        targets=options["val_target"],
+        batch_size=options["val_batch_size"],
+        samples=options["val_samples"],
+        preprocess=options["val_preprocess"],
+        metric=options["metric"],
+        monitor=options["monitor"],
+        mode=options["mode"],
     )
     try:
         with (
@@ -118,30 +149,38 @@ def sweep(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool,
         ):
             report = run(
                 checkpoints,
+                options["output"],
                 validation=validation,
                 refresh=refresh,
-                loading=loading,
-                tried=options.pop("candidates"),
+                loading=loading_of(options),
+                tried=options["candidates"],
+                **values_of(POSITION, options),
+                optimizer=options["optimizer"],
+                dtype=options["dtype"],
+                overwrite=options["overwrite"],
+                verify=options["verify"],
+                **values_of((*RESOURCES, CLUSTER), options),
+                require_improvement=options["require_improvement"],
+                path=options["path"],
                 progress=progress,
                 score_progress=scores,
-                **options,
             )
     except NoImprovementError as error:
-        _show(error.report, written=False, quiet=quiet, verbose=verbose, as_json=as_json)
+        _show(error.report, quiet=quiet, verbose=verbose, as_json=as_json)
         raise
-    _show(report, written=True, quiet=quiet, verbose=verbose, as_json=as_json)
+    _show(report, quiet=quiet, verbose=verbose, as_json=as_json)
 
 
-def _show(report: SweepReport, *, written: bool, quiet: bool, verbose: bool, as_json: bool) -> None:
+def _show(report: SweepReport, *, quiet: bool, verbose: bool, as_json: bool) -> None:
     if not quiet:
-        say(_table(report, written=written, verbose=verbose))
+        say(_lines(report, verbose=verbose))
     if as_json:
         import json
 
-        click.echo(json.dumps(_as_json(report, written=written)))
+        click.echo(json.dumps(report.as_json()))
 
 
-def _table(report: SweepReport, *, written: bool, verbose: bool) -> list[str]:
+def _lines(report: SweepReport, *, verbose: bool) -> list[str]:
     """Return the scores as text, single checkpoints first, then what was written."""
     metrics = list(dict.fromkeys([report.monitor, *(["loss"] if "loss" in report.winner.metrics else [])]))
     best = report.best_single
@@ -171,7 +210,7 @@ def _table(report: SweepReport, *, written: bool, verbose: bool) -> list[str]:
             f"{100 * point['at']:9.0f} %  " + "  ".join(f"{name} {point[name]:.6g}" for name in metrics)
             for point in report.path
         )
-    if written:
+    if report.written:
         lines.append(_outcome(report))
     return lines
 
@@ -187,35 +226,3 @@ def _outcome(report: SweepReport) -> str:
         return f"{what}; no average is as good"
     verb = "beats" if report.improved else "equals"
     return f"{what}; it {verb} the best single checkpoint, {best.candidate.name} with {alone}"
-
-
-def _as_json(report: SweepReport, *, written: bool) -> dict[str, Any]:
-    return {
-        "output": str(report.output),
-        "written": written,
-        "monitor": report.monitor,
-        "mode": report.mode,
-        "rows": report.rows,
-        "checkpoints": [str(path) for path in report.checkpoints],
-        "singles": [_scored_as_json(scored) for scored in report.singles],
-        "averages": [_scored_as_json(scored) for scored in report.averages],
-        "winner": report.winner.candidate.name,
-        "best_single": report.best_single.candidate.name,
-        "improved": report.improved,
-        "batchnorm_layers": list(report.batchnorm_layers),
-        "path": [_finite(point) for point in report.path],
-    }
-
-
-def _scored_as_json(scored: Scored) -> dict[str, Any]:
-    return {
-        "name": scored.candidate.name,
-        "coefficients": list(scored.candidate.coefficients),
-        "metrics": _finite(scored.metrics),
-        "refresh": None if scored.refresh is None else scored.refresh.as_json(),
-    }
-
-
-def _finite(metrics: Any) -> dict[str, float | None]:
-    """Return metrics as JSON has them: it knows no NaN."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}

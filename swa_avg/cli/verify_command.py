@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from swa_avg.cli.options import resource_options
+from swa_avg.cli.command import Command
+from swa_avg.cli.options import RESOURCES, printing, values_of
 from swa_avg.cli.terminal import first_few, say
 from swa_avg.errors import MismatchError
 
@@ -16,53 +17,57 @@ if TYPE_CHECKING:
 
 __all__ = ["verify"]
 
-
-@click.command()
-@click.argument("output", type=click.Path())
-@click.option(
-    "--inputs",
+_INPUTS = click.Option(
+    ["--inputs"],
     type=click.Path(),
     multiple=True,
     metavar="FOLDER",
-    help="Where the inputs are, several times if need be.  [default: beside OUTPUT]",
+    help="Where the inputs are; may be given several times.  [default: beside OUTPUT]",
 )
-@resource_options
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-def verify(
-    output: str,
-    inputs: Sequence[str],
-    max_memory: int | None,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+
+
+@click.command(
+    cls=Command,
+    short_help="Derive an average again from its inputs, and compare.",
+    params=[click.Argument(["output"], type=click.Path())],
+    sections={
+        "Which checkpoints": (_INPUTS,),
+        "Output": printing(),
+        "Resources": RESOURCES,
+    },
+    examples=(
+        "swa-avg verify swa.keras",
+        "swa-avg verify swa.keras --inputs run",
+    ),
+)
+def verify(output: str, inputs: Sequence[str], as_json: bool, quiet: bool, **options: Any) -> None:
     """Derive OUTPUT again from the inputs that it names, and compare every tensor.
 
-    Inputs that have changed since are named. What a refresh of BatchNorm replaced cannot be derived without
-    its data; it is held against the digest in OUTPUT's own record. Ends with 0 if all is equal, with 4 and
-    the names of the tensors if not.
+    Inputs that have changed since are named. Statistics that a refresh of BatchNorm replaced cannot be
+    derived without its data; they are compared with the digests in OUTPUT's own record. The exit code is 0 if
+    everything is equal; if not it is 4, and the tensors are named.
     """
     from swa_avg.verification import verify as run
 
-    result = run(output, inputs, max_memory=max_memory, threads=threads)
+    result = run(output, inputs, **values_of(RESOURCES, options))
     if as_json:
         import json
 
-        click.echo(json.dumps(_as_json(result)))
+        click.echo(json.dumps(result.as_json()))
     if not result.equal:
         raise MismatchError(result.findings)
     if not quiet:
-        _describe(result)
+        say(_lines(result))
 
 
-def _describe(result: Verification) -> None:
+def _lines(result: Verification) -> list[str]:
+    """Return what was found equal, as text."""
     from swa_avg.text import counted
 
     lines = []
     if result.digests:
         shown = first_few(result.digests)
-        lines.append(f"held against their digest only, since a refresh replaced them: {shown}")
+        lines.append(f"compared with their digests only, since a refresh replaced them: {shown}")
     elif result.record.refreshed:
         lines.append("the refresh of BatchNorm changed nothing")
     count = len(result.inputs)
@@ -72,19 +77,4 @@ def _describe(result: Verification) -> None:
         f"({counted(result.averaged, 'tensor')} averaged again, "
         f"{result.copied} compared with the newest input's)"
     )
-    say(lines)
-
-
-def _as_json(result: Verification) -> dict[str, Any]:
-    return {
-        "output": str(result.output),
-        "equal": result.equal,
-        "method": result.record.method,
-        "inputs": [str(path) for path in result.inputs],
-        "averaged": result.averaged,
-        "copied": result.copied,
-        "by_digest": list(result.digests),
-        "findings": [
-            {"path": str(f.path), "subject": f.subject, "problem": f.problem} for f in result.findings
-        ],
-    }
+    return lines

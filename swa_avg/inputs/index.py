@@ -13,6 +13,7 @@ from typing import Any
 from swa_avg.errors import SwaAvgError, UnreadableError
 from swa_avg.files.region import open_file, refusal
 from swa_avg.files.untrusted_json import parse_json
+from swa_avg.inputs.metrics import badness
 
 __all__ = [
     "INDEX_NAME",
@@ -78,19 +79,14 @@ class Index:
     def best(self, count: int) -> tuple[Entry, ...]:
         """Return the best `count` entries by the monitored metric, in training order.
 
-        The newer of two equals is the better one; one whose metric is missing or NaN is worse than any other.
+        The newer of two equals is the better one; a metric that is missing or NaN counts as infinitely bad.
         """
-        if self.monitor is None:
+        if self.monitor is None or self.mode is None:
             raise ValueError("the index monitors no metric")
-        sign = -1.0 if self.mode == "max" else 1.0
-
-        def badness(entry: Entry) -> tuple[bool, float]:
-            value = entry.metrics.get(self.monitor or "", math.nan)
-            return (True, 0.0) if math.isnan(value) else (False, sign * value)
-
+        monitor, mode = self.monitor, self.mode
         newest_first = self.entries[::-1]
-        ranked = sorted(newest_first, key=badness)[:count]
-        return tuple(sorted(ranked, key=lambda e: e.position))
+        ranked = sorted(newest_first, key=lambda e: badness(e.metrics.get(monitor, math.nan), mode))
+        return tuple(sorted(ranked[:count], key=lambda e: e.position))
 
     def pruned(self, keep_last: int | None, keep_best: int | None) -> Index:
         """Return the index with only the entries that `keep_last` or `keep_best` keeps; with neither, all."""

@@ -1,4 +1,4 @@
-"""Names of metrics: which to go by, and which of their values are better."""
+"""Metrics: which one to go by, and which of its values are better."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ _GREATER = re.compile(r"(^|_)(acc|accuracy|auc|f1|f1_score|fmeasure|precision|re
 _LOWER = re.compile(r"(^|_)(loss|error|mse|mae|rmse|mape|msle)$")
 
 
+def badness(value: float, mode: str) -> float:
+    """Return a metric's value such that less is better, and NaN is worst: infinite.
+
+    `mode` is `min` or `max`: which values of the metric are the better ones.
+    """
+    if math.isnan(value):
+        return math.inf
+    return -value if mode == "max" else value
+
+
 def main_metric(names: Iterable[str]) -> str:
     """Return the first accuracy among the names of metrics, else `loss`."""
     return next((name for name in names if _ACCURACY.search(name)), "loss")
@@ -24,7 +34,7 @@ def main_metric(names: Iterable[str]) -> str:
 def direction(model: Any, monitor: str) -> str:
     """Return which values of a metric are better, `min` or `max`.
 
-    As the metric of that name says that the Keras model was compiled with, else as its name does.
+    The metric of that name that the Keras model was compiled with says so, or else the name itself.
 
     Raises:
         UsageError: neither does.
@@ -40,10 +50,3 @@ def direction(model: Any, monitor: str) -> str:
     if _GREATER.search(name):
         return "max"
     raise UsageError(f"monitor {monitor}: say which values are better, with mode min or max")
-
-
-def badness(value: float, mode: str) -> float:
-    """Return a metric's value such that less is better, and NaN is worst."""
-    if math.isnan(value):
-        return math.inf
-    return -value if mode == "max" else value

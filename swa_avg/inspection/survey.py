@@ -19,8 +19,8 @@ from swa_avg.inputs.opening import check_contents, check_shared_files, opened
 from swa_avg.inputs.selection import Selection, select
 from swa_avg.inspection.geometry import Measurement, geometry_of
 from swa_avg.inspection.report import Contents, Inspection
-from swa_avg.planning.methods import coefficients_of
-from swa_avg.planning.plan import Plan, make_plan
+from swa_avg.planning.methods import Method
+from swa_avg.planning.plan import Plan, coefficients_of, make_plan
 from swa_avg.planning.policy import FLOATS, batchnorm_layers
 from swa_avg.text import Progress
 
@@ -40,10 +40,7 @@ def inspect_checkpoints(
     mode: str | None = None,
     last: int | None = None,
     every: int | None = None,
-    method: str = "uniform",
-    decay: float | None = None,
-    sigma_rel: float | None = None,
-    weights: Sequence[float] | None = None,
+    method: str | Sequence[float] = "uniform",
     dtype: str | None = None,
     plot: str | Path | None = None,
     report: str | Path | None = None,
@@ -59,7 +56,7 @@ def inspect_checkpoints(
 
     Args:
         inputs, epochs, best, monitor, mode, last, every: Which checkpoints, as for `average`.
-        method, decay, sigma_rel, weights: The average that distances are told to, as for `average`.
+        method: The average whose distances are measured, as for `average`.
         dtype: `bfloat16`, where untagged 2-byte tensors of weights-only files hold that.
         plot: A `.png`, `.svg` or `.pdf` to draw the pictures into; needs matplotlib.
         report: A `.html` to write a page with pictures and tables into; needs matplotlib.
@@ -71,11 +68,14 @@ def inspect_checkpoints(
         UnreadableError: an input is missing, damaged, or changed while it was read.
         SystemRefusalError: disk full, permission denied, input/output error.
     """
+    chosen_method = Method.parse(method)
     outputs = _outputs(plot, report, overwrite)
     listing = select(list_checkpoints(inputs), Selection(epochs, best, monitor, mode, last, every))
-    coefficients = coefficients_of(method, listing, decay=decay, sigma_rel=sigma_rel, weights=weights)
+    coefficients = coefficients_of(chosen_method, listing)
     with opened(listing.paths, dtype) as checkpoints:
-        inspection = Inspection(_contents(checkpoints, listing), method, tuple(coefficients), {}, ())
+        inspection = Inspection(
+            _contents(checkpoints, listing), str(chosen_method), tuple(coefficients), {}, ()
+        )
         try:
             plan = make_plan(checkpoints, checkpoints[-1], coefficients)
             check_shared_files(checkpoints)
@@ -98,23 +98,23 @@ def _outputs(
 ) -> dict[Path, Callable[[Inspection], bytes]]:
     """Return what is to be written where, once it is sure that it can be."""
     outputs: dict[Path, Callable[[Inspection], bytes]] = {}
-    for option, path, suffixes in (
-        ("--plot", plot, (".png", ".svg", ".pdf")),
-        ("--report", report, (".html",)),
+    for argument, path, suffixes in (
+        ("plot", plot, (".png", ".svg", ".pdf")),
+        ("report", report, (".html",)),
     ):
         if path is None:
             continue
         output = Path(path)
         if output.suffix not in suffixes:
-            raise UsageError(f"{option} {output}; expected a name that ends with {' or '.join(suffixes)}")
+            raise UsageError(f"{argument} {output}: expected a name that ends with {' or '.join(suffixes)}")
         check_output(output, overwrite=overwrite)
         try:
             from swa_avg.inspection import page as pages
         except ModuleNotFoundError as error:
             if error.name != "matplotlib":
                 raise
-            raise UsageError(f"{option} needs matplotlib; pip install 'swa-avg[plot]'") from None
-        outputs[output] = pages.page if option == "--report" else pages.plot(output.suffix)
+            raise UsageError(f"{argument} {output}: needs matplotlib; pip install 'swa-avg[plot]'") from None
+        outputs[output] = pages.page if argument == "report" else pages.plot(output.suffix)
     return outputs
 
 

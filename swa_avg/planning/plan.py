@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from swa_avg.errors import Finding, MismatchError
 from swa_avg.formats.base import Checkpoint, Tensor
+from swa_avg.inputs.listing import Listing
 from swa_avg.planning.configuration import config_differences, stem
+from swa_avg.planning.methods import Method
 from swa_avg.planning.policy import is_model_optimizer, refusals, treatment
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "coefficients_of", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,19 @@ class Plan:
     copied: tuple[Tensor, ...]
     dropped: tuple[Tensor, ...]
     """The optimizer state that is left out."""
+
+
+def coefficients_of(method: Method, listing: Listing) -> list[float]:
+    """Return the coefficients of listed checkpoints; their positions in training are their epochs.
+
+    Raises:
+        UsageError: their order or epochs are not known well enough for the method, or it does not fit them.
+    """
+    purpose = f"method {str(method)!r}"
+    if method.name != "uniform":
+        listing.check_order(purpose)
+    times = [float(epoch) for epoch in listing.epochs(purpose)] if method.needs_times else None
+    return method.coefficients(len(listing.files), times)
 
 
 def make_plan(

@@ -8,12 +8,23 @@ from dataclasses import dataclass
 
 from swa_avg.errors import UsageError
 from swa_avg.planning import methods
+from swa_avg.planning.methods import Method
 
-__all__ = ["GREEDY", "Candidate", "default_candidates", "greedy", "parse", "soup_of"]
+__all__ = [
+    "GREEDY",
+    "LAST",
+    "Candidate",
+    "default_candidates",
+    "greedy",
+    "needs_times",
+    "parse",
+    "soup_of",
+]
 
 GREEDY = "greedy"
+LAST = "last:K"
 _SIGMAS = (0.05, 0.1, 0.2)
-_EXPECTED = "expected last:K, uniform, ema:DECAY, power-ema:SIGMA or greedy"
+_MANY_DIGITS = 10  # Python reads no integers of thousands of digits
 
 
 @dataclass(frozen=True)
@@ -22,11 +33,11 @@ class Candidate:
 
     name: str
     coefficients: tuple[float, ...]
-    """One a checkpoint, in training order; sum 1."""
+    """One per checkpoint, in training order; sum 1."""
 
     @property
     def used(self) -> tuple[int, ...]:
-        """The checkpoints that count."""
+        """The numbers of the checkpoints that count."""
         return tuple(number for number, coefficient in enumerate(self.coefficients) if coefficient)
 
     @property
@@ -35,53 +46,45 @@ class Candidate:
 
 
 def default_candidates(count: int, times: Sequence[float] | None) -> list[str]:
-    """Return the averages of `count` checkpoints that are tried when nothing is said.
+    """Return the averages of `count` checkpoints that are tried by default.
 
-    The last 2, 4, 8, ... and all; where `times`, the checkpoints' positions in training, are known, power-EMA
-    of three widths; and the greedy soup.
+    They are the mean of the last 2, 4, 8, ... and of all; power-EMA of three widths, if `times` are what it
+    needs; and the greedy soup.
     """
     lengths = [2**power for power in range(1, count.bit_length()) if 2**power < count]
-    widths = [f"power-ema:{sigma}" for sigma in _SIGMAS] if times is not None else []
+    widths = [f"power-ema:{sigma}" for sigma in _SIGMAS] if methods.ascending(times) else []
     return [*(f"last:{length}" for length in lengths), "uniform", *widths, GREEDY]
+
+
+def needs_times(text: str) -> bool:
+    """Tell whether the candidate depends on the checkpoints' positions in training."""
+    name = text.partition(":")[0]
+    return name in methods.METHODS and methods.METHODS[name].needs_times
 
 
 def parse(text: str, count: int, times: Sequence[float] | None) -> Candidate | None:
     """Return the candidate that a text names, over `count` checkpoints; None for the greedy soup.
 
     Args:
-        text: `last:K`, the mean of the last K; `uniform`, of all; `ema:DECAY`; `power-ema:SIGMA`; `greedy`.
+        text: A method, `NAME[:VALUE]`; `last:K`, the mean of the last K; or `greedy`.
         count: Number of checkpoints.
-        times: As for `methods.power_ema`, where they are known.
+        times: As for `Method.coefficients`.
 
     Raises:
-        UsageError: it is none of these, or cannot be had of these checkpoints.
+        UsageError: it is none of these, or not possible for these checkpoints.
     """
+    name, _, value = text.partition(":")
+    if name in methods.METHODS:
+        method = Method.parse(text)
+        return Candidate(str(method), tuple(method.coefficients(count, times)))
+    if name == "last":
+        length = int(value) if value.isdecimal() and len(value) < _MANY_DIGITS else 0
+        if not 1 <= length <= count:
+            raise UsageError(f"candidate {text!r}: expected {LAST}, from last:1 to last:{count}")
+        return Candidate(f"last:{length}", (*(0.0,) * (count - length), *methods.uniform(length)))
     if text == GREEDY:
         return None
-    if text == "uniform":
-        return Candidate(text, tuple(methods.uniform(count)))
-    kind, _, value = text.partition(":")
-    try:
-        if kind == "last":
-            return _last(text, int(value), count)
-        if kind == "ema":
-            return Candidate(text, tuple(methods.ema(count, float(value))))
-        if kind == "power-ema":
-            if times is None:
-                raise UsageError(
-                    f"--candidates {text} needs each checkpoint's epoch, in its name or the index"
-                )
-            return Candidate(text, tuple(methods.power_ema(times, float(value))))
-    except ValueError as error:
-        if isinstance(error, UsageError):
-            raise
-    raise UsageError(f"--candidates {text!r}; {_EXPECTED}")
-
-
-def _last(text: str, length: int, count: int) -> Candidate:
-    if not 1 <= length <= count:
-        raise UsageError(f"--candidates {text}: there are {count} checkpoints")
-    return Candidate(text, (*(0.0,) * (count - length), *methods.uniform(length)))
+    raise UsageError(f"candidate {text!r}: expected {LAST}, {methods.spellings()} or {GREEDY}")
 
 
 def soup_of(accepted: Sequence[int], count: int) -> Candidate:
@@ -93,8 +96,8 @@ def soup_of(accepted: Sequence[int], count: int) -> Candidate:
 def greedy(alone: Sequence[float], badness_of: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
     """Return the checkpoints of the greedy soup, in training order.
 
-    Start from the best checkpoint, try the others from good to bad, and keep each that does not make the mean
-    of all that are kept worse.
+    Start from the best checkpoint, try the others from the best to the worst, and keep each one that does not
+    make the mean of those kept so far worse.
 
     Source: Wortsman et al. 2022, "Model soups" (arXiv:2203.05482), recipe 1.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.sweeping.candidates import Candidate
@@ -21,6 +23,20 @@ class Scored:
     refresh: RefreshReport | None
     badness: float
     """The deciding metric such that less is better, infinite for NaN."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it as JSON's types."""
+        return {
+            "name": self.candidate.name,
+            "coefficients": list(self.candidate.coefficients),
+            "metrics": _finite(self.metrics),
+            "refresh": None if self.refresh is None else self.refresh.as_json(),
+        }
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Return metrics as JSON can hold them: what is not finite becomes None."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def rank(scored: Scored) -> tuple[float, int]:
@@ -53,6 +69,8 @@ class SweepReport:
     """BatchNorm layers whose statistics are averages of statistics, for want of a refresh."""
     path: tuple[Mapping[str, float], ...] = ()
     """Metrics at points of equal distance from the last checkpoint to the best average."""
+    written: bool = False
+    """Whether the winner was written."""
 
     @property
     def best_single(self) -> Scored:
@@ -69,3 +87,21 @@ class SweepReport:
         """Whether an average is better than every single checkpoint."""
         average = self.best_average
         return average is not None and average.badness < self.best_single.badness
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it as JSON's types; numbers that are not finite become null."""
+        return {
+            "output": str(self.output),
+            "written": self.written,
+            "monitor": self.monitor,
+            "mode": self.mode,
+            "rows": self.rows,
+            "checkpoints": [str(path) for path in self.checkpoints],
+            "singles": [scored.as_json() for scored in self.singles],
+            "averages": [scored.as_json() for scored in self.averages],
+            "winner": self.winner.candidate.name,
+            "best_single": self.best_single.candidate.name,
+            "improved": self.improved,
+            "batchnorm_layers": list(self.batchnorm_layers),
+            "path": [_finite(point) for point in self.path],
+        }

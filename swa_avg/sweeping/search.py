@@ -74,7 +74,8 @@ def sweep(
             that it was chosen by.
         refresh: Training data to re-estimate BatchNorm statistics on.
         loading: How to load the model; `refresh`, where there is one, says it itself.
-        tried: Averages, as `candidates.parse` reads them; by default, `candidates.default_candidates`.
+        tried: Averages: methods as for `average`, `last:K` for the mean of the last K, and `greedy` for the
+            greedy soup; by default, those of `candidates.default_candidates`.
         require_improvement: Write nothing if no average is better than the best single checkpoint.
         path: Also score 11 points on the line from the last checkpoint to the best average, each refreshed
             likewise, and draw them into this `.png`, `.svg` or `.pdf`; needs matplotlib.
@@ -141,7 +142,7 @@ def sweep(
         with Publication(Path(path), overwrite=overwrite) as picture:
             picture.create(Path(path).name).write(draw(report))
             picture.publish()
-    return report
+    return replace(report, written=True)
 
 
 def _scoring(scorer: Scorer, crew: Crew) -> tuple[Callable[[Path], Future[Scoring]], int]:
@@ -161,14 +162,14 @@ def _scoring(scorer: Scorer, crew: Crew) -> tuple[Callable[[Path], Future[Scorin
 def _drawing(output: Path, *, overwrite: bool) -> Callable[[SweepReport], bytes]:
     """Return what draws a report's line, once it is sure that the picture can be written."""
     if output.suffix not in _PICTURES:
-        raise UsageError(f"--path {output}; expected a name that ends with {' or '.join(_PICTURES)}")
+        raise UsageError(f"path {output}: expected a name that ends with {' or '.join(_PICTURES)}")
     check_output(output, overwrite=overwrite)
     try:
         from swa_avg.sweeping.page import plot
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        raise UsageError("--path needs matplotlib; pip install 'swa-avg[plot]'") from None
+        raise UsageError(f"path {output}: needs matplotlib; pip install 'swa-avg[plot]'") from None
     return partial(plot, suffix=output.suffix)
 
 
@@ -177,26 +178,22 @@ def candidate_rows(listing: Listing, tried: Sequence[str]) -> tuple[list[Candida
     for."""
     paths = listing.paths
     count = len(paths)
-    listing.check_order("--candidates")
-    times: list[float] | None
+    listing.check_order("candidates")
+    needed = next((text for text in tried if candidates.needs_times(text)), None)
+    times: list[float] | None = None
     try:
-        times = [float(epoch) for epoch in listing.epochs("--candidates power-ema")]
-        candidates.parse("power-ema:0.1", count, times)
+        times = [float(epoch) for epoch in listing.epochs(f"candidate {needed!r}")]
     except UsageError:
-        if any(text.startswith("power-ema") for text in tried):
+        if needed is not None:
             raise
-        times = None
-    rows = [
+    singles = [
         Candidate(path.name, tuple(float(other == number) for other in range(count)))
         for number, path in enumerate(paths)
     ]
-    with_greedy = False
-    for text in dict.fromkeys(tried or candidates.default_candidates(count, times)):
-        candidate = candidates.parse(text, count, times)
-        with_greedy = with_greedy or candidate is None
-        if candidate is not None:
-            rows.append(candidate)
-    return rows, with_greedy
+    texts = tried or candidates.default_candidates(count, times)
+    averages = [candidates.parse(text, count, times) for text in texts]
+    known = dict.fromkeys(average for average in averages if average is not None)
+    return [*singles, *known], None in averages
 
 
 def _report(

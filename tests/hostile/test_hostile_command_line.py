@@ -114,28 +114,23 @@ def test_names_of_any_characters_work_and_are_printed_on_one_line(
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--weights", "nan,1"], r"--weights and --method weights go together; the method is uniform"),
-        (
-            ["--method", "weights", "--weights", "nan,1"],
-            "--weights sum to nan; expected finite numbers with sum 1",
+        *(
+            (["--method", f"weights:{weights}"], rf"method 'weights:{weights}': expected weights:W,W,.*")
+            for weights in (
+                "nan,1",
+                "1,-1",
+                "inf,-inf",
+                "1e308,1e308",
+                "1e-400,0",
+                "a,b",
+                "",
+                ",",
+                "1" * 5000,
+            )
         ),
-        (
-            ["--method", "weights", "--weights", "1,-1"],
-            "--weights sum to 0.0; expected finite numbers with sum 1",
-        ),
-        (
-            ["--method", "weights", "--weights", "inf,-inf"],
-            "--weights sum to nan; expected finite numbers with sum 1",
-        ),
-        (
-            ["--method", "weights", "--weights", "1e308,1e308"],
-            "--weights sum to inf; expected finite numbers with sum 1",
-        ),
-        (
-            ["--method", "weights", "--weights", "a,b"],
-            r"Invalid value for '--weights': 'a,b' is not a list of numbers; .*",
-        ),
-        (["--method", "ema", "--decay", "nan"], ".*decay.*nan.*"),
+        (["--method", "ema:nan"], r"method 'ema:nan': expected ema:DECAY, .*"),
+        (["--method", "ema:" + "9" * 5000], r"method 'ema:9+': expected ema:DECAY, .*"),
+        (["--method", "\n\x1b[31m"], r"method '\\n\\x1b\[31m': expected uniform, .*"),
         (["--max-memory", "nan"], r"Invalid value for '--max-memory': 'nan' is not a size; .*"),
         (["--max-memory", "inf"], r"Invalid value for '--max-memory': 'inf' is not a size; .*"),
         (["--max-memory", "-1"], "--max-memory -1 B is too little; at least .*"),
