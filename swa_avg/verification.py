@@ -29,6 +29,7 @@ from swa_avg.formats.sharded import ShardedCheckpoint
 from swa_avg.planning.plan import Plan, config_differences, make_plan
 from swa_avg.planning.policy import resolve_dtypes
 from swa_avg.planning.record import Record, RecordedInput, read_record
+from swa_avg.text import first_few
 
 __all__ = ["Verification", "verify"]
 
@@ -120,9 +121,9 @@ def _paths(record: Record, output: Path, folders: Sequence[Path]) -> list[Path]:
             raise UnreadableError(output, problem, hint="name each folder with --inputs")
     missing = [name for name, found in held.items() if not found]
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         hint = "say with --inputs which folder holds them"
-        raise UnreadableError(output, f"was made from {shown}, not found in {where}", hint=hint)
+        problem = f"was made from {first_few(missing)}, not found in {where}"
+        raise UnreadableError(output, problem, hint=hint)
     paths = []
     for entry in record.inputs:
         left = held[entry.name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from swa_avg.cli.options import (
 from swa_avg.cli.terminal import batchnorm_warning, progress_bar, say
 from swa_avg.errors import NoImprovementError
 from swa_avg.interrupts import interrupts
+from swa_avg.text import finite_or_none
 
 if TYPE_CHECKING:
     from swa_avg.sweeping.search import SweepReport
@@ -221,4 +221,4 @@ def _scored_as_json(scored: Scored) -> dict[str, Any]:
 
 def _finite(metrics: Any) -> dict[str, float | None]:
     """Return metrics as JSON has them: it knows no NaN."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return {name: finite_or_none(value) for name, value in metrics.items()}

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swa_avg.cli.options import resource_options
-from swa_avg.cli.terminal import first_few, say
+from swa_avg.cli.terminal import say
 from swa_avg.errors import MismatchError
+from swa_avg.text import first_few
 
 if TYPE_CHECKING:
     from swa_avg.verification import Verification

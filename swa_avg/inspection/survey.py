@@ -22,6 +22,7 @@ from swa_avg.inputs.selection import epoch_number, expand, read_indices, select
 from swa_avg.inspection.geometry import Geometry, Measurement, geometry_of
 from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.planning.policy import FLOATS, batchnorm_layers, resolve_dtypes
+from swa_avg.text import finite_or_none
 
 __all__ = ["Contents", "Inspection", "inspect_checkpoints"]
 
@@ -321,5 +322,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return finite_or_none(value)
     return str(value) if isinstance(value, Path | RemotePath) else value

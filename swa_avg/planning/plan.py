@@ -10,6 +10,7 @@ from typing import Any
 from swa_avg.errors import Finding, MismatchError
 from swa_avg.formats.base import Checkpoint, Tensor
 from swa_avg.planning.policy import is_model_optimizer, refusals, treatment
+from swa_avg.text import first_few
 
 __all__ = ["Plan", "config_differences", "make_plan"]
 
@@ -106,7 +107,7 @@ def _differences(checkpoint: Checkpoint, newest: Checkpoint) -> Iterator[Finding
         return
     for names in sorted(map(sorted, _tied(newest) ^ _tied(checkpoint))):
         problem = f"one tensor under several names here or in {newest.path.name}, and not in the other"
-        yield Finding(path, ", ".join(names[:5]), problem)
+        yield Finding(path, first_few(names), problem)
     ours = {name: tensor for name, tensor in newest.tensors.items() if tensor.role == "weight"}
     theirs = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.role == "weight"}
     hint = ""

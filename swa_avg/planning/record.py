@@ -12,12 +12,12 @@ from isal.isal_zlib import crc32
 
 from swa_avg import __version__
 from swa_avg.errors import UnreadableError
+from swa_avg.files.names import is_plain_name
 from swa_avg.files.untrusted_json import parse_json
 from swa_avg.formats.archive import ArchiveCheckpoint
 from swa_avg.formats.bare import Hdf5Checkpoint
 from swa_avg.formats.base import PROVENANCE, Checkpoint
 from swa_avg.formats.sharded import ShardedCheckpoint
-from swa_avg.inputs.index import is_plain_name
 from swa_avg.planning.plan import Plan
 
 if TYPE_CHECKING:

@@ -31,6 +31,7 @@ from swa_avg.sweeping import candidates
 from swa_avg.sweeping.candidates import Candidate
 from swa_avg.sweeping.scoring import Scorer, Scoring, Validation
 from swa_avg.sweeping.trials import POINTS, Scored, Trials, greedy_soup, line, rank
+from swa_avg.text import finite_or_none
 
 __all__ = ["SweepReport", "candidate_rows", "sweep"]
 
@@ -337,4 +338,4 @@ def _record(report: SweepReport) -> dict[str, Any]:
 
 def _rounded(value: float) -> float | None:
     """Return a score as JSON can hold it, to the digits that do not change from run to run."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return finite_or_none(float(f"{value:.6g}"))

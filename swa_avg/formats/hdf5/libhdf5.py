@@ -17,8 +17,8 @@ from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t
 from swa_avg.errors import SwaAvgError, UnreadableError, first_line
 from swa_avg.files.region import Region, RegionFile
 from swa_avg.formats.base import Tensor
-from swa_avg.formats.hdf5.layout import Walk
 from swa_avg.formats.hdf5.objects import NewerStructureError, Structures
+from swa_avg.formats.hdf5.walk import Walk
 
 __all__ = ["attributes_of", "check_readable", "walk_newer"]
 
