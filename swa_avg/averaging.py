@@ -19,8 +19,7 @@ from swa_avg.combine.workers import hired
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UsageError, escape
 from swa_avg.files.publication import Publication, check_output, publication_at
 from swa_avg.files.remote import as_path, kept_at_hand, on_this_machine, remote
-from swa_avg.formats import Checkpoint, open_checkpoint
-from swa_avg.formats.archive import ArchiveCheckpoint
+from swa_avg.formats import Checkpoint, open_checkpoint, suffix_of
 from swa_avg.formats.base import Stream
 from swa_avg.inputs.digests import check_digests, read_digests
 from swa_avg.inputs.selection import epochs_of, expand, select
@@ -243,7 +242,7 @@ def write_draft(draft: Path, template: Checkpoint, stream: Stream) -> None:
 
 def output_path(output: str | Path | None, named: Sequence[Path]) -> Path:
     """Return where the output goes, in the current folder by default, and never over an input."""
-    target = as_path(output) if output is not None else Path("swa" + _suffix(named[-1]))
+    target = as_path(output) if output is not None else Path("swa" + suffix_of(named[-1]))
     if remote(target) is None:
         try:
             target.lstat()
@@ -287,13 +286,6 @@ def _with_model(refresh: Refresh, plan: Plan) -> Refresh:
     if refresh.model is None and plan.template.kind != newest.kind:
         return replace(refresh, model=str(on_this_machine(newest.path)))
     return refresh
-
-
-def _suffix(path: Path) -> str:
-    for suffix in (".weights.h5", ".weights.json"):
-        if path.name.endswith(suffix):
-            return suffix
-    return path.suffix
 
 
 def _same_file(one: Path, other: Path) -> bool:
@@ -347,13 +339,12 @@ def open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:
 
 
 def as_output(newest: Checkpoint, output: Path) -> Checkpoint:
-    """Return the newest checkpoint as what the output's suffix asks for."""
-    suffixes = newest.suffixes
-    if isinstance(newest, ArchiveCheckpoint):
-        if output.name.endswith(".weights.h5"):
-            return newest.as_weights()
-        suffixes = (*suffixes, ".weights.h5")
-    if not output.name.endswith((*suffixes, _suffix(newest.path))):
+    """Return the newest checkpoint in the form that the output's suffix asks for."""
+    weights = newest.as_weights()
+    if weights is not None and output.name.endswith(weights.suffixes):
+        return weights
+    suffixes = dict.fromkeys([*newest.suffixes, *(weights.suffixes if weights else ())])
+    if not output.name.endswith((*suffixes, suffix_of(newest.path))):
         expected = " or ".join(suffixes)
         raise UsageError(
             f"the output {output.name} must end with {expected}, since the inputs are {newest.kind}"

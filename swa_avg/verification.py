@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,6 @@ from swa_avg.combine.combiner import Combiner
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
 from swa_avg.files.remote import as_path, kept_at_hand
 from swa_avg.formats import Checkpoint, Tensor, open_checkpoint
-from swa_avg.formats.archive import ArchiveCheckpoint
-from swa_avg.formats.bare import WEIGHTS, Hdf5Checkpoint
-from swa_avg.formats.base import PROVENANCE
-from swa_avg.formats.sharded import ShardedCheckpoint
 from swa_avg.planning.plan import Plan, config_differences, make_plan
 from swa_avg.planning.policy import resolve_dtypes
 from swa_avg.planning.record import Record, RecordedInput, read_record
@@ -246,50 +242,19 @@ def _first_difference(
 
 
 def _surroundings(found: Checkpoint, template: Checkpoint, *, rebuilt: bool) -> Iterator[Finding]:
-    """Yield what differs outside the tensors.
-
-    In a bare HDF5 file the record itself lies between them, so that only what Keras reads there is compared.
-    """
-    if template.kind != WEIGHTS:  # these have no configuration, but for one that an archive lent its weights
-        for where, expected, value in config_differences(template.config, found.config):
-            yield Finding(found.path, where, f"expected {expected}, found {value}")
+    """Yield what differs outside the tensors."""
+    if found.kind != template.kind:
+        yield Finding(found.path, "format", f"expected {template.kind}, found {found.kind}")
+        return
+    for where, expected, value in config_differences(template.config, found.config):
+        yield Finding(found.path, where, f"expected {expected}, found {value}")
     if _layer_names(found) != _layer_names(template):
         yield Finding(found.path, "layer names", "differ from the newest input's")
-    for shard in found.shards:
-        if shard.crc32 is not None and (now := shard.checksum()) != shard.crc32:
-            problem = f"damaged: its CRC-32 is {now:08x}, the archive says {shard.crc32:08x}"
-            yield Finding(found.path, "model.weights.h5", problem)
-    if not isinstance(found, Hdf5Checkpoint) and not rebuilt and not template.shares_layout(found.shards):
-        yield Finding(found.path, "HDF5 metadata", "bytes outside the tensors differ from the newest input's")
-    if isinstance(found, ArchiveCheckpoint) and isinstance(template, ArchiveCheckpoint):
-        yield from _member_findings(found, template)
-    if (
-        isinstance(found, ShardedCheckpoint)
-        and isinstance(template, ShardedCheckpoint)
-        and _without(found.map, PROVENANCE, "weight_map") != _without(template.map, PROVENANCE, "weight_map")
-    ):
-        yield Finding(found.path, "map", "differs from the newest input's, the names of shards apart")
+    yield from found.differences(template, rebuilt=rebuilt)
 
 
 def _layer_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the names of layers, without what a dropped optimizer was called."""
+    """Return the names of layers, without that of an optimizer, which may have been dropped."""
     return {
         group: name for group, name in checkpoint.layer_names.items() if not group.startswith("optimizer")
     }
-
-
-def _without(value: Mapping[str, Any] | None, *keys: str) -> dict[str, Any]:
-    return {key: item for key, item in (value or {}).items() if key not in keys}
-
-
-def _member_findings(found: ArchiveCheckpoint, template: ArchiveCheckpoint) -> Iterator[Finding]:
-    """Yield the members of an archive that are not the newest input's, weights apart."""
-    if found.config_bytes != template.config_bytes:
-        yield Finding(found.path, "config.json", "differs from the newest input's")
-    if _without(found.metadata, PROVENANCE) != _without(template.metadata, PROVENANCE):
-        yield Finding(found.path, "metadata.json", "differs from the newest input's")
-    own = found.others()
-    theirs = template.others()
-    for name in sorted(own.keys() | theirs.keys()):
-        if own.get(name) != theirs.get(name):
-            yield Finding(found.path, name, "differs from the newest input's")

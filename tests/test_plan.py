@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -14,16 +14,14 @@ from hypothesis import strategies as st
 
 import makers
 from swa_avg.errors import MismatchError
-from swa_avg.formats.base import Checkpoint, Stage, Tensor
+from swa_avg.formats.base import Checkpoint, Stage, Stream, Tensor
 from swa_avg.planning.plan import config_differences, make_plan
 from swa_avg.planning.policy import batchnorm_layers, treatment
 
 
 @dataclass(frozen=True)
 class Fake(Checkpoint):
-    def write(
-        self, stream: Callable[[int], Iterator[bytes]], provenance: Callable[[], Any], stage: Stage
-    ) -> None:
+    def write(self, stream: Stream, record: Callable[[], Any], stage: Stage) -> None:
         raise NotImplementedError
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:

@@ -21,7 +21,7 @@ import numpy as np
 from swa_avg.data.rows import FileRows, Rows, describe, room_for
 from swa_avg.errors import SystemRefusalError, UnreadableError
 from swa_avg.files.region import Region, RegionFile, open_file
-from swa_avg.formats.archive import data_offset
+from swa_avg.files.zip_members import ENCRYPTED, data_offset
 
 __all__ = ["ArrayFile", "Stored", "open_arrays"]
 
@@ -126,7 +126,7 @@ class ArrayFile:
             if key == info.filename:
                 self.others.append(key)
                 continue
-            if info.flag_bits & 0x1:
+            if info.flag_bits & ENCRYPTED:
                 raise UnreadableError(self.path, "is encrypted", tensor=key)
             self._add_member(key, info)
 

@@ -1,4 +1,4 @@
-"""`.keras` archives: a zip whose member `model.weights.h5` is an HDF5 region."""
+"""`.keras` archives: a zip whose member `model.weights.h5` is an HDF5 file."""
 
 from __future__ import annotations
 
@@ -10,39 +10,41 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from swa_avg.errors import SwaAvgError, UnreadableError
+from swa_avg.errors import Finding, SwaAvgError, UnreadableError
 from swa_avg.files.region import Region, RegionFile
 from swa_avg.files.untrusted_json import MAX_JSON, parse_json
-from swa_avg.formats.bare import WEIGHTS, Hdf5Checkpoint, is_keras_store, layer_names
-from swa_avg.formats.base import PROVENANCE, Checkpoint, Provenance, Stage, Stream
+from swa_avg.files.zip_members import ENCRYPTED, data_offset
+from swa_avg.formats.base import (
+    RECORD_NAME,
+    Checkpoint,
+    Format,
+    Stage,
+    StoredRecord,
+    Stream,
+    record_in,
+)
 from swa_avg.formats.hdf5.layout import read_layout
+from swa_avg.formats.hdf5_file import Hdf5Checkpoint, is_keras_store, layer_names
 from swa_avg.formats.stored_zip import StoredZip
 
-__all__ = ["SIGNATURE", "ArchiveCheckpoint", "data_offset", "open_archive"]
+__all__ = ["FORMAT", "ArchiveCheckpoint"]
 
-SIGNATURE = b"PK"
+_SUFFIXES = (".keras",)
 _WEIGHTS, _CONFIG, _METADATA = "model.weights.h5", "config.json", "metadata.json"
-_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _MAX_MEMBERS = 20_000
-_ENCRYPTED = 0x1
 _CHUNK = 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArchiveCheckpoint(Checkpoint):
-    """A `.keras` archive; the provenance is a key of its metadata.json."""
+    """A `.keras` archive; the record is a key of its metadata.json."""
 
-    archive: zipfile.ZipFile | None = None
-    config_bytes: bytes = b""
-    metadata: Mapping[str, Any] | None = None
+    archive: zipfile.ZipFile
+    config_bytes: bytes
+    """Its config.json."""
+    metadata: Mapping[str, Any]
 
-    def write(
-        self,
-        stream: Stream,
-        provenance: Callable[[], Provenance],
-        stage: Stage,
-    ) -> None:
-        assert self.archive is not None
+    def write(self, stream: Stream, record: Callable[[], StoredRecord], stage: Stage) -> None:
         file = stage.create(stage.output.name, self.shards[0].size)
         output = StoredZip(file)
         # Names, times and attributes are the template's, so that equal inputs give equal bytes.
@@ -50,9 +52,9 @@ class ArchiveCheckpoint(Checkpoint):
             if member.filename == _WEIGHTS:
                 output.add(member, self.shards[0].size, stream(0, file))
             elif member.filename == _METADATA:
-                record = provenance()
-                own = {} if record is None else {PROVENANCE: record}
-                metadata = json.dumps({**(self.metadata or {}), **own}).encode()
+                made = record()
+                own = {} if made is None else {RECORD_NAME: made}
+                metadata = json.dumps({**self.metadata, **own}).encode()
                 output.add(member, len(metadata), [metadata])
             else:
                 output.add(member, member.file_size, _contents(self.path, self.archive, member))
@@ -63,45 +65,44 @@ class ArchiveCheckpoint(Checkpoint):
 
         return replace(self, **strip(self, ("optimizer",), scratch))
 
-    def as_weights(self) -> Hdf5Checkpoint:
-        """Return the model's weights alone, as the `.weights.h5` that the archive holds."""
+    def as_weights(self) -> Checkpoint | None:
         return Hdf5Checkpoint(
-            self.path,
-            WEIGHTS,
-            (".weights.h5",),
-            self.shards,
-            self.tensors,
-            self.config,
-            self.layer_names,
+            self.path, shards=self.shards, tensors=self.tensors, layer_names=self.layer_names
         )
 
-    def others(self) -> dict[str, int]:
-        """Return the members besides weights and JSON, the assets, each with its CRC-32.
+    def differences(self, template: Checkpoint, *, rebuilt: bool) -> Iterator[Finding]:
+        assert isinstance(template, ArchiveCheckpoint)
+        found, stored = self.shards[0].checksum(), self.shards[0].crc32
+        if found != stored:
+            problem = f"damaged: its CRC-32 is {found:08x}, the archive says {stored:08x}"
+            yield Finding(self.path, _WEIGHTS, problem)
+        yield from super().differences(template, rebuilt=rebuilt)
+        own, theirs = self._others(), template._others()
+        for name in sorted(own.keys() | theirs.keys()):
+            if own.get(name) != theirs.get(name):
+                yield Finding(self.path, name, "differs from the newest input's")
+
+    def _others(self) -> dict[str, Any]:
+        """Return what stands for each member but the weights; of an asset, its CRC-32.
 
         Raises:
             UnreadableError: one is damaged.
         """
-        assert self.archive is not None
-        found = {}
+        metadata = {key: value for key, value in self.metadata.items() if key != RECORD_NAME}
+        found: dict[str, Any] = {_CONFIG: self.config_bytes, _METADATA: metadata}
         for member in self.archive.infolist():
             if member.filename not in (_WEIGHTS, _CONFIG, _METADATA):
                 for _ in _contents(self.path, self.archive, member):
-                    pass  # the end of reading is where zipfile holds the CRC-32 against the data
+                    pass  # zipfile compares the CRC-32 once all has been read
                 found[member.filename] = member.CRC
         return found
 
     def close(self) -> None:
-        if self.archive is not None:
-            self.archive.close()
+        self.archive.close()
         super().close()
 
 
-def open_archive(path: Path, file: IO[bytes], like: Checkpoint | None = None) -> ArchiveCheckpoint:
-    """Open a `.keras` archive; `file` and `like` as for `open_hdf5`.
-
-    Raises:
-        UnreadableError: the archive is damaged, unsafe or not what Keras writes.
-    """
+def _open(path: Path, file: IO[bytes], like: Checkpoint | None) -> ArchiveCheckpoint:
     whole = Region(path, file)
     try:
         archive = zipfile.ZipFile(RegionFile(whole))
@@ -119,7 +120,7 @@ def open_archive(path: Path, file: IO[bytes], like: Checkpoint | None = None) ->
     ) as error:
         if isinstance(error, SwaAvgError):
             raise
-        if isinstance(error.__context__, SwaAvgError):  # zipfile takes it for damage
+        if isinstance(error.__context__, SwaAvgError):  # zipfile reported it as damage
             raise error.__context__ from None
         raise UnreadableError(path, f"damaged .keras archive ({error})") from error
     return _checkpoint(path, region, archive, config_bytes, parse_json(metadata, path, _METADATA), like)
@@ -150,7 +151,7 @@ def _checkpoint(
         "config_bytes": config_bytes,
         "config": config,
         "metadata": metadata,
-        "is_average": PROVENANCE in metadata,
+        "record": record_in(metadata, path),
         "writer": _writer(metadata.get("keras_version")),
     }
     if isinstance(like, ArchiveCheckpoint) and like.shares_layout((region,)):
@@ -160,7 +161,7 @@ def _checkpoint(
         raise UnreadableError(path, f"{_WEIGHTS} does not hold what Keras writes: no `vars` groups")
     return ArchiveCheckpoint(
         kind=".keras archive",
-        suffixes=(".keras",),
+        suffixes=_SUFFIXES,
         tensors=layout.tensors,
         layer_names=layer_names(region, layout),
         **own,
@@ -186,8 +187,8 @@ def _model_config(config: dict[str, Any]) -> dict[str, Any]:
 def _members(whole: Region, archive: zipfile.ZipFile) -> dict[str, tuple[zipfile.ZipInfo, int]]:
     """Return name -> (entry, offset of its data), refusing what Keras never writes.
 
-    The central directory and the local headers can be made to disagree, and declared sizes can lie; what
-    is read is what both say and what lies inside the file without overlap.
+    The central directory and the local headers can be made to disagree, and declared sizes can lie. Only what
+    both say, and what lies inside the file without overlap, is read.
     """
     members: dict[str, tuple[zipfile.ZipInfo, int]] = {}
     infos = archive.infolist()
@@ -197,8 +198,8 @@ def _members(whole: Region, archive: zipfile.ZipFile) -> dict[str, tuple[zipfile
     for info in sorted(infos, key=lambda info: info.header_offset):
         name = info.filename
         if name in members:
-            raise UnreadableError(whole.path, "stands twice in the archive", tensor=name)
-        if info.flag_bits & _ENCRYPTED:
+            raise UnreadableError(whole.path, "appears twice in the archive", tensor=name)
+        if info.flag_bits & ENCRYPTED:
             raise UnreadableError(whole.path, "is encrypted", tensor=name)
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             hint = "save it again with Keras, or zip it with: zip -0"
@@ -218,29 +219,11 @@ def _members(whole: Region, archive: zipfile.ZipFile) -> dict[str, tuple[zipfile
     return members
 
 
-def data_offset(whole: Region, info: zipfile.ZipInfo) -> int:
-    """Return where a member's data start, once its local header agrees with the directory.
-
-    Raises:
-        UnreadableError: the two disagree.
-    """
-    header = whole.read(info.header_offset, _LOCAL_HEADER.size)
-    signature, _, flags, method, _, _, _, packed, size, name_length, extra_length = _LOCAL_HEADER.unpack(
-        header
-    )
-    name = whole.read(info.header_offset + _LOCAL_HEADER.size, name_length)
-    sizes_agree = {packed, size} <= {info.file_size, 0xFFFFFFFF} or flags & 0x8
-    if signature != b"PK\x03\x04" or method != info.compress_type or flags & _ENCRYPTED or not sizes_agree:
-        raise UnreadableError(
-            whole.path, "has a local header that differs from the directory", tensor=info.filename
-        )
-    if name.decode("utf-8" if flags & 0x800 else "cp437") != info.orig_filename:
-        raise UnreadableError(whole.path, "is named differently in its local header", tensor=info.filename)
-    return int(info.header_offset + _LOCAL_HEADER.size + name_length + extra_length)
-
-
 def _weights_region(whole: Region, members: Mapping[str, tuple[zipfile.ZipInfo, int]]) -> Region:
     info, start = members[_WEIGHTS]
     region = Region(whole.path, whole.file, start, info.file_size)
     region.crc32 = info.CRC
     return region
+
+
+FORMAT = Format(description="a .keras archive", suffixes=_SUFFIXES, signature=b"PK", open=_open)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
 from swa_avg.files.remote import as_path, find, remote
+from swa_avg.formats import SUFFIXES
 from swa_avg.inputs.index import INDEX_NAME, MODES, Entry, Index, read_index
 from swa_avg.inputs.metrics import direction
 from swa_avg.text import counted
@@ -23,7 +24,6 @@ __all__ = ["epoch_number", "epochs_of", "expand", "natural_key", "parse_epochs",
 _DECIMALS = re.compile(r"(?<![\d.])\d+\.\d+")
 _EPOCHS = re.compile(r"([0-9]{1,18})?:([0-9]{1,18})?(?::([0-9]{1,18}))?$|([0-9]{1,18})$")
 _MOST_DIGITS = 18
-_SUFFIXES = (".keras", ".weights.json", ".weights.h5", ".h5", ".hdf5")
 
 
 def natural_key(path: Path) -> list[tuple[int, int, str]]:
@@ -40,7 +40,8 @@ def natural_key(path: Path) -> list[tuple[int, int, str]]:
 
 def epoch_number(path: Path) -> int | None:
     """Return the last whole number in a file's name: 7 of `w.07-0.32.h5`; decimals are metrics."""
-    stem = re.sub(r"(\.weights)?\.(keras|h5|hdf5|json)$", "", path.name)
+    suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), "")
+    stem = path.name.removesuffix(suffix)
     numbers = re.findall(r"[0-9]+", _DECIMALS.sub(" ", stem))
     return int(numbers[-1]) if numbers and len(numbers[-1]) <= _MOST_DIGITS else None
 
@@ -151,7 +152,7 @@ def _indexed(folder: Path) -> list[Path]:
     index_path = folder / INDEX_NAME
     if not index_path.exists():
         local = remote(folder) is None
-        suffix = next((suffix for suffix in _SUFFIXES if local and any(folder.glob(f"*{suffix}"))), ".keras")
+        suffix = next((suffix for suffix in SUFFIXES if local and any(folder.glob(f"*{suffix}"))), ".keras")
         hint = f"name its checkpoints, such as '{glob.escape(str(folder))}/*{suffix}'"
         raise UnreadableError(folder, f"a folder without {INDEX_NAME}", hint=hint)
     entries = read_index(index_path).entries
