@@ -42,7 +42,7 @@ class Verification:
     copied: int
     """Tensors that were compared with the newest input's."""
     digests: tuple[str, ...]
-    """BatchNorm statistics that a refresh replaced: without its data, held against their CRC-32 only."""
+    """BatchNorm statistics that a refresh replaced: without its data, only their CRC-32 is compared."""
     findings: tuple[Finding, ...]
     """What differs."""
 
@@ -60,8 +60,8 @@ def verify(
 ) -> Verification:
     """Derive an output of swa-avg again from the inputs that it names, in bounded memory, without Keras.
 
-    Every tensor is compared, copied ones too, and the configuration. What a refresh of BatchNorm replaced
-    cannot be derived without its data, and is held against the CRC-32 in the output's record.
+    Every tensor is compared, copied ones included, and so is the configuration. What a refresh of BatchNorm
+    replaced cannot be derived without its data; its CRC-32 is compared with the one in the output's record.
 
     Args:
         output: What `average` or `sweep` wrote.
@@ -71,7 +71,7 @@ def verify(
 
     Raises:
         UnreadableError: the output cannot be read or does not say how it was made, or an input is missing.
-        MismatchError: the inputs are not those of then; every one of them is named.
+        MismatchError: inputs have changed since the output was made; every one of them is named.
         SystemRefusalError: the system could not read.
     """
     output = as_path(output)
@@ -90,7 +90,7 @@ def verify(
         coefficients = [entry.coefficient for entry in record.inputs]
         plan = make_plan(checkpoints, template, coefficients, drop_optimizer=record.optimizer == "drop")
         executor = stack.enter_context(ThreadPoolExecutor(threads))
-        # The inputs' bytes have just been read and found to be those of then.
+        # The inputs' bytes have just been read and found to be unchanged.
         combiner = Combiner(plan, [coefficients], executor, block_bytes, threads, verify=False)
         digests = tuple(name for name in record.values if name in found.tensors)
         findings = [
@@ -107,7 +107,7 @@ def verify(
 
 
 def _paths(record: Record, output: Path, folders: Sequence[Path]) -> list[Path]:
-    """Return the path of each input: of several files of its name, of the one that the record tells of."""
+    """Return the path of each input: of several files of that name, the one that fits the record."""
     wanted = Counter(entry.name for entry in record.inputs)
     held = {name: [path for folder in folders if (path := folder / name).exists()] for name in wanted}
     where = " or ".join(map(str, folders))
@@ -125,14 +125,14 @@ def _paths(record: Record, output: Path, folders: Sequence[Path]) -> list[Path]:
         left = held[entry.name]
         path = left[0]
         if len(left) > 1:
-            path = next((path for path in left if _is_that_of_then(path, entry)), path)
+            path = next((path for path in left if _is_unchanged(path, entry)), path)
         if wanted[entry.name] > 1:
             left.remove(path)
         paths.append(path)
     return paths
 
 
-def _is_that_of_then(path: Path, entry: RecordedInput) -> bool:
+def _is_unchanged(path: Path, entry: RecordedInput) -> bool:
     try:
         with closing(open_checkpoint(path)) as checkpoint:
             return not any(_changes(checkpoint, entry))
@@ -172,7 +172,7 @@ def _changes(checkpoint: Checkpoint, entry: RecordedInput) -> Iterator[Finding]:
 
 
 def _shape_findings(found: Checkpoint, plan: Plan, record: Record) -> Iterator[Finding]:
-    """Yield the tensors that are missing, too many, or of another shape."""
+    """Yield the tensors that are missing, extra, or of another shape."""
     expected = plan.template.tensors
     for name in sorted(expected.keys() | found.tensors.keys() | record.values.keys()):
         if name not in found.tensors:
@@ -188,7 +188,7 @@ def _same_shape(one: Tensor, other: Tensor) -> bool:
 
 
 def _digest_findings(found: Checkpoint, record: Record) -> Iterator[Finding]:
-    """Yield the refreshed statistics that are not those of then."""
+    """Yield the refreshed statistics that have changed since the refresh."""
     for name, expected in record.values.items():
         tensor = found.tensors.get(name)
         if tensor is not None:
@@ -233,7 +233,7 @@ def _value_findings(found: Checkpoint, combiner: Combiner, record: Record) -> It
 def _first_difference(
     found: Checkpoint, tensor: Tensor, block: Block, expected: NDArray[np.uint8]
 ) -> int | None:
-    """Return the first byte of a tensor, of those in a block, that is not as expected."""
+    """Return the first byte of a tensor that lies in a block and is not as expected."""
     start, stop = max(tensor.offset, block.start), min(tensor.stop, block.stop)
     twin = found.tensors[tensor.name]
     data = found.shards[twin.shard].read(twin.offset + start - tensor.offset, max(0, stop - start))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -85,11 +87,56 @@ def test_the_pure_modules_import_no_io(module: str) -> None:
     assert seen
 
 
-def test_formats_stay_below_the_plan() -> None:
+def test_formats_import_only_from_the_ground() -> None:
     package = Path(__file__).parents[1] / "swa_avg"
-    for path in (package / "formats").glob("*.py"):
-        for above in ("plan", "combine", "run", "cli", "policy", "publish"):
-            assert f"swa_avg.{above}" not in path.read_text(), path
+    below = {"formats", "files", "errors", "text", "interrupts", "pages"}
+    for path in (package / "formats").rglob("*.py"):
+        found = set(re.findall(r"(?:from|import) swa_avg\.(\w+)", path.read_text()))
+        assert found <= below, path
+
+
+def test_only_formats_knows_which_formats_there_are() -> None:
+    package = Path(__file__).parents[1] / "swa_avg"
+    formats = package / "formats"
+    modules = {path.stem for path in formats.iterdir()} - {"__init__", "base", "__pycache__"}
+    assert {"archive", "sharded", "hdf5_file", "hdf5"} <= modules
+    classes = {
+        name
+        for path in formats.glob("*.py")
+        for name in re.findall(r"class (\w+Checkpoint)", path.read_text())
+    }
+    assert len(classes) == 3
+    asked = re.compile(
+        rf"formats\.({'|'.join(modules)})\b|formats import ({'|'.join(modules)})\b|{'|'.join(classes)}"
+    )
+    for path in package.rglob("*.py"):
+        if formats not in path.parents:
+            assert not asked.search(path.read_text()), path
+
+
+@pytest.mark.parametrize("package", ["formats"])
+def test_no_import_circle_annotations_included(package: str) -> None:
+    root = Path(__file__).parents[1]
+    names = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (root / "swa_avg" / package).rglob("*.py")
+    }
+    imports = {name: _imported(path, names) for name, path in names.items()}
+    while free := {name for name, needed in imports.items() if not needed}:
+        imports = {name: needed - free for name, needed in imports.items() if name not in free}
+    assert not imports
+
+
+def _imported(path: Path, modules: Collection[str]) -> set[str]:
+    """Return which of these modules a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in modules else str(node.module) for name in names}
+    return found & set(modules)
 
 
 def test_a_public_name_stays_what_it_is_once_the_modules_are_loaded(run_python: Run) -> None:

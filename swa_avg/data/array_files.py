@@ -6,12 +6,10 @@ from __future__ import annotations
 import errno
 import io
 import math
-import struct
 import tempfile
 import tokenize
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,19 +22,19 @@ from numpy.lib import format as npy
 from swa_avg.data.rows import FileRows, Rows, describe, room_for
 from swa_avg.errors import SystemRefusalError, UnreadableError
 from swa_avg.files.region import Region, RegionFile, open_file
-from swa_avg.files.zip_members import ENCRYPTED, data_offset
+from swa_avg.files.zip_members import ENCRYPTED, ZIP_ERRORS, data_offset
 
 __all__ = ["ArrayFile", "Stored", "open_arrays"]
 
-_HEADER_BYTES = 12 + 10_000  # of longer headers, NumPy reads none either; numbers take about a hundred
+_HEADER_BYTES = 12 + 10_000  # NumPy refuses a longer header, and that of numbers takes about a hundred
 _MAX_MEMBERS = 20_000
 _MAX_RATIO = 500
 """Deflate reaches 1,032 to 1 on zeros; data that a model was trained on stay far below."""
 _RATIO_MATTERS = 2**26
 _CHUNK = 2**20
 _TRANSPOSED = 2**24
-_MAX_DIMENSIONS = 64  # NumPy's own limit
-_HEADER_ERRORS = (  # what NumPy raises of a damaged header
+_MAX_DIMENSIONS = 64  # of NumPy
+_HEADER_ERRORS = (  # what NumPy raises for a damaged header
     ValueError,
     TypeError,
     LookupError,
@@ -46,16 +44,6 @@ _HEADER_ERRORS = (  # what NumPy raises of a damaged header
     MemoryError,
     RecursionError,
     OverflowError,
-)
-_ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    NotImplementedError,
-    OverflowError,
-    EOFError,
-    RuntimeError,
-    ValueError,
 )
 
 
@@ -193,7 +181,7 @@ class ArrayFile:
     def _damage_named(self, key: str | None) -> Iterator[None]:
         try:
             yield
-        except (*_ZIP_ERRORS, SystemRefusalError) as error:
+        except (*ZIP_ERRORS, SystemRefusalError) as error:
             # A damaged directory points anywhere, even to before the start of the file.
             refused = isinstance(error, SystemRefusalError) and error.errno != errno.EINVAL
             if refused or isinstance(error, UnreadableError):

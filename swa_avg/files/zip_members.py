@@ -1,17 +1,29 @@
-"""Where the members of a zip archive lie, which may be hostile."""
+"""Zip archives that may be hostile: where a member's bytes lie."""
 
 from __future__ import annotations
 
 import struct
 import zipfile
+import zlib
 
 from swa_avg.errors import UnreadableError
 from swa_avg.files.region import Region
 
-__all__ = ["ENCRYPTED", "data_offset"]
+__all__ = ["ENCRYPTED", "ZIP_ERRORS", "data_offset"]
 
 ENCRYPTED = 0x1
 """Flag of an encrypted member."""
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    NotImplementedError,
+    OverflowError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+)
+"""What zipfile raises for a damaged archive."""
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 

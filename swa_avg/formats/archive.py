@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from typing import IO, Any
 from swa_avg.errors import Finding, SwaAvgError, UnreadableError
 from swa_avg.files.region import Region, RegionFile
 from swa_avg.files.untrusted_json import MAX_JSON, parse_json
-from swa_avg.files.zip_members import ENCRYPTED, data_offset
+from swa_avg.files.zip_members import ENCRYPTED, ZIP_ERRORS, data_offset
 from swa_avg.formats.base import (
     RECORD_NAME,
     Checkpoint,
@@ -109,15 +108,7 @@ def _open(path: Path, file: IO[bytes], like: Checkpoint | None) -> ArchiveCheckp
         members = _members(whole, archive)
         region = _weights_region(whole, members)
         metadata, config_bytes = (_small(whole, archive, name) for name in (_METADATA, _CONFIG))
-    except (
-        zipfile.BadZipFile,
-        struct.error,
-        ValueError,
-        NotImplementedError,
-        OverflowError,
-        EOFError,
-        RuntimeError,
-    ) as error:
+    except ZIP_ERRORS as error:
         if isinstance(error, SwaAvgError):
             raise
         if isinstance(error.__context__, SwaAvgError):  # zipfile reported it as damage

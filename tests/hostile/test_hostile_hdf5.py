@@ -400,7 +400,7 @@ CASES = [
     Case(
         "dots",
         _patched(lambda data: data.replace(b"dense\0", b"..\0\0\0\0")),
-        rf"holds an impossible name: b'\.\.'|{DAMAGED}",
+        rf"holds an invalid name: b'\.\.'|{DAMAGED}",
     ),
     Case(
         "writer killed before it flushed",

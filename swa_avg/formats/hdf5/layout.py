@@ -1,4 +1,4 @@
-"""Parse a Keras HDF5 file for where each tensor lies, and check that no two of its parts overlap."""
+"""Find where each tensor of an HDF5 region lies, and check that no two parts of the region overlap."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _UNALLOCATED = 2**64 - 1
 
 @dataclass(frozen=True)
 class Layout:
-    """What is in one HDF5 region, apart from the values."""
+    """What one HDF5 region holds, apart from the values."""
 
     tensors: Mapping[str, Tensor]
     groups: Mapping[str, Sequence[bytes]]
     """Path -> attribute messages; the root is the empty path."""
     datasets: Mapping[str, Sequence[bytes]]
-    """The same of what is no group."""
+    """The same for datasets."""
 
 
 def read_layout(region: Region, index: int = 0) -> Layout:
-    """Parse an HDF5 region for where its tensors lie; no value is read.
+    """Find where the tensors of an HDF5 region lie; no value is read.
 
-    libhdf5 is asked only where a group keeps its links in a newer way than Keras's files do, and never
-    for an attribute.
+    libhdf5 is used only where a group stores its links in a newer way than Keras's files do, and never for
+    attributes.
 
     Raises:
         UnreadableError: the file is damaged, or holds something other than plain contiguous tensors.
@@ -67,10 +67,10 @@ def read_layout(region: Region, index: int = 0) -> Layout:
 
 
 def _walk(walk: Walk, structures: Structures) -> None:
-    """Look at every object that can be reached; iterative, and no object is read twice.
+    """Visit every object that can be reached, without recursion, and read none twice.
 
     Raises:
-        NewerStructureError: an object is of a newer kind than those that are read here.
+        NewerStructureError: an object is of a newer kind than this parser reads.
     """
     if structures.is_newer:
         raise NewerStructureError
@@ -125,13 +125,13 @@ def _add_tensor(walk: Walk, name: str, messages: Sequence[Message], attributes: 
 
 
 def _type(datatype: bytes, attributes: Iterable[bytes]) -> tuple[str, int] | None:
-    """Return what type a datatype message stands for, and its bytes a value; None if Keras has none such."""
+    """Return the type of a datatype message and the bytes of a value; None if Keras has no such type."""
     number = number_of(datatype)
     kind, size = datatype[0] & 15, int.from_bytes(datatype[4:8], "little")
     if number is not None:
         return number, size
     if kind == _OPAQUE and size == 2:
-        # Keras 3 tags bfloat16 with an attribute; that it is there is enough.
+        # Keras 3 tags bfloat16 with an attribute; its presence is enough.
         tagged = any(decode(body).name == b"dtype" for body in attributes)
         return ("bfloat16" if tagged else "opaque16"), size
     if kind == _ENUMERATION and size == 1 and datatype[1:3] == b"\2\0":

@@ -1,4 +1,4 @@
-"""What has been found in an HDF5 region so far, whether by our own parser or by libhdf5."""
+"""Collect what a walk over the groups of an HDF5 region finds, whether our parser or libhdf5 reads it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROLES: dict[str, Role] = {"optimizer": "optimizer", "optimizer_weights": "optim
 
 @dataclass
 class Walk:
-    """One pass over the groups of a region: what has been found so far."""
+    """What one pass over the groups of a region has found so far."""
 
     region: Region
     index: int
@@ -29,11 +29,11 @@ class Walk:
     groups: dict[str, Sequence[bytes]] = field(default_factory=dict)
     datasets: dict[str, Sequence[bytes]] = field(default_factory=dict)
     at: str | None = None
-    """The object that is looked at."""
+    """The object that is being read."""
     _entered: set[int] = field(default_factory=set)
 
     def child(self, path: str, name: bytes) -> str:
-        """Return the path of what a group holds under `name`, after checks of name and number."""
+        """Return the path of what a group holds under `name`, after checking the name and the count."""
         if len(name) > _MAX_NAME:
             raise UnreadableError(self.region.path, f"holds a name of {len(name)} bytes")
         try:
@@ -43,16 +43,16 @@ class Walk:
                 self.region.path, f"holds a name that is not UTF-8: {name[:80]!r}"
             ) from None
         if text in ("", ".", "..") or "/" in text:
-            raise UnreadableError(self.region.path, f"holds an impossible name: {name[:80]!r}")
+            raise UnreadableError(self.region.path, f"holds an invalid name: {name[:80]!r}")
         self.at = child = f"{path}/{text}" if path else text
         if child in self.tensors or child in self.groups:
-            raise UnreadableError(self.region.path, "stands twice in the file", tensor=child)
+            raise UnreadableError(self.region.path, "appears twice in the file", tensor=child)
         if len(self.tensors) + len(self.groups) >= _MAX_OBJECTS:
             raise UnreadableError(self.region.path, f"holds more than {_MAX_OBJECTS} objects")
         return child
 
     def enter(self, path: str, address: int, attributes: Sequence[bytes]) -> None:
-        """Note a group, which may be reached once only."""
+        """Record a group, which may be reached only once."""
         if address in self._entered:
             raise UnreadableError(self.region.path, "is a group that is linked twice", tensor=path)
         if path.count("/") > _MAX_DEPTH:
@@ -61,7 +61,7 @@ class Walk:
         self.groups[path] = attributes
 
     def add(self, name: str, shape: tuple[int, ...], kind: tuple[str, int], offset: int) -> None:
-        """Note a dataset, of a type and so many bytes a value."""
+        """Record a dataset; `kind` is its type and the bytes of a value."""
         dtype, itemsize = kind
         nbytes = math.prod(shape) * itemsize
         role = _ROLES.get(name.split("/", 1)[0], "weight")
@@ -85,7 +85,7 @@ class Walk:
         return UnreadableError(self.region.path, "is neither a group nor a dataset", tensor=name)
 
     def check_size(self, name: str, nbytes: int, offset: int | None, stored: int) -> None:
-        """Raise UnreadableError unless a dataset's bytes were written, all of them."""
+        """Raise UnreadableError unless all of a dataset's bytes were written."""
         if nbytes and offset is None:
             raise UnreadableError(self.region.path, "was never written", tensor=name)
         if offset is not None and stored != nbytes:
@@ -95,8 +95,8 @@ class Walk:
     def inner_optimizers(self) -> dict[str, Tensor]:
         """Return the tensors of optimizers that a subclassed model holds as attributes, such as a GAN's.
 
-        Told by what they are called and by what every Keras optimizer starts with: the count of its
-        iterations and its learning rate.
+        They are recognized by their name and by the variables that every Keras optimizer starts with: its
+        number of iterations and its learning rate.
         """
         groups = set()
         for group in self.groups:
