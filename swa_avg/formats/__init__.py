@@ -86,9 +86,8 @@ def _check_places(checkpoint: Checkpoint, like: Checkpoint) -> None:
     few = 0 < len(moved) <= _FEW < stayed and (same_size or not last)
     if checkpoint.tensors.keys() == theirs.keys() and (few or alone):
         checkpoint.close()
-        problem = (
-            f"lies at another place than in {like.path.name}, while all else lies at the same: one is damaged"
-        )
+        place = f"lies at another offset than in {like.path.name}"
+        problem = f"{place}, and nothing else does: one of the two is damaged"
         raise UnreadableError(checkpoint.path, problem, tensor=moved[0].name)
 
 

@@ -21,6 +21,7 @@ from swa_avg.formats.base import (
     StoredRecord,
     Stream,
     record_in,
+    with_record,
 )
 from swa_avg.formats.hdf5.layout import read_layout
 from swa_avg.formats.hdf5_file import Hdf5Checkpoint, is_keras_store, layer_names
@@ -51,9 +52,7 @@ class ArchiveCheckpoint(Checkpoint):
             if member.filename == _WEIGHTS:
                 output.add(member, self.shards[0].size, stream(0, file))
             elif member.filename == _METADATA:
-                made = record()
-                own = {} if made is None else {RECORD_NAME: made}
-                metadata = json.dumps({**self.metadata, **own}).encode()
+                metadata = json.dumps(with_record(self.metadata, record())).encode()
                 output.add(member, len(metadata), [metadata])
             else:
                 output.add(member, member.file_size, _contents(self.path, self.archive, member))
@@ -105,8 +104,7 @@ def _open(path: Path, file: IO[bytes], like: Checkpoint | None) -> ArchiveCheckp
     whole = Region(path, file)
     try:
         archive = zipfile.ZipFile(RegionFile(whole))
-        members = _members(whole, archive)
-        region = _weights_region(whole, members)
+        region = _weights(whole, archive)
         metadata, config_bytes = (_small(whole, archive, name) for name in (_METADATA, _CONFIG))
     except ZIP_ERRORS as error:
         if isinstance(error, SwaAvgError):
@@ -131,10 +129,11 @@ def _checkpoint(
     metadata: Mapping[str, Any],
     like: Checkpoint | None,
 ) -> ArchiveCheckpoint:
-    same = isinstance(like, ArchiveCheckpoint) and like.config_bytes == config_bytes
-    config = (
-        like.config if like is not None and same else _model_config(parse_json(config_bytes, path, _CONFIG))
-    )
+    if isinstance(like, ArchiveCheckpoint) and like.config_bytes == config_bytes:
+        config = like.config
+    else:
+        config = {k: v for k, v in parse_json(config_bytes, path, _CONFIG).items() if k != "compile_config"}
+    version = metadata.get("keras_version")
     own: dict[str, Any] = {
         "path": path,
         "shards": (region,),
@@ -143,7 +142,7 @@ def _checkpoint(
         "config": config,
         "metadata": metadata,
         "record": record_in(metadata, path),
-        "writer": _writer(metadata.get("keras_version")),
+        "writer": f"Keras {version}" if isinstance(version, str) else None,
     }
     if isinstance(like, ArchiveCheckpoint) and like.shares_layout((region,)):
         return replace(like, **own)
@@ -159,10 +158,6 @@ def _checkpoint(
     )
 
 
-def _writer(version: Any) -> str | None:
-    return f"Keras {version}" if isinstance(version, str) else None
-
-
 def _contents(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
     try:
         with archive.open(member) as source:
@@ -171,24 +166,20 @@ def _contents(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> 
         raise UnreadableError(path, f"is damaged ({error})", tensor=member.filename) from error
 
 
-def _model_config(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "compile_config"}
-
-
-def _members(whole: Region, archive: zipfile.ZipFile) -> dict[str, tuple[zipfile.ZipInfo, int]]:
-    """Return name -> (entry, offset of its data), refusing what Keras never writes.
+def _weights(whole: Region, archive: zipfile.ZipFile) -> Region:
+    """Return the weights of an archive, after checking that no member is one that Keras never writes.
 
     The central directory and the local headers can be made to disagree, and declared sizes can lie. Only what
     both say, and what lies inside the file without overlap, is read.
     """
-    members: dict[str, tuple[zipfile.ZipInfo, int]] = {}
+    starts: dict[str, int] = {}
     infos = archive.infolist()
     if len(infos) > _MAX_MEMBERS:
         raise UnreadableError(whole.path, f"holds more than {_MAX_MEMBERS} members")
     position = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         name = info.filename
-        if name in members:
+        if name in starts:
             raise UnreadableError(whole.path, "appears twice in the archive", tensor=name)
         if info.flag_bits & ENCRYPTED:
             raise UnreadableError(whole.path, "is encrypted", tensor=name)
@@ -203,16 +194,12 @@ def _members(whole: Region, archive: zipfile.ZipFile) -> dict[str, tuple[zipfile
         if info.header_offset < position or start + info.file_size > archive.start_dir:
             raise UnreadableError(whole.path, "overlaps another part of the archive", tensor=name)
         position = start + info.file_size
-        members[name] = info, start
-    missing = [name for name in (_WEIGHTS, _CONFIG, _METADATA) if name not in members]
+        starts[name] = start
+    missing = [name for name in (_WEIGHTS, _CONFIG, _METADATA) if name not in starts]
     if missing:
         raise UnreadableError(whole.path, f"not a .keras archive with HDF5 weights: no {', '.join(missing)}")
-    return members
-
-
-def _weights_region(whole: Region, members: Mapping[str, tuple[zipfile.ZipInfo, int]]) -> Region:
-    info, start = members[_WEIGHTS]
-    region = Region(whole.path, whole.file, start, info.file_size)
+    info = archive.getinfo(_WEIGHTS)
+    region = Region(whole.path, whole.file, starts[_WEIGHTS], info.file_size)
     region.crc32 = info.CRC
     return region
 

@@ -41,6 +41,7 @@ __all__ = [
     "Written",
     "check_written",
     "record_in",
+    "with_record",
     "write_chunks",
     "write_shard",
 ]
@@ -231,6 +232,11 @@ def record_in(settings: Mapping[str, Any], path: Path) -> StoredRecord:
     if not isinstance(record, dict):
         raise UnreadableError(path, "its record of how it was made is damaged: it is not a JSON object")
     return record
+
+
+def with_record(settings: Mapping[str, Any], record: StoredRecord) -> dict[str, Any]:
+    """Return a JSON object with a record, if there is one."""
+    return dict(settings) if record is None else {**settings, RECORD_NAME: record}
 
 
 def _gaps(tensors: Iterable[Tensor], size: int) -> list[tuple[int, int]]:

@@ -106,17 +106,15 @@ def _keras_checkpoint(path: Path, region: Region, layout: Layout) -> Hdf5Checkpo
     return Hdf5Checkpoint(
         path,
         shards=(region,),
-        writer=_writer(root.get("keras_version"), root.get("backend")),
+        writer=_writer(root.get("keras_version", ()), root.get("backend", ())),
         training_json=b"".join(root.get("training_config", [])),
         **own,
     )
 
 
-def _writer(version: list[bytes] | None, backend: list[bytes] | None) -> str | None:
-    if not version:
-        return None
-    on = f" with {backend[0].decode('utf-8', 'backslashreplace')}" if backend else ""
-    return f"Keras {version[0].decode('utf-8', 'backslashreplace')}{on}"
+def _writer(version: Sequence[bytes], backend: Sequence[bytes]) -> str | None:
+    on = f" with {_text(backend[0])}" if backend else ""
+    return f"Keras {_text(version[0])}{on}" if version else None
 
 
 def is_keras_store(groups: Iterable[str]) -> bool:
@@ -132,7 +130,7 @@ def layer_names(region: Region, layout: Layout) -> dict[str, str]:
         if path.endswith("/vars"):
             value = _strings(reader, messages, "name").get("name")
             if value:
-                names[path.removesuffix("/vars")] = value[0].decode("utf-8", "backslashreplace")
+                names[path.removesuffix("/vars")] = _text(value[0])
     return names
 
 
@@ -159,12 +157,8 @@ def _check_legacy_groups(reader: AttributeReader, layout: Layout, parent: str) -
             raise UnreadableError(path, "the same weight listed twice", tensor=layer, hint=hint)
         _check_stored(path, layout, prefix + layer, weights, hint)
     if parent and "optimizer_weights" in layout.groups:
-        weights = [
-            name.decode("utf-8", "backslashreplace")
-            for name in _strings(reader, layout.groups["optimizer_weights"], "weight_names").get(
-                "weight_names", []
-            )
-        ]
+        stored_names = _strings(reader, layout.groups["optimizer_weights"], "weight_names")
+        weights = list(map(_text, stored_names.get("weight_names", ())))
         _check_stored(path, layout, "optimizer_weights", weights, hint)
 
 
@@ -184,7 +178,11 @@ def _names(
             "the save that wrote it did not finish, or it is stored in a newer HDF5 layout than Keras writes"
         )
         raise UnreadableError(reader.region.path, f"no attribute `{attribute}`", tensor=layer, hint=hint)
-    return [value.decode("utf-8", "backslashreplace") for value in values]
+    return list(map(_text, values))
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "backslashreplace")
 
 
 def _strings(reader: AttributeReader, messages: Sequence[bytes], *names: str) -> dict[str, list[bytes]]:

@@ -23,6 +23,7 @@ from swa_avg.formats.base import (
     Tensor,
     check_written,
     record_in,
+    with_record,
     write_chunks,
     write_shard,
 )
@@ -60,9 +61,7 @@ class ShardedCheckpoint(Checkpoint):
             for path, where in self.map["weight_map"].items()
         }
         # Created last, published last: a reader finds the whole set or none of it.
-        made = record()
-        own = {} if made is None else {RECORD_NAME: made}
-        text = json.dumps({**self.map, "weight_map": weight_map, **own}, indent=4)
+        text = json.dumps(with_record({**self.map, "weight_map": weight_map}, record()), indent=4)
         write_shard(stage.create(stage.output.name), [text.encode()])
 
     def _check(self, file: IO[bytes], index: int, size: int, checksum: int) -> None:
