@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-__all__ = ["Progress", "__version__", "counted", "number_text", "size_text"]
+__all__ = [
+    "Progress",
+    "__version__",
+    "counted",
+    "finite_or_none",
+    "first_few",
+    "number_text",
+    "size_text",
+]
 
 __version__ = "0.1.0"
 
@@ -27,8 +35,19 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def first_few(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return a number as JSON can hold it, which has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
 def number_text(value: float | None, digits: int = 4) -> str:
-    """Return a number with so many significant digits; nothing for one that is missing or NaN."""
+    """Return a number with that many significant digits; nothing for one that is missing or NaN."""
     if value is None or math.isnan(value):
         return ""
     return f"{value:.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:.{digits}g}"

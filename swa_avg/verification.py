@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -21,15 +21,12 @@ from swa_avg.combine.combiner import Combiner
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
 from swa_avg.files.remote import as_path, kept_at_hand
 from swa_avg.formats import Checkpoint, Tensor, open_checkpoint
-from swa_avg.formats.archive import ArchiveCheckpoint
-from swa_avg.formats.bare import WEIGHTS, Hdf5Checkpoint
-from swa_avg.formats.base import PROVENANCE
-from swa_avg.formats.sharded import ShardedCheckpoint
 from swa_avg.inputs.opening import opened, resolve_dtypes
 from swa_avg.planning.configuration import config_differences
 from swa_avg.planning.output import as_output
 from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.planning.record import Record, RecordedInput, read_record
+from swa_avg.text import first_few
 
 __all__ = ["Verification", "verify"]
 
@@ -46,7 +43,7 @@ class Verification:
     copied: int
     """Tensors that were compared with the newest input's."""
     digests: tuple[str, ...]
-    """BatchNorm statistics that a refresh replaced: without its data, held against their CRC-32 only."""
+    """BatchNorm statistics that a refresh replaced: without its data, only their CRC-32 is compared."""
     findings: tuple[Finding, ...]
     """What differs."""
 
@@ -79,8 +76,8 @@ def verify(
 ) -> Verification:
     """Derive an output of swa-avg again from the inputs that it names, in bounded memory, without Keras.
 
-    Every tensor is compared, copied ones too, and the configuration. What a refresh of BatchNorm replaced
-    cannot be derived without its data, and is held against the CRC-32 in the output's record.
+    Every tensor is compared, copied ones included, and so is the configuration. What a refresh of BatchNorm
+    replaced cannot be derived without its data; its CRC-32 is compared with the one in the output's record.
 
     Args:
         output: What `average` or `sweep` wrote.
@@ -90,7 +87,7 @@ def verify(
 
     Raises:
         UnreadableError: the output cannot be read or does not say how it was made, or an input is missing.
-        MismatchError: the inputs are not those of then; every one of them is named.
+        MismatchError: inputs have changed since the output was made; every one of them is named.
         SystemRefusalError: the system could not read.
     """
     output = as_path(output)
@@ -109,7 +106,7 @@ def verify(
         coefficients = [entry.coefficient for entry in record.inputs]
         plan = make_plan(checkpoints, template, coefficients, drop_optimizer=record.optimizer == "drop")
         executor = stack.enter_context(ThreadPoolExecutor(threads))
-        # The inputs' bytes have just been read and found to be those of then.
+        # The inputs' bytes have just been read and found to be unchanged.
         combiner = Combiner(plan, [coefficients], executor, block_bytes, threads, verify=False)
         digests = tuple(name for name in record.values if name in found.tensors)
         findings = [
@@ -125,7 +122,7 @@ def verify(
 
 
 def _paths(record: Record, output: Path, folders: Sequence[Path]) -> list[Path]:
-    """Return the path of each input: of several files of its name, of the one that the record tells of."""
+    """Return the path of each input: of several files of that name, the one that fits the record."""
     wanted = Counter(entry.name for entry in record.inputs)
     held = {name: [path for folder in folders if (path := folder / name).exists()] for name in wanted}
     where = " or ".join(map(str, folders))
@@ -135,22 +132,22 @@ def _paths(record: Record, output: Path, folders: Sequence[Path]) -> list[Path]:
             raise UnreadableError(output, problem, hint="name each folder with --inputs")
     missing = [name for name, found in held.items() if not found]
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         hint = "say with --inputs which folder holds them"
-        raise UnreadableError(output, f"was made from {shown}, not found in {where}", hint=hint)
+        problem = f"was made from {first_few(missing)}, not found in {where}"
+        raise UnreadableError(output, problem, hint=hint)
     paths = []
     for entry in record.inputs:
         left = held[entry.name]
         path = left[0]
         if len(left) > 1:
-            path = next((path for path in left if _is_that_of_then(path, entry)), path)
+            path = next((path for path in left if _is_unchanged(path, entry)), path)
         if wanted[entry.name] > 1:
             left.remove(path)
         paths.append(path)
     return paths
 
 
-def _is_that_of_then(path: Path, entry: RecordedInput) -> bool:
+def _is_unchanged(path: Path, entry: RecordedInput) -> bool:
     try:
         with closing(open_checkpoint(path)) as checkpoint:
             return not any(_changes(checkpoint, entry))
@@ -190,7 +187,7 @@ def _changes(checkpoint: Checkpoint, entry: RecordedInput) -> Iterator[Finding]:
 
 
 def _shape_findings(found: Checkpoint, plan: Plan, record: Record) -> Iterator[Finding]:
-    """Yield the tensors that are missing, too many, or of another shape."""
+    """Yield the tensors that are missing, extra, or of another shape."""
     expected = plan.template.tensors
     for name in sorted(expected.keys() | found.tensors.keys() | record.values.keys()):
         if name not in found.tensors:
@@ -206,7 +203,7 @@ def _same_shape(one: Tensor, other: Tensor) -> bool:
 
 
 def _digest_findings(found: Checkpoint, record: Record) -> Iterator[Finding]:
-    """Yield the refreshed statistics that are not those of then."""
+    """Yield the refreshed statistics that have changed since the refresh."""
     for name, expected in record.values.items():
         tensor = found.tensors.get(name)
         if tensor is not None:
@@ -251,7 +248,7 @@ def _value_findings(found: Checkpoint, combiner: Combiner, record: Record) -> It
 def _first_difference(
     found: Checkpoint, tensor: Tensor, block: Block, expected: NDArray[np.uint8]
 ) -> int | None:
-    """Return the first byte of a tensor, of those in a block, that is not as expected."""
+    """Return the first byte of a tensor that lies in a block and is not as expected."""
     start, stop = max(tensor.offset, block.start), min(tensor.stop, block.stop)
     twin = found.tensors[tensor.name]
     data = found.shards[twin.shard].read(twin.offset + start - tensor.offset, max(0, stop - start))
@@ -260,50 +257,19 @@ def _first_difference(
 
 
 def _surroundings(found: Checkpoint, template: Checkpoint, *, rebuilt: bool) -> Iterator[Finding]:
-    """Yield what differs outside the tensors.
-
-    In a bare HDF5 file the record itself lies between them, so that only what Keras reads there is compared.
-    """
-    if template.kind != WEIGHTS:  # these have no configuration, but for one that an archive lent its weights
-        for where, expected, value in config_differences(template.config, found.config):
-            yield Finding(found.path, where, f"expected {expected}, found {value}")
+    """Yield what differs outside the tensors."""
+    if found.kind != template.kind:
+        yield Finding(found.path, "format", f"expected {template.kind}, found {found.kind}")
+        return
+    for where, expected, value in config_differences(template.config, found.config):
+        yield Finding(found.path, where, f"expected {expected}, found {value}")
     if _layer_names(found) != _layer_names(template):
         yield Finding(found.path, "layer names", "differ from the newest input's")
-    for shard in found.shards:
-        if shard.crc32 is not None and (now := shard.checksum()) != shard.crc32:
-            problem = f"damaged: its CRC-32 is {now:08x}, the archive says {shard.crc32:08x}"
-            yield Finding(found.path, "model.weights.h5", problem)
-    if not isinstance(found, Hdf5Checkpoint) and not rebuilt and not template.shares_layout(found.shards):
-        yield Finding(found.path, "HDF5 metadata", "bytes outside the tensors differ from the newest input's")
-    if isinstance(found, ArchiveCheckpoint) and isinstance(template, ArchiveCheckpoint):
-        yield from _member_findings(found, template)
-    if (
-        isinstance(found, ShardedCheckpoint)
-        and isinstance(template, ShardedCheckpoint)
-        and _without(found.map, PROVENANCE, "weight_map") != _without(template.map, PROVENANCE, "weight_map")
-    ):
-        yield Finding(found.path, "map", "differs from the newest input's, the names of shards apart")
+    yield from found.differences(template, rebuilt=rebuilt)
 
 
 def _layer_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the names of layers, without what a dropped optimizer was called."""
+    """Return the names of layers, without that of an optimizer, which may have been dropped."""
     return {
         group: name for group, name in checkpoint.layer_names.items() if not group.startswith("optimizer")
     }
-
-
-def _without(value: Mapping[str, Any] | None, *keys: str) -> dict[str, Any]:
-    return {key: item for key, item in (value or {}).items() if key not in keys}
-
-
-def _member_findings(found: ArchiveCheckpoint, template: ArchiveCheckpoint) -> Iterator[Finding]:
-    """Yield the members of an archive that are not the newest input's, weights apart."""
-    if found.config_bytes != template.config_bytes:
-        yield Finding(found.path, "config.json", "differs from the newest input's")
-    if _without(found.metadata, PROVENANCE) != _without(template.metadata, PROVENANCE):
-        yield Finding(found.path, "metadata.json", "differs from the newest input's")
-    own = found.others()
-    theirs = template.others()
-    for name in sorted(own.keys() | theirs.keys()):
-        if own.get(name) != theirs.get(name):
-            yield Finding(found.path, name, "differs from the newest input's")

@@ -566,7 +566,7 @@ def test_inputs_that_are_no_checkpoints(folder: Path, swa_avg: Cli) -> None:
         ("empty.keras", "empty.keras: the file is empty"),
         (
             "text.keras",
-            "text.keras: not a Keras checkpoint: neither a .keras archive, nor HDF5, nor a .weights.json",
+            "text.keras: not a Keras checkpoint: neither a .keras archive, nor a .weights.json, nor HDF5",
         ),
         (
             "dir.keras",

@@ -124,7 +124,7 @@ def both(paths: list[Path], folder: Path, address: str, **options: Any) -> tuple
     outputs = []
     for name, where in (("here", None), ("cluster", address)):
         (folder / name).mkdir()
-        outputs.append(folder / name / f"swa{output._suffix(paths[0])}")
+        outputs.append(folder / name / f"swa{output.suffix_of(paths[0])}")
         average(paths, outputs[-1], cluster=where, **options)
     assert contents(folder / "here") == contents(folder / "cluster")
     return outputs[0], outputs[1]

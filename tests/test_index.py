@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from swa_avg.callbacks.run_folder import RunFolder, published, write_index
 from swa_avg.errors import SystemRefusalError, UnreadableError
-from swa_avg.inputs.index import Entry, Index, is_plain_name, read_index
+from swa_avg.files.names import is_plain_name
+from swa_avg.inputs.index import Entry, Index, read_index
 
 GOOD = {
     "version": 1,

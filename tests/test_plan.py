@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -14,16 +14,14 @@ from hypothesis import strategies as st
 
 import makers
 from swa_avg.errors import MismatchError
-from swa_avg.formats.base import Checkpoint, Stage, Tensor
+from swa_avg.formats.base import Checkpoint, Stage, Stream, Tensor
 from swa_avg.planning.plan import config_differences, make_plan
 from swa_avg.planning.policy import batchnorm_layers, treatment
 
 
 @dataclass(frozen=True)
 class Fake(Checkpoint):
-    def write(
-        self, stream: Callable[[int], Iterator[bytes]], provenance: Callable[[], Any], stage: Stage
-    ) -> None:
+    def write(self, stream: Stream, record: Callable[[], Any], stage: Stage) -> None:
         raise NotImplementedError
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
@@ -72,9 +70,7 @@ def test_differing_optimizer_state_is_no_mismatch() -> None:
 
 
 def test_findings_of_one_cause_are_one_line_with_their_number_and_three_examples() -> None:
-    newest = _fake(
-        "two", *(_tensor(f"layer{i:03}", shape=(i,), offset=i) for i in range(150)), _tensor("one")
-    )
+    newest = _fake("two", *(_tensor(f"layer{i:03}", shape=(i,), offset=i) for i in range(151)))
     with pytest.raises(MismatchError) as caught:
         make_plan([_fake("one", _tensor("other")), newest], newest, [0.5, 0.5])
     assert len(caught.value.findings) == 152

@@ -306,6 +306,45 @@ def test_a_record_that_is_not_ours_is_refused_in_one_line(
     assert ended.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_record_that_is_no_object_is_refused_by_every_format(
+    suffix: str, tmp_path: Path, swa_avg: Cli
+) -> None:
+    _write_inputs(tmp_path, suffix)
+    path = tmp_path / f"ckpt_1{suffix}"
+    if suffix == ".keras":
+        _members(path, **{"metadata.json": b'{"swa_avg": null}'})
+    elif suffix == ".weights.json":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"swa_avg": "yes"}))
+    else:
+        with h5py.File(path, "r+") as file:
+            file.attrs["swa_avg"] = np.bytes_(b"[1]")
+    for command in (["verify", path], [path, "-o", tmp_path / f"swa{suffix}"]):
+        ended = swa_avg(*command)
+        assert ended.code == 3
+        assert ended.err.startswith(f"swa-avg: error: {path}: its record of how it was made is ")
+        assert ended.err.endswith("not a JSON object\n")
+        assert ended.err.count("\n") == 1
+
+
+def test_an_output_of_another_format_than_its_inputs_is_named(tmp_path: Path, swa_avg: Cli) -> None:
+    _write_inputs(tmp_path, ".weights.h5")
+    target = tmp_path / "swa.weights.h5"
+    assert swa_avg(tmp_path / "ckpt_*.weights.h5", "-o", target).code == 0
+    with h5py.File(target, "r") as file:
+        metadata = json.dumps({"swa_avg": json.loads(bytes(file.attrs["swa_avg"]))}).encode()
+        arrays = {}
+        file.visititems(
+            lambda name, item: arrays.update({name: item[()]} if isinstance(item, h5py.Dataset) else {})
+        )
+    makers.write_archive(target, arrays, **{"metadata.json": metadata})
+    ended = swa_avg("verify", target)
+    assert (ended.code, ended.err) == (
+        4,
+        f"swa-avg: error: {target}: format: expected Keras weights, found .keras archive\n",
+    )
+
+
 def test_a_tensor_that_is_missing_or_extra_is_named(tmp_path: Path, swa_avg: Cli) -> None:
     _write_inputs(tmp_path, ".weights.h5")
     target = tmp_path / "swa.weights.h5"

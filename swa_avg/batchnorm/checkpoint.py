@@ -17,9 +17,7 @@ from swa_avg.batchnorm.statistics import RefreshedStatistics
 from swa_avg.data.spec import ARGUMENTS, TRAINING
 from swa_avg.data.user_functions import import_function, import_module, names_function
 from swa_avg.errors import Finding, MismatchError, SwaAvgError, UsageError, first_line
-from swa_avg.files.untrusted_json import parse_json
 from swa_avg.formats import Checkpoint, open_checkpoint
-from swa_avg.formats.bare import LEGACY_MODEL, LEGACY_WEIGHTS, Hdf5Checkpoint
 from swa_avg.planning.policy import has_lambda
 
 if TYPE_CHECKING:
@@ -236,14 +234,12 @@ def _holds_code(checkpoint: Checkpoint, *, compiled: bool) -> bool:
     In a legacy file those, like its layers, are no concern of Keras's safe mode (CVE-2025-9905); in an
     archive they are.
     """
-    settings = checkpoint.training_config if compiled and isinstance(checkpoint, Hdf5Checkpoint) else b""
-    parsed = parse_json(settings, checkpoint.path, "training_config") if settings else None
-    return has_lambda([checkpoint.config, parsed])
+    return has_lambda([checkpoint.config, checkpoint.training_config if compiled else None])
 
 
 def _saved(model: Any, checkpoint: Checkpoint, path: Path) -> Checkpoint:
     """Save the model's weights so that the tensors are named as in `checkpoint`, and open them."""
-    if checkpoint.kind in (LEGACY_MODEL, LEGACY_WEIGHTS):
+    if checkpoint.is_legacy:
         path = path.with_suffix(".h5")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Keras calls its own format legacy

@@ -15,6 +15,7 @@ from pathlib import Path
 from swa_avg.errors import SystemRefusalError
 from swa_avg.files.publication import sync_folder
 from swa_avg.inputs.index import INDEX_NAME, Entry, Index, index_as_json, read_index
+from swa_avg.text import first_few
 
 __all__ = ["RunFolder", "prepare_folder", "published", "write_index"]
 
@@ -126,10 +127,9 @@ class RunFolder:
         replaced |= {e.file for e in index.entries if e.position == entry.position} - {entry.file}
         left = sorted({e.file for e in again} - replaced)
         if left:
-            names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
             warnings.append(
                 f"{self.path}: {len(left)} checkpoints of an earlier run of these epochs left the index "
-                f"but stay on disk ({names}); move them away before you average by pattern"
+                f"but stay on disk ({first_few(left, 3)}); move them away before you average by pattern"
             )
         index = replace(index, monitor=monitor, mode=mode).without({*left, *replaced}).with_entry(entry)
         pruned = index.pruned(self._keep_last, self._keep_best)

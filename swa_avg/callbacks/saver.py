@@ -19,7 +19,8 @@ from swa_avg.callbacks.model_state import is_chief, learning_rate, scalars, step
 from swa_avg.callbacks.run_folder import RunFolder, published
 from swa_avg.callbacks.snapshot import Snapshot, Task, saved_view, write_model
 from swa_avg.errors import SwaAvgError, UsageError
-from swa_avg.inputs.index import MODES, Entry, is_plain_name
+from swa_avg.files.names import is_plain_name
+from swa_avg.inputs.index import MODES, Entry
 from swa_avg.inputs.metrics import direction
 
 __all__ = ["CheckpointSaver", "check_count"]

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import click
 
 from swa_avg.errors import escape
+from swa_avg.text import first_few
 
-__all__ = ["batchnorm_warning", "first_few", "progress_bar", "say"]
+__all__ = ["batchnorm_warning", "progress_bar", "say"]
 
 
 def say(lines: Iterable[str]) -> None:
@@ -21,11 +22,6 @@ def say(lines: Iterable[str]) -> None:
     with contextlib.suppress(OSError):
         for line in lines:
             click.echo(escape(line), err=True)
-
-
-def first_few(names: Sequence[str], most: int = 5) -> str:
-    """Return some names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def batchnorm_warning(layers: Sequence[str]) -> str:

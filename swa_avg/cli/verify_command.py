@@ -9,8 +9,9 @@ import click
 
 from swa_avg.cli.command import Command
 from swa_avg.cli.options import RESOURCES, printing, values_of
-from swa_avg.cli.terminal import first_few, say
+from swa_avg.cli.terminal import say
 from swa_avg.errors import MismatchError
+from swa_avg.text import first_few
 
 if TYPE_CHECKING:
     from swa_avg.verification import Verification

@@ -3,13 +3,13 @@ unpickled."""
 
 from __future__ import annotations
 
-import ast
 import errno
+import io
 import math
-import struct
 import tempfile
+import tokenize
+import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,31 +17,33 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.lib import format as npy
 
 from swa_avg.data.rows import FileRows, Rows, describe, room_for
 from swa_avg.errors import SystemRefusalError, UnreadableError
 from swa_avg.files.region import Region, RegionFile, open_file
-from swa_avg.formats.archive import data_offset
+from swa_avg.files.zip_members import ENCRYPTED, ZIP_ERRORS, data_offset
 
 __all__ = ["ArrayFile", "Stored", "open_arrays"]
 
-_MAGIC = b"\x93NUMPY"
-_MAX_HEADER = 64 * 1024
+_HEADER_BYTES = 12 + 10_000  # NumPy refuses a longer header, and that of numbers takes about a hundred
 _MAX_MEMBERS = 20_000
 _MAX_RATIO = 500
 """Deflate reaches 1,032 to 1 on zeros; data that a model was trained on stay far below."""
 _RATIO_MATTERS = 2**26
 _CHUNK = 2**20
 _TRANSPOSED = 2**24
-_ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    NotImplementedError,
-    OverflowError,
-    EOFError,
-    RuntimeError,
+_MAX_DIMENSIONS = 64  # of NumPy
+_HEADER_ERRORS = (  # what NumPy raises for a damaged header
     ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    SyntaxError,
+    tokenize.TokenError,
+    MemoryError,
+    RecursionError,
+    OverflowError,
 )
 
 
@@ -100,9 +102,9 @@ class ArrayFile:
         Raises:
             UnreadableError: neither format, or damaged.
         """
-        start = self._whole.read(0, min(6, self._whole.size))
-        if start == _MAGIC:
-            stored = self._header("", self._read, self._whole.size)
+        start = self._whole.read(0, min(_HEADER_BYTES, self._whole.size))
+        if start.startswith(npy.MAGIC_PREFIX):
+            stored = self._header("", start, self._whole.size)
             self.arrays[""] = stored(lambda whole: (self._whole, 0))
         elif start[:2] == b"PK":
             with self._damage_named(None):
@@ -110,9 +112,6 @@ class ArrayFile:
         else:
             problem = "expected a .npz or .npy file; found something else"
             raise UnreadableError(self.path, problem, hint="write one with numpy.savez(path, x=images)")
-
-    def _read(self, position: int, size: int) -> bytes:
-        return self._whole.read(position, max(0, min(size, self._whole.size - position)))
 
     def _load_archive(self) -> None:
         self._archive = zipfile.ZipFile(RegionFile(self._whole))
@@ -122,31 +121,29 @@ class ArrayFile:
         for info in infos:
             key = info.filename.removesuffix(".npy")
             if key in self.arrays or key in self.others:
-                raise UnreadableError(self.path, "stands twice in the archive", tensor=key)
+                raise UnreadableError(self.path, "appears twice in the archive", tensor=key)
             if key == info.filename:
                 self.others.append(key)
                 continue
-            if info.flag_bits & 0x1:
+            if info.flag_bits & ENCRYPTED:
                 raise UnreadableError(self.path, "is encrypted", tensor=key)
             self._add_member(key, info)
 
     def _add_member(self, key: str, info: zipfile.ZipInfo) -> None:
         with self._archive.open(info) as file:
-            data = file.read(_MAX_HEADER + 12)
+            start = file.read(_HEADER_BYTES)
         try:
-            stored = self._header(
-                key, lambda position, size: data[position : position + size], info.file_size
-            )
+            stored = self._header(key, start, info.file_size)
         except UnreadableError as error:
             self.arrays[key] = _Unusable(key, error)
             return
         self.arrays[key] = stored(lambda whole: self._member(key, info, whole))
 
     def _header(
-        self, key: str, read: Callable[[int, int], bytes], size: int
+        self, key: str, data: bytes, size: int
     ) -> Callable[[Callable[[bool], tuple[Region, int]]], Stored]:
-        """Parse a header and hold what it declares against `size`, the bytes that the array file has."""
-        dtype, shape, fortran, offset = _parse_header(self.path, key, read)
+        """Parse the header that `data` starts with; what it declares must make up the `size` of the file."""
+        dtype, shape, fortran, offset = _parse_header(self.path, key, data)
         expected = offset + math.prod(shape) * dtype.itemsize
         if expected != size:
             problem = f"declares {describe(dtype, shape)}: expected {expected} bytes, found {size}"
@@ -184,7 +181,7 @@ class ArrayFile:
     def _damage_named(self, key: str | None) -> Iterator[None]:
         try:
             yield
-        except (*_ZIP_ERRORS, SystemRefusalError) as error:
+        except (*ZIP_ERRORS, SystemRefusalError) as error:
             # A damaged directory points anywhere, even to before the start of the file.
             refused = isinstance(error, SystemRefusalError) and error.errno != errno.EINVAL
             if refused or isinstance(error, UnreadableError):
@@ -246,10 +243,8 @@ def open_arrays(path: Path) -> ArrayFile:
     return file
 
 
-def _parse_header(
-    path: Path, key: str, read: Callable[[int, int], bytes]
-) -> tuple[np.dtype[Any], tuple[int, ...], bool, int]:
-    """Return type, shape, whether in Fortran order, and where the values start.
+def _parse_header(path: Path, key: str, data: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool, int]:
+    """Return type, shape, whether in Fortran order, and where the values start; `data` is the file's start.
 
     Source: NumPy enhancement proposal 1, the .npy format, versions 1.0 to 3.0.
     """
@@ -257,35 +252,31 @@ def _parse_header(
     def refuse(problem: str, hint: str = "") -> UnreadableError:
         return UnreadableError(path, problem, tensor=key or None, hint=hint)
 
-    start = read(0, 12)
-    if start[:6] != _MAGIC or len(start) < 12 or start[6] not in (1, 2, 3):
-        raise refuse("expected an array in .npy format; found something else")
-    wide = start[6] > 1
-    length = struct.unpack_from("<I" if wide else "<H", start, 8)[0]
-    first = 12 if wide else 10
-    if length > _MAX_HEADER:
-        raise refuse(f"expected a header of at most {_MAX_HEADER} bytes; found one of {length}")
-    text = read(first, length)
+    file = io.BytesIO(data)
     try:
-        header = ast.literal_eval(text.decode("utf-8" if start[6] == 3 else "latin1").strip())
-        if len(text) != length or set(header) != {"descr", "fortran_order", "shape"}:
-            raise ValueError
-        descr, shape, fortran = header["descr"], header["shape"], header["fortran_order"]
-        dtype = np.dtype(descr)
-        if not isinstance(shape, tuple) or not isinstance(fortran, bool):
-            raise ValueError
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, AttributeError) as error:
-        raise refuse("expected a .npy header; found a damaged one") from error
+        version, _ = npy.read_magic(file)
+    except ValueError:
+        version = 0
+    if version not in (1, 2, 3):
+        raise refuse("expected an array in .npy format; found something else")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as that Python 2 wrote it
+            # Versions 2 and 3 differ in the encoding of field names only, and arrays of fields are refused.
+            read = npy.read_array_header_1_0 if version == 1 else npy.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+    except _HEADER_ERRORS as error:
+        raise refuse("expected a .npy header; found a damaged or a very long one") from error
     if dtype.hasobject:
         raise refuse("expected numbers; found pickled objects, which are never read", "store a plain array")
-    if not isinstance(descr, str) or dtype.kind not in "fiub" or dtype.itemsize > 8:
-        raise refuse(f"expected numbers; found {_type_name(descr, dtype)}")
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise refuse("expected a shape; found one that is not of whole numbers from 0")
-    return dtype, shape, fortran, first + length
+    if dtype.fields is not None or dtype.kind not in "fiub" or dtype.itemsize > 8:
+        raise refuse(f"expected numbers; found {_type_name(dtype)}")
+    if len(shape) > _MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        raise refuse("expected a shape; found sizes that no array has")
+    return dtype, shape, fortran, file.tell()
 
 
-def _type_name(descr: object, dtype: np.dtype[Any]) -> str:
+def _type_name(dtype: np.dtype[Any]) -> str:
     """Return a type's name, shortened: structures can be of any length."""
-    name = str(dtype) if isinstance(descr, str) else "a structure of fields"
+    name = "a structure of fields" if dtype.fields is not None else str(dtype)
     return name if len(name) < 60 else name[:57] + "..."

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 from swa_avg.errors import SwaAvgError, UnreadableError
-from swa_avg.files.region import Region, open_file, refusal
-from swa_avg.formats import archive, bare, sharded
-from swa_avg.formats.base import Checkpoint, Tensor
+from swa_avg.files.region import open_file, refusal
+from swa_avg.formats import archive, hdf5_file, sharded
+from swa_avg.formats.base import Checkpoint, Format, Tensor
 
-__all__ = ["FORMATS", "Checkpoint", "Region", "Tensor", "open_checkpoint"]
+__all__ = ["SUFFIXES", "Checkpoint", "Tensor", "open_checkpoint", "suffix_of"]
 
-# First bytes of a file -> how it is opened. What a file is called says nothing: TensorFlow 2.12 writes
-# HDF5 files named `.keras`.
-FORMATS: dict[bytes, Callable[[Path, IO[bytes], Checkpoint | None], Checkpoint]] = {
-    archive.SIGNATURE: archive.open_archive,
-    bare.SIGNATURE: bare.open_hdf5,
-    b"{": sharded.open_sharded,
-}
+_FORMATS: tuple[Format, ...] = (archive.FORMAT, sharded.FORMAT, hdf5_file.FORMAT)
+SUFFIXES = tuple(suffix for file_format in _FORMATS for suffix in file_format.suffixes)
+"""What the names of checkpoints usually end with: `.weights.h5` before `.h5`, a set before its shards."""
 
 _FEW = 2
 
 
-def open_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
-    """Open the checkpoint at `path`, whatever its format, going by content.
+def suffix_of(path: Path) -> str:
+    """Return what the name of a checkpoint ends with: all of `.weights.h5`, not `.h5`."""
+    return next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), path.suffix)
 
-    `like` is a checkpoint of the same run; it saves parsing where `path` has its layout.
+
+def open_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
+    """Open the checkpoint at `path`, whose content tells the format.
+
+    `like` is a checkpoint of the same run; where `path` has its layout, it is not parsed again.
 
     Raises:
         UnreadableError: the file is missing, damaged or of no known format.
@@ -35,7 +35,7 @@ def open_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
     """
     try:
         checkpoint = _open(path, like)
-        if not checkpoint.tensors:  # of a set, Keras may leave one shard empty
+        if not checkpoint.tensors:  # a single shard of several may be empty
             checkpoint.close()
             raise UnreadableError(path, "holds no tensors")
         if like is not None and checkpoint.tensors is not like.tensors:
@@ -55,22 +55,22 @@ def _open(path: Path, like: Checkpoint | None) -> Checkpoint:
         head = file.read(64)
         if not head:
             raise UnreadableError(path, "the file is empty")
-        for signature, open_format in FORMATS.items():
-            if head.lstrip().startswith(signature):
-                return open_format(path, file, like)
-        raise UnreadableError(
-            path, "not a Keras checkpoint: neither a .keras archive, nor HDF5, nor a .weights.json"
-        )
+        # A name says nothing of the format: TensorFlow 2.12 writes HDF5 files named `.keras`.
+        for file_format in _FORMATS:
+            if head.lstrip().startswith(file_format.signature):
+                return file_format.open(path, file, like)
+        known = ", nor ".join(file_format.description for file_format in _FORMATS)
+        raise UnreadableError(path, f"not a Keras checkpoint: neither {known}")
     except BaseException:
         file.close()
         raise
 
 
 def _check_places(checkpoint: Checkpoint, like: Checkpoint) -> None:
-    """Raise UnreadableError if a tensor or two lie elsewhere than in `like`, and no other does.
+    """Raise UnreadableError if only one or two tensors lie elsewhere than in `like`.
 
-    HDF5 gives out room in order: whatever moves one tensor moves those after it, and the end of the file. One
-    alone was moved by a damaged address, of which HDF5 keeps no checksum.
+    HDF5 allocates space in order: whatever moves one tensor moves those after it, and the end of the file. A
+    tensor that moved alone was moved by a damaged address, which no HDF5 checksum covers.
     """
     theirs = like.tensors
     moved = [
@@ -86,13 +86,12 @@ def _check_places(checkpoint: Checkpoint, like: Checkpoint) -> None:
     few = 0 < len(moved) <= _FEW < stayed and (same_size or not last)
     if checkpoint.tensors.keys() == theirs.keys() and (few or alone):
         checkpoint.close()
-        problem = (
-            f"lies at another place than in {like.path.name}, and everything else does not: one is damaged"
-        )
+        place = f"lies at another offset than in {like.path.name}"
+        problem = f"{place}, and nothing else does: one of the two is damaged"
         raise UnreadableError(checkpoint.path, problem, tensor=moved[0].name)
 
 
 def _are_last(names: set[str], tensors: Mapping[str, Tensor]) -> bool:
-    """Tell whether tensors lie behind all others."""
+    """Tell whether the named tensors lie behind all others."""
     ordered = sorted(tensors, key=lambda name: (tensors[name].shard, tensors[name].offset))
     return set(ordered[-len(names) :]) == names

@@ -1,48 +1,50 @@
-"""`.keras` archives: a zip whose member `model.weights.h5` is an HDF5 region."""
+"""`.keras` archives: a zip whose member `model.weights.h5` is an HDF5 file."""
 
 from __future__ import annotations
 
 import json
-import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from swa_avg.errors import SwaAvgError, UnreadableError
+from swa_avg.errors import Finding, SwaAvgError, UnreadableError
 from swa_avg.files.region import Region, RegionFile
 from swa_avg.files.untrusted_json import MAX_JSON, parse_json
-from swa_avg.formats.bare import WEIGHTS, Hdf5Checkpoint, is_keras_store, layer_names
-from swa_avg.formats.base import PROVENANCE, Checkpoint, Provenance, Stage, Stream
+from swa_avg.files.zip_members import ENCRYPTED, ZIP_ERRORS, data_offset
+from swa_avg.formats.base import (
+    RECORD_NAME,
+    Checkpoint,
+    Format,
+    Stage,
+    StoredRecord,
+    Stream,
+    record_in,
+    with_record,
+)
 from swa_avg.formats.hdf5.layout import read_layout
+from swa_avg.formats.hdf5_file import Hdf5Checkpoint, is_keras_store, layer_names
 from swa_avg.formats.stored_zip import StoredZip
 
-__all__ = ["SIGNATURE", "ArchiveCheckpoint", "data_offset", "open_archive"]
+__all__ = ["FORMAT", "ArchiveCheckpoint"]
 
-SIGNATURE = b"PK"
+_SUFFIXES = (".keras",)
 _WEIGHTS, _CONFIG, _METADATA = "model.weights.h5", "config.json", "metadata.json"
-_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _MAX_MEMBERS = 20_000
-_ENCRYPTED = 0x1
 _CHUNK = 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArchiveCheckpoint(Checkpoint):
-    """A `.keras` archive; the provenance is a key of its metadata.json."""
+    """A `.keras` archive; the record is a key of its metadata.json."""
 
-    archive: zipfile.ZipFile | None = None
-    config_bytes: bytes = b""
-    metadata: Mapping[str, Any] | None = None
+    archive: zipfile.ZipFile
+    config_bytes: bytes
+    """Its config.json."""
+    metadata: Mapping[str, Any]
 
-    def write(
-        self,
-        stream: Stream,
-        provenance: Callable[[], Provenance],
-        stage: Stage,
-    ) -> None:
-        assert self.archive is not None
+    def write(self, stream: Stream, record: Callable[[], StoredRecord], stage: Stage) -> None:
         file = stage.create(stage.output.name, self.shards[0].size)
         output = StoredZip(file)
         # Names, times and attributes are the template's, so that equal inputs give equal bytes.
@@ -50,9 +52,7 @@ class ArchiveCheckpoint(Checkpoint):
             if member.filename == _WEIGHTS:
                 output.add(member, self.shards[0].size, stream(0, file))
             elif member.filename == _METADATA:
-                record = provenance()
-                own = {} if record is None else {PROVENANCE: record}
-                metadata = json.dumps({**(self.metadata or {}), **own}).encode()
+                metadata = json.dumps(with_record(self.metadata, record())).encode()
                 output.add(member, len(metadata), [metadata])
             else:
                 output.add(member, member.file_size, _contents(self.path, self.archive, member))
@@ -63,63 +63,53 @@ class ArchiveCheckpoint(Checkpoint):
 
         return replace(self, **strip(self, ("optimizer",), scratch))
 
-    def as_weights(self) -> Hdf5Checkpoint:
-        """Return the model's weights alone, as the `.weights.h5` that the archive holds."""
+    def as_weights(self) -> Checkpoint | None:
         return Hdf5Checkpoint(
-            self.path,
-            WEIGHTS,
-            (".weights.h5",),
-            self.shards,
-            self.tensors,
-            self.config,
-            self.layer_names,
+            self.path, shards=self.shards, tensors=self.tensors, layer_names=self.layer_names
         )
 
-    def others(self) -> dict[str, int]:
-        """Return the members besides weights and JSON, the assets, each with its CRC-32.
+    def differences(self, template: Checkpoint, *, rebuilt: bool) -> Iterator[Finding]:
+        assert isinstance(template, ArchiveCheckpoint)
+        found, stored = self.shards[0].checksum(), self.shards[0].crc32
+        if found != stored:
+            problem = f"damaged: its CRC-32 is {found:08x}, the archive says {stored:08x}"
+            yield Finding(self.path, _WEIGHTS, problem)
+        yield from super().differences(template, rebuilt=rebuilt)
+        own, theirs = self._others(), template._others()
+        for name in sorted(own.keys() | theirs.keys()):
+            if own.get(name) != theirs.get(name):
+                yield Finding(self.path, name, "differs from the newest input's")
+
+    def _others(self) -> dict[str, Any]:
+        """Return what stands for each member but the weights; of an asset, its CRC-32.
 
         Raises:
             UnreadableError: one is damaged.
         """
-        assert self.archive is not None
-        found = {}
+        metadata = {key: value for key, value in self.metadata.items() if key != RECORD_NAME}
+        found: dict[str, Any] = {_CONFIG: self.config_bytes, _METADATA: metadata}
         for member in self.archive.infolist():
             if member.filename not in (_WEIGHTS, _CONFIG, _METADATA):
                 for _ in _contents(self.path, self.archive, member):
-                    pass  # the end of reading is where zipfile holds the CRC-32 against the data
+                    pass  # zipfile compares the CRC-32 once all has been read
                 found[member.filename] = member.CRC
         return found
 
     def close(self) -> None:
-        if self.archive is not None:
-            self.archive.close()
+        self.archive.close()
         super().close()
 
 
-def open_archive(path: Path, file: IO[bytes], like: Checkpoint | None = None) -> ArchiveCheckpoint:
-    """Open a `.keras` archive; `file` and `like` as for `open_hdf5`.
-
-    Raises:
-        UnreadableError: the archive is damaged, unsafe or not what Keras writes.
-    """
+def _open(path: Path, file: IO[bytes], like: Checkpoint | None) -> ArchiveCheckpoint:
     whole = Region(path, file)
     try:
         archive = zipfile.ZipFile(RegionFile(whole))
-        members = _members(whole, archive)
-        region = _weights_region(whole, members)
+        region = _weights(whole, archive)
         metadata, config_bytes = (_small(whole, archive, name) for name in (_METADATA, _CONFIG))
-    except (
-        zipfile.BadZipFile,
-        struct.error,
-        ValueError,
-        NotImplementedError,
-        OverflowError,
-        EOFError,
-        RuntimeError,
-    ) as error:
+    except ZIP_ERRORS as error:
         if isinstance(error, SwaAvgError):
             raise
-        if isinstance(error.__context__, SwaAvgError):  # zipfile takes it for damage
+        if isinstance(error.__context__, SwaAvgError):  # zipfile reported it as damage
             raise error.__context__ from None
         raise UnreadableError(path, f"damaged .keras archive ({error})") from error
     return _checkpoint(path, region, archive, config_bytes, parse_json(metadata, path, _METADATA), like)
@@ -139,10 +129,11 @@ def _checkpoint(
     metadata: Mapping[str, Any],
     like: Checkpoint | None,
 ) -> ArchiveCheckpoint:
-    same = isinstance(like, ArchiveCheckpoint) and like.config_bytes == config_bytes
-    config = (
-        like.config if like is not None and same else _model_config(parse_json(config_bytes, path, _CONFIG))
-    )
+    if isinstance(like, ArchiveCheckpoint) and like.config_bytes == config_bytes:
+        config = like.config
+    else:
+        config = {k: v for k, v in parse_json(config_bytes, path, _CONFIG).items() if k != "compile_config"}
+    version = metadata.get("keras_version")
     own: dict[str, Any] = {
         "path": path,
         "shards": (region,),
@@ -150,8 +141,8 @@ def _checkpoint(
         "config_bytes": config_bytes,
         "config": config,
         "metadata": metadata,
-        "is_average": PROVENANCE in metadata,
-        "writer": _writer(metadata.get("keras_version")),
+        "record": record_in(metadata, path),
+        "writer": f"Keras {version}" if isinstance(version, str) else None,
     }
     if isinstance(like, ArchiveCheckpoint) and like.shares_layout((region,)):
         return replace(like, **own)
@@ -160,15 +151,11 @@ def _checkpoint(
         raise UnreadableError(path, f"{_WEIGHTS} does not hold what Keras writes: no `vars` groups")
     return ArchiveCheckpoint(
         kind=".keras archive",
-        suffixes=(".keras",),
+        suffixes=_SUFFIXES,
         tensors=layout.tensors,
         layer_names=layer_names(region, layout),
         **own,
     )
-
-
-def _writer(version: Any) -> str | None:
-    return f"Keras {version}" if isinstance(version, str) else None
 
 
 def _contents(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
@@ -179,26 +166,22 @@ def _contents(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> 
         raise UnreadableError(path, f"is damaged ({error})", tensor=member.filename) from error
 
 
-def _model_config(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "compile_config"}
+def _weights(whole: Region, archive: zipfile.ZipFile) -> Region:
+    """Return the weights of an archive, after checking that no member is one that Keras never writes.
 
-
-def _members(whole: Region, archive: zipfile.ZipFile) -> dict[str, tuple[zipfile.ZipInfo, int]]:
-    """Return name -> (entry, offset of its data), refusing what Keras never writes.
-
-    The central directory and the local headers can be made to disagree, and declared sizes can lie; what
-    is read is what both say and what lies inside the file without overlap.
+    The central directory and the local headers can be made to disagree, and declared sizes can lie. Only what
+    both say, and what lies inside the file without overlap, is read.
     """
-    members: dict[str, tuple[zipfile.ZipInfo, int]] = {}
+    starts: dict[str, int] = {}
     infos = archive.infolist()
     if len(infos) > _MAX_MEMBERS:
         raise UnreadableError(whole.path, f"holds more than {_MAX_MEMBERS} members")
     position = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         name = info.filename
-        if name in members:
-            raise UnreadableError(whole.path, "stands twice in the archive", tensor=name)
-        if info.flag_bits & _ENCRYPTED:
+        if name in starts:
+            raise UnreadableError(whole.path, "appears twice in the archive", tensor=name)
+        if info.flag_bits & ENCRYPTED:
             raise UnreadableError(whole.path, "is encrypted", tensor=name)
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             hint = "save it again with Keras, or zip it with: zip -0"
@@ -211,36 +194,14 @@ def _members(whole: Region, archive: zipfile.ZipFile) -> dict[str, tuple[zipfile
         if info.header_offset < position or start + info.file_size > archive.start_dir:
             raise UnreadableError(whole.path, "overlaps another part of the archive", tensor=name)
         position = start + info.file_size
-        members[name] = info, start
-    missing = [name for name in (_WEIGHTS, _CONFIG, _METADATA) if name not in members]
+        starts[name] = start
+    missing = [name for name in (_WEIGHTS, _CONFIG, _METADATA) if name not in starts]
     if missing:
         raise UnreadableError(whole.path, f"not a .keras archive with HDF5 weights: no {', '.join(missing)}")
-    return members
-
-
-def data_offset(whole: Region, info: zipfile.ZipInfo) -> int:
-    """Return where a member's data start, once its local header agrees with the directory.
-
-    Raises:
-        UnreadableError: the two disagree.
-    """
-    header = whole.read(info.header_offset, _LOCAL_HEADER.size)
-    signature, _, flags, method, _, _, _, packed, size, name_length, extra_length = _LOCAL_HEADER.unpack(
-        header
-    )
-    name = whole.read(info.header_offset + _LOCAL_HEADER.size, name_length)
-    sizes_agree = {packed, size} <= {info.file_size, 0xFFFFFFFF} or flags & 0x8
-    if signature != b"PK\x03\x04" or method != info.compress_type or flags & _ENCRYPTED or not sizes_agree:
-        raise UnreadableError(
-            whole.path, "has a local header that differs from the directory", tensor=info.filename
-        )
-    if name.decode("utf-8" if flags & 0x800 else "cp437") != info.orig_filename:
-        raise UnreadableError(whole.path, "is named differently in its local header", tensor=info.filename)
-    return int(info.header_offset + _LOCAL_HEADER.size + name_length + extra_length)
-
-
-def _weights_region(whole: Region, members: Mapping[str, tuple[zipfile.ZipInfo, int]]) -> Region:
-    info, start = members[_WEIGHTS]
-    region = Region(whole.path, whole.file, start, info.file_size)
+    info = archive.getinfo(_WEIGHTS)
+    region = Region(whole.path, whole.file, starts[_WEIGHTS], info.file_size)
     region.crc32 = info.CRC
     return region
+
+
+FORMAT = Format(description="a .keras archive", suffixes=_SUFFIXES, signature=b"PK", open=_open)

@@ -1,4 +1,14 @@
-"""A checkpoint as a map of named extents."""
+"""A checkpoint as a map of named extents, and what a format has to provide.
+
+A format is one module and one entry in the table in `formats/__init__.py`. The module holds
+
+- a `Format`: how its files are recognized, and the function that opens one;
+- a subclass of `Checkpoint`, whose fields say what is stored where. It implements `write` and
+  `without_optimizer`; of the rest it overrides what does not hold for it.
+
+Nothing outside this package asks which subclass it has at hand. A checkpoint of several files is named,
+opened and written by the one file that lists the others, which is published last.
+"""
 
 from __future__ import annotations
 
@@ -13,35 +23,39 @@ from typing import IO, Any, Literal, NamedTuple, Protocol
 
 from isal.isal_zlib import crc32, crc32_combine
 
+from swa_avg.errors import Finding, UnreadableError
 from swa_avg.files.region import Region
 from swa_avg.files.remote import RemoteFile
 
 __all__ = [
-    "PROVENANCE",
+    "RECORD_NAME",
     "Buffer",
     "Checkpoint",
     "Chunk",
-    "Provenance",
+    "Format",
     "Role",
     "Stage",
+    "StoredRecord",
     "Stream",
     "Tensor",
     "Written",
     "check_written",
+    "record_in",
+    "with_record",
     "write_chunks",
     "write_shard",
 ]
 
-PROVENANCE = "swa_avg"
-"""Where an output says how it was made: a key or an attribute of this name."""
+RECORD_NAME = "swa_avg"
+"""Key or attribute under which an output says how it was made."""
 Role = Literal["weight", "optimizer", "metric"]
 Buffer = bytes | bytearray | memoryview
-Provenance = Mapping[str, Any] | None
-"""What an output says of how it was made; None leaves it out."""
+StoredRecord = Mapping[str, Any] | None
+"""What swa-avg says of how an output was made, as JSON; None where it says nothing."""
 
 
 class Written(NamedTuple):
-    """Bytes of an output that another process has put in their place."""
+    """Bytes of an output that another process has written in their place."""
 
     size: int
     checksum: int
@@ -54,7 +68,7 @@ Stream = Callable[[int, IO[bytes] | None], Iterator[Chunk]]
 """Yields the bytes of a shard, by its number; who is given the output, an open file, may write there."""
 
 _WINDOW = 256 * 1024
-_NEAR = 4096  # what is worth reading between two places of an object, to ask for it once
+_NEAR = 4096  # a gap of up to this many bytes is read over rather than asked around
 _MAX_METADATA = 64 * 2**20
 _Window = list[tuple[int, bytes]]
 """Runs of bytes, each with where it starts."""
@@ -65,10 +79,10 @@ class Tensor:
     """One stored variable: what it is, and the run of bytes that holds it."""
 
     name: str
-    """Path of the dataset inside the checkpoint, without a leading slash."""
+    """Path of the variable inside the checkpoint, without a leading slash."""
     shape: tuple[int, ...]
     dtype: str
-    """NumPy's name, `bfloat16`, or `opaque16` for two untagged bytes a value."""
+    """NumPy's name, `bfloat16`, or `opaque16` for two bytes a value of unstated type."""
     shard: int
     """Index into `Checkpoint.shards`."""
     offset: int
@@ -86,48 +100,79 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Checkpoint(ABC):
-    """One checkpoint on disk, open for positional reads; one subclass a format."""
+    """One checkpoint on disk, open for positional reads; each format has a subclass."""
 
     path: Path
+    """The file that it is named by."""
     kind: str
-    """What sort of checkpoint it is, in words; the inputs of one run share it."""
+    """The kind of checkpoint, in words for the user; all inputs of a run are of one kind."""
     suffixes: tuple[str, ...]
-    """What the name of such a file may end with, so that Keras finds the right loader."""
+    """What the name of an output may end with, so that Keras finds the right loader; the first is usual."""
     shards: tuple[Region, ...]
+    """The files, or parts of files, that hold the tensors."""
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any] | None = None
     """The model's configuration, without compile settings, where the checkpoint stores one."""
     layer_names: Mapping[str, str] = field(default_factory=dict)
     """Path of a layer's group -> the name that the model gives the layer, where the checkpoint says so."""
-    is_average: bool = False
-    """Whether swa-avg wrote it."""
+    record: StoredRecord = None
+    """What swa-avg says of how it was made; None where something else wrote it."""
     writer: str | None = None
     """What wrote it, such as `Keras 3.15.1`, where the checkpoint says so."""
+    is_legacy: bool = False
+    """Whether Keras calls the format legacy: it stores LoRA factors unmerged, and no layer paths."""
 
     @property
     def size(self) -> int:
         """Bytes of the shards."""
         return sum(shard.size for shard in self.shards)
 
+    @property
+    def is_average(self) -> bool:
+        """Whether swa-avg wrote it."""
+        return self.record is not None
+
+    @property
+    def training_config(self) -> Mapping[str, Any] | None:
+        """How the model was compiled, where Keras's safe mode does not check that itself.
+
+        Raises:
+            UnreadableError: it is damaged.
+        """
+        return None
+
     @abstractmethod
-    def write(
-        self,
-        stream: Stream,
-        provenance: Callable[[], Provenance],
-        stage: Stage,
-    ) -> None:
+    def write(self, stream: Stream, record: Callable[[], StoredRecord], stage: Stage) -> None:
         """Write a copy of this checkpoint with other shards to `stage`.
 
-        `stream(k, file)` yields the bytes of shard k from first to last, each asked for once, in order. The
-        first goes to where `file` stands when it is asked for.
-        `provenance()` may be called once, by an archive before the first shard, else after the last.
+        `stream(k, file)` yields the bytes of shard k from first to last; each shard is asked for once, in
+        order. The first byte goes to the current position of `file`. `record()` may be called once: by an
+        archive before the first shard, else after the last.
         """
 
-    def shares_layout(self, shards: Sequence[Region]) -> bool:
-        """Tell whether `shards` are this checkpoint's byte for byte outside the tensors' values.
+    @abstractmethod
+    def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
+        """Return this checkpoint without its optimizer's state, rebuilt in files that `scratch` opens."""
 
-        Keras writes the checkpoints of one run so; their tensors then lie in the same places, and parsing
-        one of them is enough.
+    def as_weights(self) -> Checkpoint | None:
+        """Return the model's weights alone as a `.weights.h5`, where the checkpoint holds one; else None."""
+        return None
+
+    def differences(self, template: Checkpoint, *, rebuilt: bool) -> Iterator[Finding]:
+        """Yield what differs from `template`, of the same kind, apart from tensors, names and the record.
+
+        Names are those of files and layers, and `config` is not compared either. Where `template` was
+        `rebuilt` without its optimizer, the bytes between the tensors depend on the version of libhdf5.
+        """
+        if not rebuilt and not template.shares_layout(self.shards):
+            problem = "bytes outside the tensors differ from the newest input's"
+            yield Finding(self.path, "HDF5 metadata", problem)
+
+    def shares_layout(self, shards: Sequence[Region]) -> bool:
+        """Tell whether `shards` equal this checkpoint's in every byte outside the tensors.
+
+        Those of one run do, as Keras writes them; their tensors then lie in the same places, and parsing one
+        of them is enough.
         """
         return (
             len(shards) == len(self.shards)
@@ -140,7 +185,7 @@ class Checkpoint(ABC):
 
     @cached_property
     def _metadata(self) -> list[list[_Window]] | None:
-        """All bytes of each shard that belong to no tensor; None if they are too many to keep."""
+        """All bytes of each shard that belong to no tensor; None if there are too many to keep."""
         gaps = [
             _gaps((tensor for tensor in self.tensors.values() if tensor.shard == index), shard.size)
             for index, shard in enumerate(self.shards)
@@ -148,10 +193,6 @@ class Checkpoint(ABC):
         if sum(stop - start for shard in gaps for start, stop in shard) > _MAX_METADATA:
             return None
         return [_windows(shard, its) for shard, its in zip(self.shards, gaps, strict=True)]
-
-    @abstractmethod
-    def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
-        """Return this checkpoint without its optimizer's state, rebuilt in files that `scratch` opens."""
 
     def stream(self, index: int, file: IO[bytes] | None = None) -> Iterator[Buffer]:
         """Yield the bytes of a shard as they are: a `Stream`."""
@@ -168,6 +209,40 @@ class Checkpoint(ABC):
             shard.close()
 
 
+class Format(NamedTuple):
+    """How the checkpoints of one format are recognized and opened."""
+
+    description: str
+    """As in "not a Keras checkpoint: neither a .keras archive, nor HDF5"."""
+    suffixes: tuple[str, ...]
+    """What the names of such checkpoints end with, the longest first."""
+    signature: bytes
+    """First bytes of the file that names one, after any white space."""
+    open: Callable[[Path, IO[bytes], Checkpoint | None], Checkpoint]
+    """Called with the path, the file, open for reading, which the checkpoint then owns, and a checkpoint of
+    the same run or None: where that one shares the layout, the file need not be parsed. Raises
+    UnreadableError if the file is damaged, or is not a checkpoint."""
+
+
+def record_in(settings: Mapping[str, Any], path: Path) -> StoredRecord:
+    """Return what swa-avg says of how a checkpoint was made, from the JSON object where a format keeps it.
+
+    Raises:
+        UnreadableError: it is not a JSON object itself.
+    """
+    if RECORD_NAME not in settings:
+        return None
+    record = settings[RECORD_NAME]
+    if not isinstance(record, dict):
+        raise UnreadableError(path, "its record of how it was made is damaged: it is not a JSON object")
+    return record
+
+
+def with_record(settings: Mapping[str, Any], record: StoredRecord) -> dict[str, Any]:
+    """Return a JSON object with a record, if there is one."""
+    return dict(settings) if record is None else {**settings, RECORD_NAME: record}
+
+
 def _gaps(tensors: Iterable[Tensor], size: int) -> list[tuple[int, int]]:
     gaps = []
     position = 0
@@ -179,7 +254,7 @@ def _gaps(tensors: Iterable[Tensor], size: int) -> list[tuple[int, int]]:
 
 
 def _windows(shard: Region, gaps: Sequence[tuple[int, int]]) -> list[_Window]:
-    """Read the gaps; neighbours that lie within one window are kept, and later read, together."""
+    """Read the gaps; those that fit into one window are kept, and later read, together."""
     windows: list[_Window] = []
     for (start, stop), data in zip(gaps, shard.ranges(gaps), strict=True):
         if windows and stop - windows[-1][0][0] <= _WINDOW:
@@ -190,7 +265,7 @@ def _windows(shard: Region, gaps: Sequence[tuple[int, int]]) -> list[_Window]:
 
 
 def _agrees(shard: Region, windows: Sequence[_Window]) -> bool:
-    """Tell whether a shard holds these bytes; a window is read at once, what lies between included."""
+    """Tell whether a shard holds these bytes; each window is one read, of what lies between as well."""
     if isinstance(shard.file, RemoteFile):
         windows = [part for window in windows for part in _near(window)]
     ranges = [(window[0][0], window[-1][0] + len(window[-1][1])) for window in windows]
@@ -202,7 +277,7 @@ def _agrees(shard: Region, windows: Sequence[_Window]) -> bool:
 
 
 def _near(window: _Window) -> Iterator[_Window]:
-    """Cut a window where more lies between two of its runs than is worth reading from a service."""
+    """Split a window where two of its runs lie too far apart to be read from a service in one request."""
     part = window[:1]
     for run in window[1:]:
         if run[0] - (part[-1][0] + len(part[-1][1])) > _NEAR:
@@ -213,25 +288,25 @@ def _near(window: _Window) -> Iterator[_Window]:
 
 
 class Stage(Protocol):
-    """Where the files of an output grow, to appear under their names only when all are complete."""
+    """Where the files of an output are written; they appear under their names once all are complete."""
 
     output: Path
 
     def create(self, name: str, size: int = 0) -> IO[bytes]:
         """Return a new file, open for reading and writing, that is published as `name` beside the output.
 
-        Files are published in the order in which they were created. `size`, the least that the file will
-        hold, is reserved, so that a full disk is found before the work is done.
+        Files are published in the order in which they were created. `size` bytes, the least that the file
+        will hold, are reserved at once, so that a full disk is noticed before the work is done.
         """
 
 
 def write_shard(file: IO[bytes], chunks: Iterable[Chunk]) -> None:
-    """Write the bytes of a shard to the start of an empty file, and see that they read back."""
+    """Write the bytes of a shard to an empty file, and check that they read back."""
     check_written(file, 0, *write_chunks(file, chunks))
 
 
 def write_chunks(file: IO[bytes], chunks: Iterable[Chunk]) -> tuple[int, int]:
-    """Write chunks to where the file stands, and return their size and CRC-32."""
+    """Write chunks at the file's current position, and return their size and CRC-32."""
     size = checksum = 0
     for chunk in chunks:
         if isinstance(chunk, Written):
@@ -258,4 +333,4 @@ def check_written(file: IO[bytes], start: int, size: int, checksum: int) -> None
         found = crc32(buffer[:count], found)
         size -= count
     if size or found != checksum:
-        raise OSError(errno.EIO, "what was written does not read back as it was")
+        raise OSError(errno.EIO, "what was written does not read back the same")

@@ -3,50 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from swa_avg.errors import UnreadableError, escape
+from swa_avg.errors import Finding, UnreadableError, escape
+from swa_avg.files.names import is_plain_name
 from swa_avg.files.region import Region, open_file
 from swa_avg.files.untrusted_json import MAX_JSON, parse_json
-from swa_avg.formats.bare import layer_names
 from swa_avg.formats.base import (
-    PROVENANCE,
+    RECORD_NAME,
     Checkpoint,
-    Provenance,
+    Format,
     Stage,
+    StoredRecord,
     Stream,
     Tensor,
     check_written,
+    record_in,
+    with_record,
     write_chunks,
     write_shard,
 )
 from swa_avg.formats.hdf5.layout import Layout, read_layout
+from swa_avg.formats.hdf5_file import layer_names
 
-__all__ = ["ShardedCheckpoint", "open_sharded"]
+__all__ = ["FORMAT", "ShardedCheckpoint"]
 
+_SUFFIXES = (".weights.json",)
 _MAX_SHARDS = 10_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardedCheckpoint(Checkpoint):
-    """A `.weights.json` and its shards; the provenance is a key of the JSON."""
+    """A `.weights.json` and its shards; the record is a key of the JSON."""
 
-    map: Mapping[str, Any] | None = None
-    shard_names: tuple[str, ...] = ()
+    map: Mapping[str, Any]
+    """What the `.weights.json` holds."""
+    shard_names: tuple[str, ...]
 
-    def write(
-        self,
-        stream: Stream,
-        provenance: Callable[[], Provenance],
-        stage: Stage,
-    ) -> None:
-        assert self.map is not None
+    def write(self, stream: Stream, record: Callable[[], StoredRecord], stage: Stage) -> None:
         base = stage.output.name.removesuffix(".json").removesuffix(".weights")
-        # Keras opens the shard of this very name first, whatever the map says.
+        # Keras opens the shard of this name first, whatever the map says.
         names = {shard: f"{base}_{index:05}.weights.h5" for index, shard in enumerate(self.shard_names)}
         with ThreadPoolExecutor(1) as beside:  # each shard is read back while the next is averaged
             checks = []
@@ -61,13 +61,11 @@ class ShardedCheckpoint(Checkpoint):
             for path, where in self.map["weight_map"].items()
         }
         # Created last, published last: a reader finds the whole set or none of it.
-        record = provenance()
-        own = {} if record is None else {PROVENANCE: record}
-        text = json.dumps({**self.map, "weight_map": weight_map, **own}, indent=4)
+        text = json.dumps(with_record({**self.map, "weight_map": weight_map}, record()), indent=4)
         write_shard(stage.create(stage.output.name), [text.encode()])
 
     def _check(self, file: IO[bytes], index: int, size: int, checksum: int) -> None:
-        """See that a shard reads back as it was written, and that libhdf5 reads it."""
+        """Check that a shard reads back as it was written, and that libhdf5 can read it."""
         from swa_avg.formats.hdf5.libhdf5 import check_readable
 
         check_written(file, 0, size, checksum)
@@ -77,7 +75,6 @@ class ShardedCheckpoint(Checkpoint):
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         from swa_avg.formats.hdf5.rebuild import strip
 
-        assert self.map is not None
         kept = {
             path: where
             for path, where in self.map["weight_map"].items()
@@ -85,19 +82,24 @@ class ShardedCheckpoint(Checkpoint):
         }
         return replace(self, map={**self.map, "weight_map": kept}, **strip(self, ("optimizer",), scratch))
 
+    def differences(self, template: Checkpoint, *, rebuilt: bool) -> Iterator[Finding]:
+        assert isinstance(template, ShardedCheckpoint)
+        yield from super().differences(template, rebuilt=rebuilt)
+        own, theirs = (
+            {key: value for key, value in one.map.items() if key not in (RECORD_NAME, "weight_map")}
+            for one in (self, template)
+        )
+        if own != theirs:
+            yield Finding(self.path, "map", "differs from the newest input's, the names of shards apart")
 
-def open_sharded(path: Path, file: IO[bytes], like: Checkpoint | None = None) -> ShardedCheckpoint:
-    """Open a `.weights.json` and all its shards; `file`, which is closed, and `like` as for `open_hdf5`.
 
-    Raises:
-        UnreadableError: the map or a shard is missing, damaged or unsafe, or they disagree.
-    """
+def _open(path: Path, file: IO[bytes], like: Checkpoint | None) -> ShardedCheckpoint:
     with file:
         size = file.seek(0, 2)
         if size > MAX_JSON:
             raise UnreadableError(path, f"the shard map is larger than {MAX_JSON >> 20} MiB")
-        record = parse_json(Region(path, file, 0, size).read(0, size), path, "the shard map")
-    weight_map = record.get("weight_map")
+        shard_map = parse_json(Region(path, file, 0, size).read(0, size), path, "the shard map")
+    weight_map = shard_map.get("weight_map")
     if not isinstance(weight_map, dict):
         raise UnreadableError(path, "not the map of a sharded checkpoint: no `weight_map`")
     names = _shard_names(path, weight_map)
@@ -109,13 +111,13 @@ def open_sharded(path: Path, file: IO[bytes], like: Checkpoint | None = None) ->
         own: dict[str, Any] = {
             "path": path,
             "shards": tuple(shards),
-            "map": record,
+            "map": shard_map,
             "shard_names": names,
-            "is_average": PROVENANCE in record,
+            "record": record_in(shard_map, path),
         }
         if (
             isinstance(like, ShardedCheckpoint)
-            and (like.map or {}).get("weight_map") == weight_map
+            and like.map["weight_map"] == weight_map
             and like.shares_layout(shards)
         ):
             return replace(like, **own)
@@ -129,7 +131,7 @@ def open_sharded(path: Path, file: IO[bytes], like: Checkpoint | None = None) ->
             shard.close()
         raise
     return ShardedCheckpoint(
-        kind="sharded Keras weights", suffixes=(".weights.json",), tensors=tensors, layer_names=layers, **own
+        kind="sharded Keras weights", suffixes=_SUFFIXES, tensors=tensors, layer_names=layers, **own
     )
 
 
@@ -138,12 +140,7 @@ def _shard_names(path: Path, weight_map: Mapping[str, Any]) -> tuple[str, ...]:
     names: dict[str, None] = {}
     for where in weight_map.values():
         for name in where if isinstance(where, list) else [where]:
-            if (
-                not isinstance(name, str)
-                or name in ("", ".", "..")
-                or not name.isprintable()
-                or set(name) & set("/\\:")
-            ):
+            if not isinstance(name, str) or not is_plain_name(name):
                 raise UnreadableError(path, f"names a shard outside its folder: {escape(name)[:80]}")
             names[name] = None
     if not names or len(names) > _MAX_SHARDS:
@@ -154,9 +151,9 @@ def _shard_names(path: Path, weight_map: Mapping[str, Any]) -> tuple[str, ...]:
 def _join(
     path: Path, layouts: Sequence[Layout], weight_map: Mapping[str, Any], shards: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Return the tensors of all shards, held against the map.
+    """Return the tensors of all shards, which must be those that the map lists.
 
-    A variable lies in one shard; a group may span many.
+    A variable lies in one shard; a group may span several.
     """
     tensors: dict[str, Tensor] = {}
     found: dict[str, set[str]] = {}
@@ -178,10 +175,10 @@ def _join(
 
 
 def _check_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise UnreadableError if variables are numbered, and a number is left out.
+    """Raise UnreadableError if variables are numbered, and a number is missing.
 
-    Keras counts a layer's and an optimizer's variables from 0, across the shards. HDF5 keeps no checksum of
-    names, and the map lists none: damage to one would show nowhere else.
+    Keras numbers a layer's and an optimizer's variables from 0, across the shards. HDF5 has no checksum of
+    names, and the map lists groups only: a damaged name would show nowhere else.
     """
     groups: dict[str, set[str]] = {}
     for name in tensors:
@@ -191,3 +188,6 @@ def _check_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if all(map(str.isdecimal, names)) and names != set(map(str, range(len(names)))):
             missing = min(set(map(str, range(len(names)))) - names, key=int)
             raise UnreadableError(path, "is missing, or its name is damaged", tensor=f"{group}/{missing}")
+
+
+FORMAT = Format(description="a .weights.json", suffixes=_SUFFIXES, signature=b"{", open=_open)

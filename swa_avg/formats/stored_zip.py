@@ -1,8 +1,8 @@
 """Write a zip archive of stored members, in one pass.
 
-The standard library's zipfile computes CRC-32 with zlib, six times slower than isal and as slow as
-all the rest of writing an archive; this does the little that a stored member needs (APPNOTE 6.3.10, sections
-4.3.7, 4.3.12, 4.3.14 to 4.3.16 and 4.5.3).
+The standard library's zipfile computes CRC-32 with zlib, which is six times slower than isal and takes as
+long as the rest of writing an archive. Only what stored members need is written here (APPNOTE 6.3.10,
+sections 4.3.7, 4.3.12, 4.3.14 to 4.3.16 and 4.5.3).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from swa_avg.formats.base import Buffer, Chunk, check_written, write_chunks
 
 __all__ = ["StoredZip"]
 
-_ELSEWHERE = 0xFFFFFFFF  # in place of a size or offset that a zip64 field holds
+_ELSEWHERE = 0xFFFFFFFF  # in place of a size or offset that is in a zip64 field
 _LIMIT = _ELSEWHERE
 _UTF8 = 0x800
 _ZIP64_VERSION, _PLAIN_VERSION = 45, 20
@@ -35,7 +35,7 @@ class StoredZip:
         """Start, size and CRC-32 of each run of bytes."""
 
     def add(self, like: zipfile.ZipInfo, size: int, chunks: Iterable[Chunk]) -> None:
-        """Append a member of `size` bytes, named, dated and marked as `like`.
+        """Append a member of `size` bytes, with the name, date and attributes of `like`.
 
         Raises:
             ValueError: the chunks do not add up to `size`.
@@ -57,7 +57,7 @@ class StoredZip:
         self._directory.append(_directory_entry(like, name, checksum, size, start))
 
     def finish(self) -> None:
-        """Write the central directory, and see that everything reads back.
+        """Write the central directory, and check that everything reads back.
 
         Raises:
             OSError: it does not.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from swa_avg.errors import SwaAvgError, UnreadableError
+from swa_avg.files.names import is_plain_name
 from swa_avg.files.region import open_file, refusal
 from swa_avg.files.untrusted_json import parse_json
 from swa_avg.inputs.metrics import badness
@@ -21,7 +22,6 @@ __all__ = [
     "Entry",
     "Index",
     "index_as_json",
-    "is_plain_name",
     "read_index",
 ]
 
@@ -96,11 +96,6 @@ class Index:
         if keep_best:
             kept.extend(self.best(keep_best))
         return self.without({e.file for e in self.entries} - {e.file for e in kept})
-
-
-def is_plain_name(name: str) -> bool:
-    """Tell whether `name` can only be that of a file in the folder at hand, on any system."""
-    return name not in ("", ".", "..") and not set(name) & set("/\\:\0") and name.isprintable()
 
 
 def read_index(path: Path) -> Index:

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from swa_avg.errors import UnreadableError, UsageError
 from swa_avg.files.remote import as_path, find, remote
+from swa_avg.formats import SUFFIXES
 from swa_avg.inputs.index import INDEX_NAME, Index, read_index
 from swa_avg.inputs.names import Ambiguity, read_names
 
 __all__ = ["Listed", "Listing", "identity", "list_checkpoints"]
-
-_SUFFIXES = (".keras", ".weights.json", ".weights.h5", ".h5", ".hdf5")
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ def _indexed(folder: Path) -> list[Path]:
     index_path = folder / INDEX_NAME
     if not index_path.exists():
         local = remote(folder) is None
-        suffix = next((suffix for suffix in _SUFFIXES if local and any(folder.glob(f"*{suffix}"))), ".keras")
+        suffix = next((suffix for suffix in SUFFIXES if local and any(folder.glob(f"*{suffix}"))), ".keras")
         hint = f"name its checkpoints, such as '{glob.escape(str(folder))}/*{suffix}'"
         raise UnreadableError(folder, f"a folder without {INDEX_NAME}", hint=hint)
     paths = [folder / entry.file for entry in read_index(index_path).entries]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from swa_avg.errors import Finding
 from swa_avg.files.remote import RemotePath
 from swa_avg.inspection.geometry import Geometry
+from swa_avg.text import finite_or_none
 
 __all__ = ["Contents", "Inspection"]
 
@@ -114,5 +114,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return finite_or_none(value)
     return str(value) if isinstance(value, Path | RemotePath) else value

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from swa_avg.text import counted, number_text, size_text
+from swa_avg.text import counted, first_few, number_text, size_text
 
 if TYPE_CHECKING:
     from swa_avg.inspection.report import Contents, Inspection
@@ -161,8 +161,7 @@ def warnings(inspection: Inspection) -> list[str]:
         return sentences
     equal = [f"{one} and {other}" for distance, one, other in _pairs(inspection) if distance == 0.0]
     if equal:
-        more = f", and {len(equal) - _FEW} more pairs" if len(equal) > _FEW else ""
-        sentences.append(f"the same weights under two names: {'; '.join(equal[:_FEW])}{more}")
+        sentences.append(f"the same weights under two names: {first_few(equal, _FEW, '; ')}")
     groups = [group for group in inspection.groups if len(group) > 1]
     if not groups:
         sentences.append(

@@ -8,8 +8,7 @@ from typing import IO
 
 from swa_avg.errors import SystemRefusalError, UsageError, escape
 from swa_avg.files.remote import as_path, remote
-from swa_avg.formats import Checkpoint
-from swa_avg.formats.archive import ArchiveCheckpoint
+from swa_avg.formats import Checkpoint, suffix_of
 from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.planning.policy import is_model_optimizer
 
@@ -18,7 +17,7 @@ __all__ = ["as_output", "output_path", "plan_output"]
 
 def output_path(output: str | Path | None, named: Sequence[Path]) -> Path:
     """Return where the output goes, in the current folder by default, and never over an input."""
-    target = as_path(output) if output is not None else Path("swa" + _suffix(named[-1]))
+    target = as_path(output) if output is not None else Path("swa" + suffix_of(named[-1]))
     if remote(target) is None:
         try:
             target.lstat()
@@ -67,24 +66,16 @@ def as_output(newest: Checkpoint, output: Path) -> Checkpoint:
     Raises:
         UsageError: the inputs cannot be written as that.
     """
-    suffixes = newest.suffixes
-    if isinstance(newest, ArchiveCheckpoint):
-        if output.name.endswith(".weights.h5"):
-            return newest.as_weights()
-        suffixes = (*suffixes, ".weights.h5")
-    if not output.name.endswith((*suffixes, _suffix(newest.path))):
+    weights = newest.as_weights()
+    if weights is not None and output.name.endswith(weights.suffixes):
+        return weights
+    suffixes = dict.fromkeys([*newest.suffixes, *(weights.suffixes if weights else ())])
+    if not output.name.endswith((*suffixes, suffix_of(newest.path))):
         expected = " or ".join(suffixes)
         raise UsageError(
             f"the output {output.name} must end with {expected}, since the inputs are {newest.kind}"
         )
     return newest
-
-
-def _suffix(path: Path) -> str:
-    for suffix in (".weights.h5", ".weights.json"):
-        if path.name.endswith(suffix):
-            return suffix
-    return path.suffix
 
 
 def _same_file(one: Path, other: Path) -> bool:

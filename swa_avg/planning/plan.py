@@ -11,6 +11,7 @@ from swa_avg.inputs.listing import Listing
 from swa_avg.planning.configuration import config_differences, stem
 from swa_avg.planning.methods import Method
 from swa_avg.planning.policy import is_model_optimizer, refusals, treatment
+from swa_avg.text import first_few
 
 __all__ = ["Plan", "coefficients_of", "make_plan"]
 
@@ -114,7 +115,7 @@ def _tensor_differences(checkpoint: Checkpoint, newest: Checkpoint) -> Iterator[
     path = checkpoint.path
     for names in sorted(map(sorted, _tied(newest) ^ _tied(checkpoint))):
         problem = f"one tensor under several names here or in {newest.path.name}, and not in the other"
-        yield Finding(path, ", ".join(names[:5]), problem)
+        yield Finding(path, first_few(names), problem)
     ours = {name: tensor for name, tensor in newest.tensors.items() if tensor.role == "weight"}
     theirs = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.role == "weight"}
     hint = ""

@@ -76,7 +76,7 @@ def refusals(checkpoint: Checkpoint) -> Iterator[Finding]:
         elif tensor.dtype == "int8":
             problem = "holds int8 codes, which cannot be averaged: average before you quantize"
             yield Finding(checkpoint.path, tensor.name, problem)
-        elif checkpoint.kind.startswith("legacy") and _LORA.search(tensor.name):
+        elif checkpoint.is_legacy and _LORA.search(tensor.name):
             problem = (
                 "is a LoRA factor, and factors do not average: save .keras or .weights.h5, which merge them"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.sweeping.candidates import Candidate
+from swa_avg.text import finite_or_none
 
 __all__ = ["Scored", "SweepReport", "rank"]
 
@@ -36,7 +36,7 @@ class Scored:
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """Return metrics as JSON can hold them: what is not finite becomes None."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return {name: finite_or_none(value) for name, value in metrics.items()}
 
 
 def rank(scored: Scored) -> tuple[float, int]:

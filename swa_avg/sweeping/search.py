@@ -30,7 +30,7 @@ from swa_avg.sweeping.candidates import Candidate
 from swa_avg.sweeping.report import Scored, SweepReport
 from swa_avg.sweeping.scoring import Scorer, Scoring, Validation
 from swa_avg.sweeping.trials import POINTS, Trials, greedy_soup, line
-from swa_avg.text import Progress
+from swa_avg.text import Progress, finite_or_none
 
 __all__ = ["candidate_rows", "sweep"]
 
@@ -286,4 +286,4 @@ def _record(report: SweepReport) -> dict[str, Any]:
 
 def _rounded(value: float) -> float | None:
     """Return a score as JSON can hold it, to the digits that do not change from run to run."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return finite_or_none(float(f"{value:.6g}"))

@@ -297,24 +297,47 @@ BAD_NPY = {
     "pickled objects": (npy(header("'|O'"), DATA), "found pickled objects, which are never read"),
     "negative size": (npy(header(shape="(-1, 3)"), DATA), "expected a shape"),
     "huge shape": (npy(header(shape="(1099511627776, 3)"), DATA), "expected 13194139533"),
-    "shape not a tuple": (npy(header(shape="6"), DATA), "found a damaged one"),
+    "shape not a tuple": (npy(header(shape="6"), DATA), "found a damaged or a very long one"),
     "boolean shape": (npy(header(shape="(True, 6)"), DATA), "expected a shape"),
     "long header": (
         npy(header() + b" " * 200_000, DATA, 2),
-        "expected a header of at most 65536 bytes; found one of",
+        "found a damaged or a very long one",
     ),
     "header of a gigabyte": (
         b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**30) + bytes(100),
-        "found one of 1073741824",
+        "found a damaged or a very long one",
     ),
     "header of four terabytes": (
         b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + bytes(100),
-        "found one of 4294967295",
+        "found a damaged or a very long one",
     ),
-    "header cut off": (npy(header())[:30], "found a damaged one"),
-    "brackets": (npy(b"(" * 60_000, DATA), "found a damaged one"),
-    "code": (npy(b"__import__('os').getcwd()", DATA), "found a damaged one"),
-    "long integer": (npy(header(shape=f"({'9' * 5000}, 1)"), DATA), "found a damaged one"),
+    "header cut off": (npy(header())[:30], "found a damaged or a very long one"),
+    "brackets": (npy(b"(" * 60_000, DATA), "found a damaged or a very long one"),
+    "code": (npy(b"__import__('os').getcwd()", DATA), "found a damaged or a very long one"),
+    "long integer": (npy(header(shape=f"({'9' * 5000}, 1)"), DATA), "found a damaged or a very long one"),
+    "null byte": (npy(header() + b"\0", DATA), "found a damaged or a very long one"),
+    "open string": (npy(b"{'descr': '<f4", DATA), "found a damaged or a very long one"),
+    "indentation": (npy(b"  {}\n {}\n      {}", DATA), "found a damaged or a very long one"),
+    "unknown type": (npy(header("'<q99'"), DATA), "found a damaged or a very long one"),
+    "type of another kind": (npy(header("{'a': 1}"), DATA), "found a damaged or a very long one"),
+    "a key too many": (npy(header(fortran="False, 'x': 1"), DATA), "found a damaged or a very long one"),
+    "latin-1 where UTF-8 is due": (npy(header("'\xe9'"), DATA, 3), "found a damaged or a very long one"),
+    "numbers with fields": (
+        npy(header("('<i4', [('a', '<i2'), ('b', '<i2')])", "(6,)"), DATA),
+        "a structure",
+    ),
+    "arrays in an array": (
+        npy(header("('<f4', (2,))", "(3,)"), DATA),
+        "expected numbers; found ('<f4', (2,))",
+    ),
+    "sizes of thousands of digits": (
+        npy(header(shape=f"({'9' * 4000}, {'9' * 4000})"), DATA),
+        "expected a shape",
+    ),
+    "hundreds of dimensions": (
+        npy(header(shape=f"({'9223372036854775807, ' * 400})"), DATA),
+        "expected a shape",
+    ),
     "unknown version": (npy(header(), DATA, 9), "expected an array in .npy format"),
     "text": (npy(header("'<U6'"), DATA), "expected numbers; found <U6"),
     "complex": (npy(header("'<c8'", "(3,)"), DATA), "expected numbers; found complex64"),
@@ -326,6 +349,19 @@ BAD_NPY = {
     "a number": (npy(header(shape="()"), bytes(4)), "expected at least one row; found float32[]"),
     "empty rows": (npy(header(shape="(3, 0)")), "expected numbers; found float32[3, 0]"),
 }
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_each_version_of_the_header_is_read(tmp_path, version):
+    content = npy(header(shape="(2, 3)"), np.arange(6, dtype=np.float32).tobytes(), version)
+    (tmp_path / "a.npy").write_bytes(content)
+    found, _ = rows_of(tmp_path / "a.npy")
+    np.testing.assert_array_equal(np.sort(found.ravel()), np.arange(6))
+
+
+def test_headers_of_python_2_are_read(tmp_path):
+    (tmp_path / "a.npy").write_bytes(npy(header(shape="(2L, 3L)"), DATA))
+    assert len(rows_of(tmp_path / "a.npy")[0]) == 2
 
 
 @pytest.mark.parametrize("case", BAD_NPY)
@@ -388,7 +424,7 @@ def test_duplicate_keys_are_refused(tmp_path):
         archive.writestr("x.npy", npy(header(), DATA))
         with pytest.warns(UserWarning, match="Duplicate"):
             archive.writestr("x.npy", npy(header(), DATA))
-    assert "x: stands twice in the archive" in refused(tmp_path / "twice.npz")
+    assert "x: appears twice in the archive" in refused(tmp_path / "twice.npz")
 
 
 def test_an_archive_without_arrays_says_so(tmp_path):

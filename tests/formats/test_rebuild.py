@@ -13,7 +13,7 @@ import pytest
 import makers
 from swa_avg.errors import UnreadableError
 from swa_avg.formats import open_checkpoint
-from swa_avg.formats.hdf5.rebuild import _GuardedFile, write_provenance
+from swa_avg.formats.hdf5.rebuild import _GuardedFile, write_record
 
 ATTRIBUTES = {
     "text": "ünï ☃",
@@ -90,7 +90,7 @@ def test_the_record_of_an_average_replaces_that_of_its_inputs(tmp_path: Path) ->
     checkpoint.close()
     for record in ({"inputs": "x" * 200_000}, {"inputs": "y"}, {"inputs": "z" * 100_000}):
         with path.open("r+b") as file:
-            write_provenance(file, record, path, tensors)
+            write_record(file, record, path, tensors)
         with h5py.File(path, "r") as file:
             text = b"".join(bytes(file.attrs[name]) for name in sorted(file.attrs))
             assert text.decode() == f'{{"inputs":"{record["inputs"]}"}}'
@@ -107,7 +107,7 @@ def test_a_record_is_not_written_over_values(tmp_path: Path) -> None:
     data[40:48] = (len(data) - 3000).to_bytes(8, "little")
     path.write_bytes(data)
     with path.open("r+b") as file, pytest.raises(UnreadableError, match=r"damaged HDF5 file \(.+\)"):
-        write_provenance(file, {"inputs": "x" * 50_000}, path, tensors)
+        write_record(file, {"inputs": "x" * 50_000}, path, tensors)
     offset = tensors[0].offset
     assert path.read_bytes()[offset : offset + 3996] == np.arange(999, dtype=np.float32).tobytes()
 

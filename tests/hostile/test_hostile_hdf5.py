@@ -243,12 +243,12 @@ CASES = [
     Case(
         "text",
         lambda path: path.write_text("loss: 0.1\n" * 100),
-        r"not a Keras checkpoint: neither a \.keras archive, nor HDF5, nor a \.weights\.json",
+        r"not a Keras checkpoint: neither a \.keras archive, nor a \.weights\.json, nor HDF5",
     ),
     Case(
         "userblock",
         lambda path: makers.write_store(path, ARRAYS, userblock_size=512),
-        r"not a Keras checkpoint: neither a \.keras archive, nor HDF5, nor a \.weights\.json",
+        r"not a Keras checkpoint: neither a \.keras archive, nor a \.weights\.json, nor HDF5",
     ),
     Case(
         "external link",
@@ -400,7 +400,7 @@ CASES = [
     Case(
         "dots",
         _patched(lambda data: data.replace(b"dense\0", b"..\0\0\0\0")),
-        rf"holds an impossible name: b'\.\.'|{DAMAGED}",
+        rf"holds an invalid name: b'\.\.'|{DAMAGED}",
     ),
     Case(
         "writer killed before it flushed",
@@ -584,7 +584,7 @@ def test_a_moved_address_is_told_by_the_other_checkpoints(isolated: Isolated, tm
     (tmp_path / "m_5.weights.h5").write_bytes(data)
     before = snapshot(tmp_path)
     for inputs in (["a_1.weights.h5", "m_5.weights.h5"], ["m_5.weights.h5", "z_9.weights.h5"]):
-        line = rf"{inputs[0]}: {KERNEL}: lies at another place than in {inputs[1]}, and everything else does not: one is damaged"
+        line = rf"{inputs[0]}: {KERNEL}: lies at another offset than in {inputs[1]}, and nothing else does: one of the two is damaged"
         check_line(isolated.run([*inputs, "-q", "-o", "swa.weights.h5"], tmp_path), 3, line)
         assert snapshot(tmp_path) == before
 
@@ -598,7 +598,7 @@ def test_a_moved_address_is_told_where_there_are_two_tensors(isolated: Isolated,
     _move(bias, lambda data: _extent(data, bias)[0] + 256)(data)
     (tmp_path / "z_9.h5").write_bytes(data)
     before = snapshot(tmp_path)
-    line = r"a_1\.h5: .*bias:0: lies at another place than in z_9\.h5, and everything else does not: one is damaged"
+    line = r"a_1\.h5: .*bias:0: lies at another offset than in z_9\.h5, and nothing else does: one of the two is damaged"
     check_line(isolated.run(["a_1.h5", "z_9.h5", "-q", "-o", "swa.h5"], tmp_path), 3, line)
     assert snapshot(tmp_path) == before
 

@@ -434,6 +434,6 @@ def test_a_file_that_does_not_read_back_is_not_published(
         path = tmp_path / f"a_1{suffix}"
         write(path, makers.weights(1))
         before = snapshot(tmp_path)
-        with pytest.raises(SystemRefusalError, match="what was written does not read back as it was"):
+        with pytest.raises(SystemRefusalError, match="what was written does not read back the same"):
             average([path], tmp_path / f"swa{suffix}")
         assert snapshot(tmp_path) == before

@@ -156,7 +156,7 @@ CASES = [
         _members(**{WEIGHTS: makers.store_bytes(ARRAYS)[:-500]}),
         r".*damaged HDF5 file \(.*\)",
     ),
-    Case("duplicate member", _duplicate, r"config\.json: stands twice in the archive"),
+    Case("duplicate member", _duplicate, r"config\.json: appears twice in the archive"),
     Case(
         "overlapping members",
         _patched(_overlap),

@@ -1,1 +1,1 @@
-"""HDF5 structures, as every Keras writer lays them out, read with bounds and without libhdf5."""
+"""Read HDF5 as Keras writes it: bounded, and without libhdf5 wherever possible."""

@@ -1,27 +1,23 @@
-"""HDF5: where each tensor lies."""
+"""Find where each tensor of an HDF5 region lies, and check that no two parts of the region overlap."""
 
 from __future__ import annotations
 
 import math
-import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from swa_avg.errors import UnreadableError
 from swa_avg.files.region import Region
-from swa_avg.formats.base import Role, Tensor
+from swa_avg.formats.base import Tensor
 from swa_avg.formats.hdf5.messages import DamagedStructureError, decode, number_of, shape_of
 from swa_avg.formats.hdf5.objects import Extent, Message, NewerStructureError, Structures
+from swa_avg.formats.hdf5.walk import Walk
 
-__all__ = ["SIGNATURE", "Layout", "Walk", "read_layout"]
+__all__ = ["SIGNATURE", "Layout", "read_layout"]
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _SUPERBLOCK_SIZE = 96
-_MAX_OBJECTS = 50_000
-_MAX_DEPTH = 64
-_MAX_NAME = 1_000
-_ROLES: dict[str, Role] = {"optimizer": "optimizer", "optimizer_weights": "optimizer", "metrics": "metric"}
 
 _DATASPACE, _DATATYPE, _EXTERNAL, _STORAGE, _FILTERS = 0x0001, 0x0003, 0x0007, 0x0008, 0x000B
 _SHARED = 2
@@ -32,20 +28,20 @@ _UNALLOCATED = 2**64 - 1
 
 @dataclass(frozen=True)
 class Layout:
-    """What is in one HDF5 region, apart from the values."""
+    """What one HDF5 region holds, apart from the values."""
 
     tensors: Mapping[str, Tensor]
     groups: Mapping[str, Sequence[bytes]]
     """Path -> attribute messages; the root is the empty path."""
     datasets: Mapping[str, Sequence[bytes]]
-    """The same of what is no group."""
+    """The same for datasets."""
 
 
 def read_layout(region: Region, index: int = 0) -> Layout:
-    """Parse an HDF5 region for where its tensors lie; no value is read.
+    """Find where the tensors of an HDF5 region lie; no value is read.
 
-    libhdf5 is asked only where a group keeps its links in a newer way than Keras's files do, and never
-    for an attribute.
+    libhdf5 is used only where a group stores its links in a newer way than Keras's files do, and never for
+    attributes.
 
     Raises:
         UnreadableError: the file is damaged, or holds something other than plain contiguous tensors.
@@ -70,104 +66,11 @@ def read_layout(region: Region, index: int = 0) -> Layout:
     return layout
 
 
-@dataclass
-class Walk:
-    """One pass over the groups of a region: what has been found so far."""
-
-    region: Region
-    index: int
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    groups: dict[str, Sequence[bytes]] = field(default_factory=dict)
-    datasets: dict[str, Sequence[bytes]] = field(default_factory=dict)
-    at: str | None = None
-    """The object that is looked at."""
-    _entered: set[int] = field(default_factory=set)
-
-    def child(self, path: str, name: bytes) -> str:
-        """Return the path of what a group holds under `name`, after checks of name and number."""
-        if len(name) > _MAX_NAME:
-            raise UnreadableError(self.region.path, f"holds a name of {len(name)} bytes")
-        try:
-            text = name.decode()
-        except UnicodeDecodeError:
-            raise UnreadableError(
-                self.region.path, f"holds a name that is not UTF-8: {name[:80]!r}"
-            ) from None
-        if text in ("", ".", "..") or "/" in text:
-            raise UnreadableError(self.region.path, f"holds an impossible name: {name[:80]!r}")
-        self.at = child = f"{path}/{text}" if path else text
-        if child in self.tensors or child in self.groups:
-            raise UnreadableError(self.region.path, "stands twice in the file", tensor=child)
-        if len(self.tensors) + len(self.groups) >= _MAX_OBJECTS:
-            raise UnreadableError(self.region.path, f"holds more than {_MAX_OBJECTS} objects")
-        return child
-
-    def enter(self, path: str, address: int, attributes: Sequence[bytes]) -> None:
-        """Note a group, which may be reached once only."""
-        if address in self._entered:
-            raise UnreadableError(self.region.path, "is a group that is linked twice", tensor=path)
-        if path.count("/") > _MAX_DEPTH:
-            raise UnreadableError(self.region.path, f"holds groups nested more than {_MAX_DEPTH} deep")
-        self._entered.add(address)
-        self.groups[path] = attributes
-
-    def add(self, name: str, shape: tuple[int, ...], kind: tuple[str, int], offset: int) -> None:
-        """Note a dataset, of a type and so many bytes a value."""
-        dtype, itemsize = kind
-        nbytes = math.prod(shape) * itemsize
-        role = _ROLES.get(name.split("/", 1)[0], "weight")
-        offset = offset if nbytes else 0
-        self.tensors[name] = Tensor(name, tuple(map(int, shape)), dtype, self.index, offset, nbytes, role)
-
-    def refuse_link(self, name: str) -> UnreadableError:
-        problem = "is a soft or external link, which Keras never writes"
-        return UnreadableError(self.region.path, problem, tensor=name)
-
-    def refuse_storage(self, name: str) -> UnreadableError:
-        problem = "is stored chunked, compressed, compact, virtual or in another file"
-        hint = "rewrite it without: h5repack -l CONTI -f NONE IN OUT"
-        return UnreadableError(self.region.path, problem, tensor=name, hint=hint)
-
-    def refuse_type(self, name: str) -> UnreadableError:
-        problem = "has a type that Keras does not write for a variable"
-        return UnreadableError(self.region.path, problem, tensor=name)
-
-    def refuse_object(self, name: str) -> UnreadableError:
-        return UnreadableError(self.region.path, "is neither a group nor a dataset", tensor=name)
-
-    def check_size(self, name: str, nbytes: int, offset: int | None, stored: int) -> None:
-        """Raise UnreadableError unless a dataset's bytes were written, all of them."""
-        if nbytes and offset is None:
-            raise UnreadableError(self.region.path, "was never written", tensor=name)
-        if offset is not None and stored != nbytes:
-            problem = f"its shape takes {nbytes} bytes, but {stored} are stored"
-            raise UnreadableError(self.region.path, problem, tensor=name)
-
-    def inner_optimizers(self) -> dict[str, Tensor]:
-        """Return the tensors of optimizers that a subclassed model holds as attributes, such as a GAN's.
-
-        Told by what they are called and by what every Keras optimizer starts with: the count of its
-        iterations and its learning rate.
-        """
-        groups = set()
-        for group in self.groups:
-            count, rate = (self.tensors.get(f"{group}/{index}") for index in (0, 1))
-            if not re.search(r"optimizer[^/]*/vars$", group) or count is None or rate is None:
-                continue
-            if count.shape == rate.shape == () and count.dtype.startswith(("int", "uint")):
-                groups.add(group)
-        return {
-            name: replace(tensor, role="optimizer")
-            for name, tensor in self.tensors.items()
-            if name.rpartition("/")[0] in groups
-        }
-
-
 def _walk(walk: Walk, structures: Structures) -> None:
-    """Look at every object that can be reached; iterative, and no object is read twice.
+    """Visit every object that can be reached, without recursion, and read none twice.
 
     Raises:
-        NewerStructureError: an object is of a newer kind than those that are read here.
+        NewerStructureError: an object is of a newer kind than this parser reads.
     """
     if structures.is_newer:
         raise NewerStructureError
@@ -222,13 +125,13 @@ def _add_tensor(walk: Walk, name: str, messages: Sequence[Message], attributes: 
 
 
 def _type(datatype: bytes, attributes: Iterable[bytes]) -> tuple[str, int] | None:
-    """Return what type a datatype message stands for, and its bytes a value; None if Keras has none such."""
+    """Return the type of a datatype message and the bytes of a value; None if Keras has no such type."""
     number = number_of(datatype)
     kind, size = datatype[0] & 15, int.from_bytes(datatype[4:8], "little")
     if number is not None:
         return number, size
     if kind == _OPAQUE and size == 2:
-        # Keras 3 tags bfloat16 with an attribute; that it is there is enough.
+        # Keras 3 tags bfloat16 with an attribute; its presence is enough.
         tagged = any(decode(body).name == b"dtype" for body in attributes)
         return ("bfloat16" if tagged else "opaque16"), size
     if kind == _ENUMERATION and size == 1 and datatype[1:3] == b"\2\0":

@@ -1,6 +1,6 @@
-"""What libhdf5 is asked: what newer structures hold, and whether an output can be read.
+"""What is left to libhdf5: to read structures of newer kinds, and to check that an output can be read.
 
-Keras's files have newer structures, which have checksums, in groups with a name that is not ASCII.
+Keras's files use these newer structures, which have checksums, for groups with a name that is not ASCII.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t
 from swa_avg.errors import SwaAvgError, UnreadableError, first_line
 from swa_avg.files.region import Region, RegionFile
 from swa_avg.formats.base import Tensor
-from swa_avg.formats.hdf5.layout import Walk
 from swa_avg.formats.hdf5.objects import NewerStructureError, Structures
+from swa_avg.formats.hdf5.walk import Walk
 
 __all__ = ["attributes_of", "check_readable", "walk_newer"]
 
@@ -34,7 +34,7 @@ _KNOWN_TYPES: dict[tuple[int, int], tuple[tuple[str, Any], ...]] = {
 
 
 def walk_newer(walk: Walk, structures: Structures) -> None:
-    """Look at every object that can be reached by hard links, without reading an attribute or a value.
+    """Visit every object that can be reached by hard links, without reading an attribute or a value.
 
     Raises:
         UnreadableError: libhdf5 cannot read the file.
@@ -53,7 +53,7 @@ def walk_newer(walk: Walk, structures: Structures) -> None:
 
 
 def attributes_of(structures: Structures, address: int) -> tuple[bytes, ...]:
-    """Return an object's attribute messages, and note its structures; of a newer object none are read."""
+    """Return an object's attribute messages, and record its structures; a newer object yields none."""
     try:
         messages = structures.messages(address)
     except NewerStructureError:
@@ -65,10 +65,10 @@ def attributes_of(structures: Structures, address: int) -> tuple[bytes, ...]:
 
 
 def check_readable(region: Region, tensors: Mapping[str, Tensor]) -> None:
-    """See that libhdf5, and so Keras, finds these tensors in a region, and no others.
+    """Check that libhdf5, and so Keras, finds these tensors in a region, and no others.
 
     Raises:
-        UnreadableError: it does not; what the region was copied from, `region.path`, is damaged.
+        UnreadableError: it does not, because the file that it was copied from, `region.path`, is damaged.
     """
     walk = Walk(region, 0)
     _visit(walk)
@@ -115,7 +115,7 @@ def _visit_all(walk: Walk, file: Any, addresses: dict[str, int]) -> None:
 
 
 def _add_tensor(walk: Walk, name: str, dataset: Any) -> None:
-    # The storage first: to ask a virtual dataset for its shape would open the files that it names.
+    # Storage first: asking a virtual dataset for its shape would open the files that it names.
     properties = dataset.get_create_plist()
     if (
         properties.get_layout() != h5d.CONTIGUOUS
@@ -141,7 +141,7 @@ def _type(dataset: Any) -> tuple[str, int] | None:
         if stored.equal(known):
             return dtype, size
     if kind == h5t.OPAQUE and size == 2:
-        # Keras 3 tags bfloat16 with an attribute; that it is there is enough, its value is not read.
+        # Keras 3 tags bfloat16 with an attribute; its presence is enough, its value is not read.
         return ("bfloat16" if h5a.exists(dataset, b"dtype") else "opaque16"), size
     if kind == h5t.ENUM and size == 1 and stored.get_nmembers() == 2:
         return "bool", size
@@ -149,5 +149,5 @@ def _type(dataset: Any) -> tuple[str, int] | None:
 
 
 def _end_of_file(walk: Walk) -> int:
-    """Return where the superblock says that the file ends: what lies beyond, HDF5 takes for free space."""
+    """Return where the file ends according to the superblock; HDF5 treats what lies beyond as free space."""
     return int(min(walk.region.size, struct.unpack("<Q", walk.region.read(28, 8))[0]))

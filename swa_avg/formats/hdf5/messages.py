@@ -1,7 +1,7 @@
-"""Read attributes from the bytes of an HDF5 region.
+"""Decode the messages of HDF5 objects: attributes, datatypes and dataspaces.
 
 libhdf5 loops forever or crashes on damaged variable-length strings, the form in which Keras stores
-`model_config` and layer names. So these few structures are decoded here, with every length checked, from
+`model_config` and layer names. So these few structures are decoded here, with every length checked, after
 the HDF5 file format specification (version 3.0): attribute (IV.A.2.m), datatype (IV.A.2.d), dataspace
 (IV.A.2.b) and global heap (III.E).
 """
@@ -47,12 +47,12 @@ _NUMBERS = {  # class and the rest of a datatype message -> NumPy's name
 
 
 class DamagedStructureError(ValueError):
-    """A structure of an HDF5 region is not what the format says."""
+    """A structure of an HDF5 region does not follow the specification."""
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """One attribute, as its message holds it."""
+    """One attribute, as stored in its message."""
 
     name: bytes
     shape: tuple[int, ...]
@@ -61,12 +61,12 @@ class Attribute:
 
     @property
     def size(self) -> int:
-        """Bytes a value."""
+        """Bytes of a value."""
         return int.from_bytes(self.datatype[4:8], "little")
 
     @property
     def number(self) -> str | None:
-        """NumPy's name of its type, where that is a plain little-endian number."""
+        """NumPy's name for its type, if that is a plain little-endian number."""
         return number_of(self.datatype)
 
     @property
@@ -87,8 +87,8 @@ class Attribute:
 class AttributeReader:
     """Reads attributes of one region.
 
-    Hostile files lead to the same bytes again and again; all that is read together is bounded by the size of
-    the region.
+    A hostile file may refer to the same bytes again and again; the total read is limited in proportion to
+    the size of the region.
     """
 
     def __init__(self, region: Region) -> None:
@@ -98,7 +98,7 @@ class AttributeReader:
         self._heap_bytes = 0
 
     def strings(self, messages: Iterable[bytes], names: Sequence[str]) -> dict[str, list[bytes]]:
-        """Return those attributes in `names` that are among the attribute messages of an object.
+        """Return the attributes in `names` that an object's attribute messages hold.
 
         Keras splits an attribute above 64 kB into `name0`, `name1`, ...; the parts are joined under `name`.
         Each value is the flat list of its strings: one for a scalar, none for an empty array of any type.
@@ -119,7 +119,7 @@ class AttributeReader:
         return joined
 
     def values(self, attribute: Attribute) -> list[bytes] | None:
-        """Return the strings that an attribute holds, None if it is of another type; errors likewise."""
+        """Return an attribute's strings, or None if it has another type; errors as for `strings`."""
         count, size, data = math.prod(attribute.shape), attribute.size, attribute.data
         if count == 0:
             return []
@@ -176,7 +176,7 @@ class AttributeReader:
 
 
 def whole_name(part: bytes) -> str:
-    """Return the name of the attribute that one of Keras's numbered parts belongs to."""
+    """Return the name of the attribute to which one of Keras's numbered parts belongs."""
     return part.rstrip(b"0123456789").decode("utf-8", "backslashreplace")
 
 
@@ -206,10 +206,10 @@ def decode(body: bytes) -> Attribute:
 
 
 def shape_of(space: bytes) -> tuple[int, ...]:
-    """Return the shape that a dataspace message holds; (0,) of one that holds nothing.
+    """Return the shape in a dataspace message; (0,) for one without values.
 
     Raises:
-        DamagedStructureError: it is of another version.
+        DamagedStructureError: its version is unknown.
         struct.error, IndexError: it is cut short.
     """
     version, rank = space[0], space[1]
@@ -221,6 +221,6 @@ def shape_of(space: bytes) -> tuple[int, ...]:
 
 
 def number_of(datatype: bytes) -> str | None:
-    """Return NumPy's name of a datatype message, where it is a plain little-endian number."""
+    """Return NumPy's name for a datatype message, if it is a plain little-endian number."""
     kind = datatype[0] & 15
     return _NUMBERS.get((kind, datatype[1 : _TYPE_BYTES.get(kind, 0)]))

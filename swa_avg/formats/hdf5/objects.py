@@ -1,10 +1,10 @@
-"""The structures of an HDF5 region: object headers, groups, and where each of them lies.
+"""Read the structures of an HDF5 region, object headers and groups, and record where each of them lies.
 
-What every Keras writer produces, after the HDF5 file format specification (version 3.0): superblock versions
-0 and 1 (II.A), version 1 B-trees (III.A.1), symbol table nodes (III.B, III.C), local heaps (III.D), global
-heaps (III.E) and object headers of version 1 (IV.A.1.a). HDF5 keeps no checksum of these, so that a damaged
-address reads other bytes without an error. What it leads to is mostly a structure or another tensor, and that
-nothing overlaps can be checked: hence the extents.
+They are those that every Keras writer produces, after the HDF5 file format specification (version 3.0):
+superblock versions 0 and 1 (II.A), version 1 B-trees (III.A.1), symbol table nodes (III.B, III.C), local
+heaps (III.D), global heaps (III.E) and object headers of version 1 (IV.A.1.a). They have no checksums, so
+with a damaged address other bytes are read without an error. Most often those belong to another structure or
+to a tensor. The extents are recorded to check that nothing overlaps.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _LAST_FREE = 1
 
 
 class NewerStructureError(ValueError):
-    """A structure is of a newer kind than those that are read here."""
+    """A structure is of a newer kind than this parser reads."""
 
 
 def _free_bytes(heap: bytes, free: int) -> int:
     """Return how many bytes of a heap of names are free.
 
     Raises:
-        DamagedStructureError: the list of free blocks does not end, which libhdf5 would not notice either.
+        DamagedStructureError: the list of free blocks is endless, which libhdf5 would not notice.
     """
     total = 0
     for _ in range(len(heap) // 16):
@@ -51,17 +51,17 @@ def _free_bytes(heap: bytes, free: int) -> int:
         free, size = struct.unpack_from("<QQ", heap, free)
         total += size
     if free != _LAST_FREE:
-        raise DamagedStructureError("the free blocks of a heap do not end")
+        raise DamagedStructureError("the list of free blocks of a heap is endless")
     return total
 
 
 class Structures:
-    """Reads structures, and notes where they lie."""
+    """Reads structures, and records where they lie."""
 
     def __init__(self, region: Region) -> None:
         self.region = region
         self.found: set[Extent] = set()
-        """The extents of all that has been read."""
+        """The extent of every structure read."""
         self._heaps: set[int] = set()
         self._budget = region.size + 2**20
         version = self._read(8, 1)[0]
@@ -81,10 +81,10 @@ class Structures:
         self._node_size, self._tree_size = 8 + 2 * leaf * 40, 32 + 2 * internal * 16
 
     def messages(self, header: int) -> list[Message]:
-        """Return the messages of the object with this header address, of those kinds that matter here.
+        """Return the messages that matter here of the object whose header is at this address.
 
         Raises:
-            NewerStructureError: the header is of a newer kind; it has a checksum of its own.
+            NewerStructureError: the header is of a newer kind, which has a checksum.
         """
         version, count, size = struct.unpack("<BxHxxxxI", self._read(header, 12))
         if version != 1:
@@ -117,16 +117,16 @@ class Structures:
 
     @staticmethod
     def attributes(messages: Iterable[Message]) -> tuple[bytes, ...]:
-        """Return the attribute messages among those of an object; a shared one holds an address instead."""
+        """Return an object's attribute messages, without shared ones, which hold an address instead."""
         return tuple(body for kind, flags, body in messages if kind == _ATTRIBUTE and not flags & _SHARED)
 
     def links(self, messages: list[Message]) -> Iterator[tuple[bytes, int | None]] | None:
-        """Return name and header address of all that a group holds, or None if the object is no group.
+        """Return name and header address of everything in a group, or None if the object is not a group.
 
-        Instead of an address, a soft link has None.
+        A soft link has None instead of an address.
 
         Raises:
-            NewerStructureError: the group keeps its links in another way, as for names that are not ASCII.
+            NewerStructureError: the group stores its links in another way, as for names that are not ASCII.
         """
         kinds = {kind for kind, _, _ in messages}
         if kinds & set(_NEWER_GROUP):
@@ -163,7 +163,7 @@ class Structures:
             if expected is None and (left, right) != (_UNDEFINED, _UNDEFINED):
                 raise DamagedStructureError("the root of a tree has siblings")
             if expected not in (None, level):
-                raise DamagedStructureError("a tree has another depth than it should")
+                raise DamagedStructureError("a tree has the wrong depth")
             children = [struct.unpack_from("<Q", node, 32 + 16 * child)[0] for child in range(used)]
             if level:
                 nodes.extend((child, level - 1) for child in reversed(children))
@@ -173,11 +173,11 @@ class Structures:
                 signature, version, count = struct.unpack_from("<4sBxH", leaf)
                 self._expect(signature + bytes([version]), b"SNOD\1")
                 if not count or 8 + 40 * count > len(leaf):
-                    raise DamagedStructureError("a group has another number of links than it should")
+                    raise DamagedStructureError("a group has the wrong number of links")
                 yield from (leaf[start : start + 40] for start in range(8, 8 + 40 * count, 40))
 
     def _global_heaps(self, body: bytes) -> None:
-        """Note where the heaps lie that hold an attribute's strings."""
+        """Record where the heaps lie that hold an attribute's strings."""
         attribute = decode(body)
         if not attribute.is_variable_string:
             return
@@ -190,7 +190,7 @@ class Structures:
                 self.found.add((address, address + size))
 
     def _take(self, start: int, size: int) -> bytes:
-        """Return the bytes of a structure, and note where it lies."""
+        """Return the bytes of a structure, and record where it lies."""
         if (start, start + size) in self.found:
             raise DamagedStructureError("a structure belongs to two others")
         self.found.add((start, start + size))
@@ -205,4 +205,4 @@ class Structures:
     @staticmethod
     def _expect(found: bytes, expected: bytes) -> None:
         if found != expected:
-            raise DamagedStructureError("an address leads to another structure than it should")
+            raise DamagedStructureError("an address leads to the wrong kind of structure")

@@ -1,4 +1,4 @@
-"""Write HDF5 files with libhdf5: without some groups, and with the record of how they were made."""
+"""Write HDF5 files with libhdf5: without some groups, or with the record of how they were made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from h5py import h5d, h5o, h5p, h5s, h5t
 
 from swa_avg.errors import SwaAvgError, UnreadableError, first_line
 from swa_avg.files.region import Region, RegionFile
-from swa_avg.formats.base import PROVENANCE, Checkpoint, Tensor
+from swa_avg.formats.base import RECORD_NAME, Checkpoint, Tensor
 from swa_avg.formats.hdf5.layout import Layout, read_layout
 from swa_avg.formats.hdf5.libhdf5 import attributes_of
 from swa_avg.formats.hdf5.messages import (
@@ -29,7 +29,7 @@ from swa_avg.formats.hdf5.messages import (
 )
 from swa_avg.formats.hdf5.objects import Structures
 
-__all__ = ["strip", "write_provenance"]
+__all__ = ["strip", "write_record"]
 
 _ATTRIBUTE_BYTES = 60_000  # HDF5 takes 64 kB an attribute
 
@@ -37,8 +37,8 @@ _ATTRIBUTE_BYTES = 60_000  # HDF5 takes 64 kB an attribute
 def strip(checkpoint: Checkpoint, groups: Sequence[str], scratch: Callable[[], IO[bytes]]) -> dict[str, Any]:
     """Return shards and tensors of a checkpoint without some top-level groups.
 
-    HDF5 does not give back the room of what is deleted, so each region is built anew, from what has been read
-    and checked: what libhdf5 writes here, it does not read from the input.
+    HDF5 does not free the space of what is deleted, so each region is built anew from what has been read and
+    checked; libhdf5 only writes here, and does not read the input.
 
     Raises:
         UnreadableError: an attribute is damaged, or of a type that Keras does not write.
@@ -68,7 +68,7 @@ def strip(checkpoint: Checkpoint, groups: Sequence[str], scratch: Callable[[], I
 def _rebuild(
     target: Any, region: Region, layout: Layout, groups: Sequence[str], kept: Mapping[str, Tensor]
 ) -> None:
-    """Make the groups and attributes of a layout, and room for its tensors."""
+    """Create the groups and attributes of a layout, and allocate its tensors."""
     reader = AttributeReader(region)
     for path, messages in layout.groups.items():
         if path.split("/")[0] not in groups:
@@ -104,7 +104,7 @@ def _copy_attributes(reader: AttributeReader, messages: Sequence[bytes], path: s
 
 
 def _values(reader: AttributeReader, attribute: Attribute) -> np.ndarray[Any, Any]:
-    """Return an attribute's value, with the type that h5py is to store."""
+    """Return an attribute's value in the type that h5py is to store."""
     if attribute.number is not None:
         count = math.prod(attribute.shape)
         return np.frombuffer(attribute.data, attribute.number, count).reshape(attribute.shape)
@@ -118,8 +118,8 @@ def _values(reader: AttributeReader, attribute: Attribute) -> np.ndarray[Any, An
 class _GuardedFile(io.RawIOBase):
     """A file object for h5py that lets it write anywhere but over the tensors.
 
-    What libhdf5 takes for free space is what the file says, and that may not be so. Once the file is closed,
-    writing does nothing: after an interrupt, an h5py object may outlive it, and flush what nobody keeps.
+    libhdf5 believes what the file says is free space, and that may be wrong. Once the file is closed, writing
+    does nothing: after an interrupt, an h5py object may outlive it, and flush what nobody keeps.
     """
 
     def __init__(self, file: IO[bytes], tensors: Iterable[Tensor]) -> None:
@@ -170,10 +170,8 @@ class _GuardedFile(io.RawIOBase):
             raise ValueError("its free space is not free")
 
 
-def write_provenance(
-    file: IO[bytes], provenance: Mapping[str, Any], path: Path, tensors: Iterable[Tensor]
-) -> None:
-    """Add the provenance to an HDF5 file as JSON in the root attribute `swa_avg` (in parts if it is long).
+def write_record(file: IO[bytes], record: Mapping[str, Any], path: Path, tensors: Iterable[Tensor]) -> None:
+    """Add the record to an HDF5 file as JSON in the root attribute `swa_avg`, in parts if it is long.
 
     Through a Python file object, since h5py crashes the process where it cannot write through a path.
 
@@ -181,15 +179,15 @@ def write_provenance(
         UnreadableError: HDF5 cannot, or the attribute does not read back: what the file was copied from,
             `path`, is damaged.
     """
-    text = json.dumps(provenance, separators=(",", ":")).encode("ascii")
+    text = json.dumps(record, separators=(",", ":")).encode("ascii")
     parts = [text[start : start + _ATTRIBUTE_BYTES] for start in range(0, len(text), _ATTRIBUTE_BYTES)]
-    names = [PROVENANCE] if len(parts) == 1 else [f"{PROVENANCE}{number}" for number in range(len(parts))]
+    names = [RECORD_NAME] if len(parts) == 1 else [f"{RECORD_NAME}{number}" for number in range(len(parts))]
     try:
         with h5py.File(_GuardedFile(file, tensors), "r+") as hdf5:
             root = h5o.get_info(hdf5.id).addr
             region = Region(path, file)
             for body in attributes_of(Structures(region), root):  # of an average that was an input
-                if whole_name(decode(body).name) == PROVENANCE:
+                if whole_name(decode(body).name) == RECORD_NAME:
                     del hdf5.attrs[decode(body).name.decode()]
             for name, part in zip(names, parts, strict=True):
                 hdf5.attrs[name] = np.bytes_(part)

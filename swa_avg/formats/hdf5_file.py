@@ -1,80 +1,76 @@
-"""Bare HDF5 checkpoints: `.weights.h5`, `.h5`, `.hdf5`."""
+"""Checkpoints that are one HDF5 file: `.weights.h5`, and the legacy `.h5` and `.hdf5`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from swa_avg.errors import UnreadableError
+from swa_avg.errors import Finding, UnreadableError
 from swa_avg.files.region import Region
 from swa_avg.files.untrusted_json import parse_json
-from swa_avg.formats.base import PROVENANCE, Checkpoint, Provenance, Stage, Stream, write_shard
+from swa_avg.formats.base import (
+    RECORD_NAME,
+    Checkpoint,
+    Format,
+    Stage,
+    StoredRecord,
+    Stream,
+    write_shard,
+)
 from swa_avg.formats.hdf5.layout import SIGNATURE, Layout, read_layout
 from swa_avg.formats.hdf5.messages import AttributeReader, DamagedStructureError
 
-__all__ = [
-    "LEGACY_MODEL",
-    "LEGACY_WEIGHTS",
-    "SIGNATURE",
-    "WEIGHTS",
-    "Hdf5Checkpoint",
-    "is_keras_store",
-    "layer_names",
-    "open_hdf5",
-]
+__all__ = ["FORMAT", "Hdf5Checkpoint", "is_keras_store", "layer_names"]
 
-WEIGHTS = "Keras weights"
-LEGACY_MODEL = "legacy HDF5 model"
-LEGACY_WEIGHTS = "legacy HDF5 weights"
+_SUFFIX = ".weights.h5"
+_LEGACY_SUFFIXES = (".h5", ".hdf5")
+_LEGACY_WEIGHTS = "legacy HDF5 weights"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Hdf5Checkpoint(Checkpoint):
-    """A checkpoint that is one HDF5 file; the provenance is a root attribute."""
+    """A checkpoint that is one HDF5 file; the record is a root attribute of it."""
 
-    record: bytes = b""
-    """The provenance as it is stored, JSON; empty where there is none."""
-    training_config: bytes = b""
-    """How a legacy model was compiled, JSON; likewise."""
+    kind: str = "Keras weights"
+    suffixes: tuple[str, ...] = (_SUFFIX,)
+    training_json: bytes = b""
+    """How a legacy model was compiled; empty where that is not stored."""
 
-    def write(
-        self,
-        stream: Stream,
-        provenance: Callable[[], Provenance],
-        stage: Stage,
-    ) -> None:
+    @property
+    def training_config(self) -> Mapping[str, Any] | None:
+        if not self.training_json:
+            return None
+        return parse_json(self.training_json, self.path, "training_config")
+
+    def write(self, stream: Stream, record: Callable[[], StoredRecord], stage: Stage) -> None:
         from swa_avg.formats.hdf5.libhdf5 import check_readable
-        from swa_avg.formats.hdf5.rebuild import write_provenance
+        from swa_avg.formats.hdf5.rebuild import write_record
 
         file = stage.create(stage.output.name, self.shards[0].size)
         write_shard(file, stream(0, file))
-        record = provenance()
-        if record is not None:
-            write_provenance(file, record, self.path, self.tensors.values())
-        # There is no checksum that would tell of damage to what was copied.
+        made = record()
+        if made is not None:
+            write_record(file, made, self.path, self.tensors.values())
+        # What was copied has no checksum of its own that would reveal damage.
         check_readable(Region(self.path, file), self.tensors)
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         from swa_avg.formats.hdf5.rebuild import strip
 
         # In a legacy file of weights alone every top-level group is a layer.
-        groups = () if self.kind == LEGACY_WEIGHTS else ("optimizer", "optimizer_weights")
+        groups = () if self.kind == _LEGACY_WEIGHTS else ("optimizer", "optimizer_weights")
         return replace(self, **strip(self, groups, scratch))
 
+    def as_weights(self) -> Checkpoint | None:
+        return None if self.is_legacy else self
 
-def open_hdf5(path: Path, file: IO[bytes], like: Checkpoint | None = None) -> Hdf5Checkpoint:
-    """Open a Keras checkpoint that is a bare HDF5 file.
+    def differences(self, template: Checkpoint, *, rebuilt: bool) -> Iterator[Finding]:
+        return iter(())  # the record itself lies between the tensors, and Keras reads nothing else there
 
-    `file` is `path`, open for reading; whoever opened it closes it where this fails. `like` is a
-    checkpoint of the same run; where every byte outside the tensors is the same, its layout is taken over
-    without parsing the file.
 
-    Raises:
-        UnreadableError: the file is damaged, is not a Keras checkpoint, or stores a tensor in another way
-            than as one contiguous run of bytes.
-    """
+def _open(path: Path, file: IO[bytes], like: Checkpoint | None) -> Hdf5Checkpoint:
     region = Region(path, file)
     if isinstance(like, Hdf5Checkpoint) and like.shares_layout((region,)):
         return replace(like, path=path, shards=(region,))
@@ -86,47 +82,39 @@ def _keras_checkpoint(path: Path, region: Region, layout: Layout) -> Hdf5Checkpo
     root = _strings(
         reader,
         layout.groups[""],
-        *("layer_names", "model_config", "training_config", "keras_version", "backend", PROVENANCE),
+        *("layer_names", "model_config", "training_config", "keras_version", "backend", RECORD_NAME),
     )
-    kind, suffixes = WEIGHTS, [".weights.h5"]
-    tensors, names, config = layout.tensors, dict[str, str](), None
+    own: dict[str, Any] = {"tensors": layout.tensors}
     if "model_weights" in layout.groups:
-        kind, suffixes = LEGACY_MODEL, [".h5", ".hdf5"]
+        own |= {"kind": "legacy HDF5 model", "suffixes": _LEGACY_SUFFIXES, "is_legacy": True}
         _check_legacy_groups(reader, layout, "model_weights")
         if "model_config" in root:
-            config = parse_json(b"".join(root["model_config"]), path, "model_config")
+            own["config"] = parse_json(b"".join(root["model_config"]), path, "model_config")
     elif "layer_names" in root:
-        kind, suffixes = LEGACY_WEIGHTS, [".h5", ".hdf5"]
+        own |= {"kind": _LEGACY_WEIGHTS, "suffixes": _LEGACY_SUFFIXES, "is_legacy": True}
         _check_legacy_groups(reader, layout, "")
         # The top level holds layers, whatever they are called.
-        tensors = {name: replace(tensor, role="weight") for name, tensor in tensors.items()}
+        own["tensors"] = {name: replace(tensor, role="weight") for name, tensor in layout.tensors.items()}
     elif is_keras_store(layout.groups):
-        names = layer_names(region, layout)
+        own["layer_names"] = layer_names(region, layout)
     else:
         raise UnreadableError(
             path, "an HDF5 file, but not one that Keras wrote: no `vars` groups, no `layer_names`"
         )
-    record = b"".join(root.get(PROVENANCE, []))
+    if RECORD_NAME in root:
+        own["record"] = parse_json(b"".join(root[RECORD_NAME]), path, "its record of how it was made")
     return Hdf5Checkpoint(
         path,
-        kind,
-        tuple(suffixes),
-        (region,),
-        tensors,
-        config,
-        names,
-        PROVENANCE in root,
-        _writer(root.get("keras_version"), root.get("backend")),
-        record,
-        b"".join(root.get("training_config", [])),
+        shards=(region,),
+        writer=_writer(root.get("keras_version", ()), root.get("backend", ())),
+        training_json=b"".join(root.get("training_config", [])),
+        **own,
     )
 
 
-def _writer(version: list[bytes] | None, backend: list[bytes] | None) -> str | None:
-    if not version:
-        return None
-    on = f" with {backend[0].decode('utf-8', 'backslashreplace')}" if backend else ""
-    return f"Keras {version[0].decode('utf-8', 'backslashreplace')}{on}"
+def _writer(version: Sequence[bytes], backend: Sequence[bytes]) -> str | None:
+    on = f" with {_text(backend[0])}" if backend else ""
+    return f"Keras {_text(version[0])}{on}" if version else None
 
 
 def is_keras_store(groups: Iterable[str]) -> bool:
@@ -142,14 +130,14 @@ def layer_names(region: Region, layout: Layout) -> dict[str, str]:
         if path.endswith("/vars"):
             value = _strings(reader, messages, "name").get("name")
             if value:
-                names[path.removesuffix("/vars")] = value[0].decode("utf-8", "backslashreplace")
+                names[path.removesuffix("/vars")] = _text(value[0])
     return names
 
 
 def _check_legacy_groups(reader: AttributeReader, layout: Layout, parent: str) -> None:
-    """Hold the layer and weight names of a legacy file against its groups and datasets.
+    """Check that a legacy file stores every layer and weight that it lists.
 
-    Some versions of Keras leave a file that opens cleanly when a save crashed half way.
+    A save that crashed half way leaves, with some versions of Keras, a file that opens cleanly.
     """
     path = reader.region.path
     prefix = f"{parent}/" if parent else ""
@@ -169,12 +157,8 @@ def _check_legacy_groups(reader: AttributeReader, layout: Layout, parent: str) -
             raise UnreadableError(path, "the same weight listed twice", tensor=layer, hint=hint)
         _check_stored(path, layout, prefix + layer, weights, hint)
     if parent and "optimizer_weights" in layout.groups:
-        weights = [
-            name.decode("utf-8", "backslashreplace")
-            for name in _strings(reader, layout.groups["optimizer_weights"], "weight_names").get(
-                "weight_names", []
-            )
-        ]
+        stored_names = _strings(reader, layout.groups["optimizer_weights"], "weight_names")
+        weights = list(map(_text, stored_names.get("weight_names", ())))
         _check_stored(path, layout, "optimizer_weights", weights, hint)
 
 
@@ -194,7 +178,11 @@ def _names(
             "the save that wrote it did not finish, or it is stored in a newer HDF5 layout than Keras writes"
         )
         raise UnreadableError(reader.region.path, f"no attribute `{attribute}`", tensor=layer, hint=hint)
-    return [value.decode("utf-8", "backslashreplace") for value in values]
+    return list(map(_text, values))
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "backslashreplace")
 
 
 def _strings(reader: AttributeReader, messages: Sequence[bytes], *names: str) -> dict[str, list[bytes]]:
@@ -202,3 +190,6 @@ def _strings(reader: AttributeReader, messages: Sequence[bytes], *names: str) ->
         return reader.strings(messages, names)
     except DamagedStructureError as error:
         raise UnreadableError(reader.region.path, f"damaged HDF5 file: {error}") from error
+
+
+FORMAT = Format(description="HDF5", suffixes=(_SUFFIX, *_LEGACY_SUFFIXES), signature=SIGNATURE, open=_open)
