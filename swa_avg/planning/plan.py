@@ -77,7 +77,8 @@ def make_plan(
             continue
         extent = (tensor.shard, tensor.offset, tensor.nbytes)
         if not tensor.nbytes or extent not in seen:
-            by_treatment[treatment(tensor)].append(tensor)
+            layer = template.layer_names.get(tensor.name.rpartition("/vars/")[0], "")
+            by_treatment[treatment(tensor, layer)].append(tensor)
         seen.add(extent)
     return Plan(
         inputs=tuple(inputs),

@@ -26,33 +26,31 @@ FLOATS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 """Types that are averaged -> bytes a value."""
 
 _BATCHNORM_CLASSES = re.compile(r"BatchNormalization(V[12])?$")
-_BATCHNORM_GROUP = re.compile(r"(^|/)(sync_)?batch_normalization(_\d+)?$")
+_BATCHNORM_GROUP = re.compile(r"(^|[/_])(sync_)?(batch_?norm\w*|bn)(_?\d+)?$", re.IGNORECASE)
 _MOVING = re.compile(r"(^|/)moving_(mean|variance)(:0)?$")
-_POWER_ITERATION = re.compile(r"(^|/)(sn_u|vector_u)(:0)?$|(^|/)spectral_normalization(_\d+)?/vars/1$")
+_POWER_ITERATION = re.compile(r"(^|/)(sn_u|vector_u)(:0)?$|(^|[/_])(spectral_norm\w*|sn)(_?\d+)?/vars/1$")
 _LORA = re.compile(r"(^|/)lora_[a-z_]*[ab](:0)?$")
 _COUNTER_SHAPES = ((), (1,), (2,))  # a count, or the two words of a random seed's state
 
 
-def treatment(tensor: Tensor) -> Treatment:
-    """Return what becomes of a tensor whose type has been resolved.
+def treatment(tensor: Tensor, layer: str = "") -> Treatment:
+    """Return what becomes of a tensor whose type has been resolved; `layer` is its layer's name, if known.
 
     Floating-point weights, BatchNorm's moving statistics among them, are averaged. Counters, seed states and
     the power-iteration vector of spectral normalization (state, not a weight) are copied from the newest
     checkpoint; other integers must be equal in all. Optimizer state and metrics are never averaged.
     """
-    if tensor.role != "weight" or _is_spectral_state(tensor):
+    if tensor.role != "weight" or _is_spectral_state(tensor, layer):
         return "copy"
     if tensor.dtype in FLOATS:
         return "average"
     return "copy" if tensor.shape in _COUNTER_SHAPES else "compare"
 
 
-def _is_spectral_state(tensor: Tensor) -> bool:
-    return (
-        tensor.shape[:1] == (1,)
-        and len(tensor.shape) == 2
-        and _POWER_ITERATION.search(tensor.name) is not None
-    )
+def _is_spectral_state(tensor: Tensor, layer: str) -> bool:
+    by_layer = f"{layer}/vars/{tensor.name.rpartition('/')[2]}"
+    names = any(_POWER_ITERATION.search(name) for name in (tensor.name, by_layer))
+    return names and len(tensor.shape) == 2 and tensor.shape[0] == 1
 
 
 def is_model_optimizer(tensor: Tensor) -> bool:
@@ -86,24 +84,32 @@ def refusals(checkpoint: Checkpoint) -> Iterator[Finding]:
 def batchnorm_layers(checkpoint: Checkpoint) -> list[str]:
     """Return the names of the BatchNorm layers, as well as the checkpoint tells them.
 
-    From the configuration where it lists layers; of subclassed models and weights-only files, from the names
-    and shapes of the tensors.
+    From the configuration, which does not list what custom layers and models hold, and from the names, the
+    layers' names and the shapes of the tensors.
     """
-    configured = [
-        str(layer["config"].get("name", "?"))
-        for layer in objects(checkpoint.config)
-        if _BATCHNORM_CLASSES.search(str(layer.get("class_name")))
-        and isinstance(layer.get("config"), Mapping)
-    ]
-    if configured:
-        return list(dict.fromkeys(configured))
+    configured = list(
+        dict.fromkeys(
+            str(layer["config"].get("name", "?"))
+            for layer in objects(checkpoint.config)
+            if _BATCHNORM_CLASSES.search(str(layer.get("class_name")))
+            and isinstance(layer.get("config"), Mapping)
+        )
+    )
     groups: dict[str, list[Tensor]] = {}
     for tensor in checkpoint.tensors.values():
         if tensor.role == "weight":
             groups.setdefault(tensor.name.rpartition("/")[0], []).append(tensor)
-    return sorted(
-        _layer_name(checkpoint, group) for group, members in groups.items() if _is_batchnorm(group, members)
+    stored = [
+        (group, _layer_name(checkpoint, group))
+        for group, members in groups.items()
+        if _is_batchnorm(group, _layer_name(checkpoint, group), members)
+    ]
+    # Of older writers, names are those of classes: what lies deepest is what no configuration lists.
+    unlisted = sorted(
+        (item for item in stored if item[1] not in configured), key=lambda item: item[0].count("/")
     )
+    more = max(0, len(stored) - len(configured))
+    return [*configured, *sorted(dict.fromkeys(name for _, name in unlisted[len(unlisted) - more :]))]
 
 
 def has_lambda(config: Any) -> bool:
@@ -111,16 +117,17 @@ def has_lambda(config: Any) -> bool:
     return any(layer.get("class_name") in ("Lambda", "__lambda__") for layer in objects(config))
 
 
-def _is_batchnorm(group: str, members: list[Tensor]) -> bool:
+def _is_batchnorm(group: str, layer: str, members: list[Tensor]) -> bool:
     if any(_MOVING.search(tensor.name) for tensor in members):
         return True
     if not group.endswith("/vars"):
         return False
-    if _BATCHNORM_GROUP.search(group.removesuffix("/vars")):
-        return bool(members)
-    # gamma, beta, moving mean and variance: no other Keras layer holds four vectors of one length
     shapes = {tensor.shape for tensor in members if tensor.dtype in FLOATS}
-    return len(members) == 4 and len(shapes) == 1 and len(shapes.pop()) == 1
+    vectors = len(shapes) == 1 and len(shapes.pop()) == 1
+    if _BATCHNORM_GROUP.search(group.removesuffix("/vars")) or _BATCHNORM_GROUP.search(layer):
+        return vectors
+    # gamma, beta, moving mean and variance: no other Keras layer holds four vectors of one length
+    return len(members) == 4 and vectors
 
 
 def _layer_name(checkpoint: Checkpoint, group: str) -> str:

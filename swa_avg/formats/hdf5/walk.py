@@ -16,6 +16,9 @@ __all__ = ["Walk"]
 _MAX_OBJECTS = 50_000
 _MAX_DEPTH = 64
 _MAX_NAME = 1_000
+_OPTIMIZER = re.compile(
+    r"(?:^|[/_])(?:optim\w*|opts?|adam\w*|nadam|sgd|rmsprop|adagrad|adadelta|adafactor|ftrl|lion|lamb|muon)(?:[/_0-9])"
+)
 _ROLES: dict[str, Role] = {"optimizer": "optimizer", "optimizer_weights": "optimizer", "metrics": "metric"}
 
 
@@ -93,20 +96,22 @@ class Walk:
             raise UnreadableError(self.region.path, problem, tensor=name)
 
     def inner_optimizers(self) -> dict[str, Tensor]:
-        """Return the tensors of optimizers that a subclassed model holds as attributes, such as a GAN's.
+        """Return the tensors of optimizers that a subclassed model holds, such as a GAN's.
 
-        They are recognized by their name and by the variables that every Keras optimizer starts with: its
-        number of iterations and its learning rate.
+        They are recognized by what they are called (`gen_opt`, `optimizers/0`, `d_adam`), by the number of
+        iterations that every Keras optimizer starts with, and by the shapes of the rest: scalars, and slots
+        for weights.
         """
-        groups = set()
-        for group in self.groups:
-            count, rate = (self.tensors.get(f"{group}/{index}") for index in (0, 1))
-            if not re.search(r"optimizer[^/]*/vars$", group) or count is None or rate is None:
-                continue
-            if count.shape == rate.shape == () and count.dtype.startswith(("int", "uint")):
-                groups.add(group)
-        return {
-            name: replace(tensor, role="optimizer")
-            for name, tensor in self.tensors.items()
-            if name.rpartition("/")[0] in groups
-        }
+        members: dict[str, list[Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            members.setdefault(name.rpartition("/")[0], []).append(tensor)
+        named = {group for group in members if group.endswith("/vars") and _OPTIMIZER.search(group)}
+        shapes = {t.shape for group, tensors in members.items() if group not in named for t in tensors}
+        found = {}
+        for group in named:
+            count = self.tensors.get(f"{group}/0")
+            slots = [tensor for tensor in members[group] if tensor is not count]
+            counts = count is not None and count.shape == () and count.dtype.startswith(("int", "uint"))
+            if counts and all(tensor.shape in {(), *shapes} for tensor in slots):
+                found.update({t.name: replace(t, role="optimizer") for t in members[group]})
+        return found
