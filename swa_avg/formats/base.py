@@ -120,7 +120,7 @@ class Checkpoint(ABC):
     writer: str | None = None
     """What wrote it, such as `Keras 3.15.1`, where the checkpoint says so."""
     is_legacy: bool = False
-    """Whether Keras calls the format legacy: it stores LoRA factors unmerged, and no layer paths."""
+    """Whether Keras calls the format legacy; such a file holds LoRA factors unmerged."""
 
     @property
     def size(self) -> int:
@@ -159,10 +159,10 @@ class Checkpoint(ABC):
         return None
 
     def differences(self, template: Checkpoint, *, rebuilt: bool) -> Iterator[Finding]:
-        """Yield what differs from `template`, of the same kind, apart from tensors, names and the record.
+        """Yield what differs from `template`, a checkpoint of the same kind, in what the fields do not tell.
 
-        Names are those of files and layers, and `config` is not compared either. Where `template` was
-        `rebuilt` without its optimizer, the bytes between the tensors depend on the version of libhdf5.
+        The record and the names of files may differ. If `template` was `rebuilt` without its optimizer, the
+        bytes between the tensors depend on the version of libhdf5, and are not compared.
         """
         if not rebuilt and not template.shares_layout(self.shards):
             problem = "bytes outside the tensors differ from the newest input's"
