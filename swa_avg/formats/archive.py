@@ -48,7 +48,7 @@ class ArchiveCheckpoint(Checkpoint):
         # Names, times and attributes are the template's, so that equal inputs give equal bytes.
         for member in self.archive.infolist():
             if member.filename == _WEIGHTS:
-                output.add(member, self.shards[0].size, stream(0, file))
+                output.add(member, self.shards[0].size, stream(0))
             elif member.filename == _METADATA:
                 record = provenance()
                 own = {} if record is None else {PROVENANCE: record}

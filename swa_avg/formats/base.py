@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import errno
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, Protocol
+from typing import IO, Any, Literal, Protocol
 
-from isal.isal_zlib import crc32, crc32_combine
+from isal.isal_zlib import crc32
 
 from swa_avg.files.region import Region
 from swa_avg.files.remote import RemoteFile
@@ -20,13 +19,11 @@ __all__ = [
     "PROVENANCE",
     "Buffer",
     "Checkpoint",
-    "Chunk",
     "Provenance",
     "Role",
     "Stage",
     "Stream",
     "Tensor",
-    "Written",
     "check_written",
     "write_chunks",
     "write_shard",
@@ -40,18 +37,8 @@ Provenance = Mapping[str, Any] | None
 """What an output says of how it was made; None leaves it out."""
 
 
-class Written(NamedTuple):
-    """Bytes of an output that another process has put in their place."""
-
-    size: int
-    checksum: int
-    """Their CRC-32."""
-
-
-Chunk = Buffer | Written
-"""The next bytes of an output."""
-Stream = Callable[[int, IO[bytes] | None], Iterator[Chunk]]
-"""Yields the bytes of a shard, by its number; who is given the output, an open file, may write there."""
+Stream = Callable[[int], Iterator[Buffer]]
+"""Yields the bytes of a shard, by its number."""
 
 _WINDOW = 256 * 1024
 _NEAR = 4096  # what is worth reading between two places of an object, to ask for it once
@@ -118,8 +105,7 @@ class Checkpoint(ABC):
     ) -> None:
         """Write a copy of this checkpoint with other shards to `stage`.
 
-        `stream(k, file)` yields the bytes of shard k from first to last, each asked for once, in order. The
-        first goes to where `file` stands when it is asked for.
+        `stream(k)` yields the bytes of shard k from first to last, each asked for once, in order.
         `provenance()` may be called once, by an archive before the first shard, else after the last.
         """
 
@@ -153,7 +139,7 @@ class Checkpoint(ABC):
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         """Return this checkpoint without its optimizer's state, rebuilt in files that `scratch` opens."""
 
-    def stream(self, index: int, file: IO[bytes] | None = None) -> Iterator[Buffer]:
+    def stream(self, index: int) -> Iterator[Buffer]:
         """Yield the bytes of a shard as they are: a `Stream`."""
         return self.shards[index].chunks()
 
@@ -225,23 +211,18 @@ class Stage(Protocol):
         """
 
 
-def write_shard(file: IO[bytes], chunks: Iterable[Chunk]) -> None:
+def write_shard(file: IO[bytes], chunks: Iterable[Buffer]) -> None:
     """Write the bytes of a shard to the start of an empty file, and see that they read back."""
     check_written(file, 0, *write_chunks(file, chunks))
 
 
-def write_chunks(file: IO[bytes], chunks: Iterable[Chunk]) -> tuple[int, int]:
+def write_chunks(file: IO[bytes], chunks: Iterable[Buffer]) -> tuple[int, int]:
     """Write chunks to where the file stands, and return their size and CRC-32."""
     size = checksum = 0
     for chunk in chunks:
-        if isinstance(chunk, Written):
-            file.seek(chunk.size, os.SEEK_CUR)
-            checksum = crc32_combine(checksum, chunk.checksum, chunk.size)
-            size += chunk.size
-        else:
-            file.write(chunk)
-            checksum = crc32(chunk, checksum)
-            size += len(chunk)
+        file.write(chunk)
+        checksum = crc32(chunk, checksum)
+        size += len(chunk)
     return size, checksum
 
 
