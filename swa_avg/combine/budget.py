@@ -91,9 +91,9 @@ class ClusterBudget(Budget):
         room = max(_CLUSTER_ROOM, block) if limit is None else limit - self.process
         if room < block:
             raise _too_little(limit, self.process + block)
-        blocks_per_task = max(1, min(_TASK_BYTES // block, room // block))
-        # A worker's thread works on one task, and another waits there; as many have been worked on, or are
-        # on their way there.
+        # Each thread works on one task, while another waits for it: tasks are small enough for that, however
+        # many threads there are. As many again are done, and wait for one before them.
+        blocks_per_task = max(1, min(_TASK_BYTES, room // (2 * self.threads)) // block)
         most_returning = min(room // (blocks_per_task * block), 4 * self.threads)
         return replace(self, blocks_per_task=blocks_per_task, most_returning=most_returning)
 
