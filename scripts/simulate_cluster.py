@@ -5,8 +5,9 @@
     python scripts/simulate_cluster.py 'run/ckpt_*.keras' --measure                    against this machine
 
 What the blocks are, how many make a task, and how many tasks are under way, comes from swa_avg itself. A
-worker reads a task's bytes, averages them, and writes the result; reads and writes of all workers share the
-storage. This process hands tasks out, takes note of their ends, in order, and at last reads the output back.
+worker reads a task's bytes, averages them, and waits until its result is fetched; reads of all workers share
+the storage. This process hands tasks out, fetches results, one at a time, writes them in order, and at last
+reads the output back.
 
 With --measure, every parameter is measured by itself on this machine: the rates of reading and of averaging
 in one bare process and in two at a time, and of writing to disk, without Dask; the costs of a task and of
@@ -27,10 +28,10 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -39,10 +40,11 @@ from benchmark import machine, make_inputs
 from distributed import LocalCluster
 
 from swa_avg import average
-from swa_avg.combine.budget import fit_cluster
+from swa_avg.combine import Combiner
+from swa_avg.combine.blocks import Block, blocks_of
+from swa_avg.combine.budget import CLUSTER, ClusterBudget
 from swa_avg.combine.cluster import connected
-from swa_avg.combine.combiner import Combiner
-from swa_avg.combine.workers import Crew
+from swa_avg.combine.workers import Threads
 from swa_avg.formats import open_checkpoint
 from swa_avg.inputs.listing import list_checkpoints
 from swa_avg.planning.plan import make_plan
@@ -56,7 +58,7 @@ class Machines:
     """Rates in bytes a second, times in seconds."""
 
     stream: float
-    """What one worker reads or writes at most."""
+    """What one worker reads at most."""
     storage: float
     """What all of them do."""
     latency: float
@@ -64,7 +66,7 @@ class Machines:
     compute: float
     """Bytes of input that one worker checks and adds up."""
     client: float
-    """What this process reads back."""
+    """What this process fetches of results, and at last reads back."""
     durable: float
     """At which what was written reaches the disk, at the end."""
     task: float
@@ -79,32 +81,34 @@ class Task:
 
     read: int
     requests: int
-    written: int
+    returned: int
 
 
 def tasks_of(paths: Sequence[Path], inputs: int, repeat: int, workers: int) -> tuple[list[Task], int]:
     """Return the tasks of a uniform average with all checksums, and how many are under way at once."""
+    budget = replace(CLUSTER, threads=workers).fit(None)
     with ExitStack() as stack:
-        combiner = combiner_of(paths, workers, stack)
+        combiner = combiner_of(paths, budget, stack)
         tasks = [
             Task(size * inputs, len(blocks) * inputs, size)
-            for index in range(len(combiner.plan.template.shards))
-            for blocks in combiner.tasks(index)
+            for blocks in blocks_of_tasks(combiner, budget.blocks_per_task)
             for size in [sum(block.size for block in blocks)]
         ]
-    return tasks * repeat, combiner.limit
+    return tasks * repeat, budget.most_returning
 
 
-def combiner_of(paths: Sequence[Path], workers: int, stack: ExitStack) -> Combiner:
-    """Return what a cluster of so many workers is driven by, without one."""
+def blocks_of_tasks(combiner: Combiner, blocks_per_task: int) -> Iterator[tuple[Block, ...]]:
+    for index in range(len(combiner.plan.template.shards)):
+        blocks = blocks_of(combiner.plan, index, combiner.kernel.block_bytes)
+        yield from iter(lambda: tuple(itertools.islice(blocks, blocks_per_task)), ())  # noqa: B023
+
+
+def combiner_of(paths: Sequence[Path], budget: ClusterBudget, stack: ExitStack) -> Combiner:
+    """Return what plans an average on a cluster, without one."""
     newest = stack.enter_context(closing(open_checkpoint(paths[-1])))
     others = [stack.enter_context(closing(open_checkpoint(path, newest))) for path in paths[:-1]]
     plan = make_plan([*others, newest], newest, [1 / len(paths)] * len(paths))
-    executor = stack.enter_context(ThreadPoolExecutor(1))
-    block_bytes, together, sent, memory = fit_cluster(None, workers)
-    return Crew(executor, block_bytes, 2 * workers, memory, together, sent).combiner(
-        plan, [plan.coefficients], True
-    )
+    return Combiner(plan, [plan.coefficients], Threads(Executor(), budget))
 
 
 def simulate(tasks: Sequence[Task], limit: int, workers: int, machines: Machines) -> float:
@@ -131,7 +135,8 @@ def simulate(tasks: Sequence[Task], limit: int, workers: int, machines: Machines
             return
         if taken in done:
             client_busy = True
-            heapq.heappush(timers, (now + machines.task / 2, taken, "taken"))
+            fetched = tasks[taken].returned / machines.client  # what came before is written meanwhile
+            heapq.heappush(timers, (now + machines.task / 2 + fetched, taken, "taken"))
         elif handed < len(tasks) and handed - taken < limit:
             client_busy = True
             heapq.heappush(timers, (now + machines.task / 2, handed, "handed"))
@@ -155,8 +160,6 @@ def simulate(tasks: Sequence[Task], limit: int, workers: int, machines: Machines
         elif what == "read":
             heapq.heappush(timers, (now + task.read / machines.compute, number, "averaged"))
         elif what == "averaged":
-            heapq.heappush(transfers, (moved + task.written, number, "written"))
-        elif what == "written":
             free += 1
             done.add(number)
         while free and waiting:
@@ -164,7 +167,7 @@ def simulate(tasks: Sequence[Task], limit: int, workers: int, machines: Machines
             number = waiting.popleft()
             heapq.heappush(timers, (now + tasks[number].requests * machines.latency, number, "asked"))
         serve()
-    written = sum(task.written for task in tasks)
+    written = sum(task.returned for task in tasks)
     return now + written / machines.client + written / machines.durable
 
 
@@ -186,11 +189,11 @@ def work_rate(path: Path) -> float:
     """Return the bytes of input a second that a process reads and averages."""
     paths = list_checkpoints([str(path.with_name("ckpt_*.keras"))]).paths
     with ExitStack() as stack:
-        combiner = combiner_of(paths, 1, stack)
-        worker = pickle.loads(pickle.dumps(combiner.worker))
+        combiner = combiner_of(paths, CLUSTER.fit(None), stack)
+        kernel = pickle.loads(pickle.dumps(combiner.kernel))
         start, done = time.perf_counter(), 0
-        for blocks in combiner.tasks(0):
-            worker(blocks)
+        for blocks in blocks_of_tasks(combiner, CLUSTER.fit(None).blocks_per_task):
+            kernel.averages(blocks)
             done += sum(block.size for block in blocks) * len(paths)
         return done / (time.perf_counter() - start)
 
@@ -220,13 +223,19 @@ def calibrated(paths: Sequence[Path], address: str, workers: int) -> Machines:
     """Measure each parameter by itself, with as many processes at work."""
     stream = at_once(read_rate, paths, workers)
     compute = 1 / max(1e-12, 1 / at_once(work_rate, paths, workers) - 1 / stream)
-    with connected(address) as executor:
+    with connected(address) as connection:
         nothing = Path("nothing").with_suffix  # any method of an object that can be pickled
-        executor.submit(nothing, ".x").result()
+        connection.submit(nothing, ".x").result()
         start = time.perf_counter()
-        for work in [executor.submit(nothing, ".x") for _ in range(200)]:
+        for work in [connection.submit(nothing, ".x") for _ in range(200)]:
             work.result()
         task = (time.perf_counter() - start) / 200
+        some = bytearray(2**24).__getitem__
+        connection.submit(some, slice(None)).result()
+        start = time.perf_counter()
+        for work in [connection.submit(some, slice(None)) for _ in range(20)]:
+            work.result()
+        fetched = 20 * 2**24 / (time.perf_counter() - start)
     starts = []
     with tempfile.TemporaryDirectory() as folder:
         tiny = make_inputs(Path(folder), 2, 1, 1)
@@ -234,13 +243,13 @@ def calibrated(paths: Sequence[Path], address: str, workers: int) -> Machines:
             start = time.perf_counter()
             average(tiny, Path(folder) / f"swa_{number}.keras", cluster=address)
             starts.append(time.perf_counter() - start)
-    # Its pages are read from memory, as the output's are when it is read back.
+    # Its pages are read from memory.
     return Machines(
         stream=stream,
         storage=stream * workers,
         latency=0.0,
         compute=compute,
-        client=read_rate(paths[-1]),
+        client=fetched,
         durable=durable_rate(paths[0].parent, paths[0].stat().st_size),
         task=task,
         start=statistics.median(starts),
@@ -291,7 +300,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.5, help="ms of one request  [0.5]")
     parser.add_argument("--compute", type=float, default=2.5, help="GB/s that one worker averages  [2.5]")
     parser.add_argument(
-        "--client", type=float, default=1.0, help="GB/s at which the output is read back  [1]"
+        "--client", type=float, default=1.0, help="GB/s that this process fetches, and reads back  [1]"
     )
     parser.add_argument(
         "--durable", type=float, default=40.0, help="GB/s that reach the disk at the end  [40]"
@@ -318,7 +327,7 @@ def main() -> None:
     )
     inputs = options.inputs or len(paths)
     tasks, _ = tasks_of(paths, inputs, options.repeat, 1)
-    total, output = (sum(getattr(task, name) for task in tasks) for name in ("read", "written"))
+    total, output = (sum(getattr(task, name) for task in tasks) for name in ("read", "returned"))
     print(f"{len(tasks)} tasks; {total / 1e12:.3f} TB to read, {output / 1e9:.1f} GB to write\n")
     print("| workers | predicted, s | times as fast as 1 |\n|---:|---:|---:|")
     first = 0.0

@@ -28,9 +28,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from swa_avg.files.publication import Publication
-from swa_avg.combine.workers import hired
+from swa_avg.combine import Spill, open_workers
 from swa_avg.inputs.opening import opened
-from swa_avg.combine.spill import Spill
 from swa_avg.inputs.listing import list_checkpoints
 from swa_avg.sweeping.search import candidate_rows
 from swa_avg.sweeping.trials import Trials
@@ -40,12 +39,12 @@ rows, _ = candidate_rows(list_checkpoints(paths), [])
 with ExitStack() as stack:
     checkpoints = stack.enter_context(opened(paths))
     publication = stack.enter_context(Publication(output, overwrite=False))
-    crew = stack.enter_context(hired(None, 2, None, len(rows)))
-    trials = Trials(checkpoints, publication, crew, output.parent, None, 1, None)
+    workers = stack.enter_context(open_workers(None, 2, None, len(rows)))
+    trials = Trials(checkpoints, publication, workers, output.parent, None, None)
     spill = Spill(trials.combiner(rows, verify=True), publication.scratch())
     assert "keras" not in sys.modules
     (peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")]
-    print(len(rows), crew.block_bytes, spill.row_bytes * len(rows), int(peak) * 1024)
+    print(len(rows), workers.budget.block_bytes, spill.row_bytes * len(rows), int(peak) * 1024)
 """
 CALL = re.compile(r"^(\d+) +(?:pread64|preadv2?|read)\(\d+<([^>]*)>.*?(?:= (-?\d+)|<unfinished \.\.\.>)")
 RESUMED = re.compile(r"^(\d+) +<\.\.\. (?:pread64|preadv2?|read) resumed>.*= (-?\d+)")

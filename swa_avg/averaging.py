@@ -11,9 +11,8 @@ from typing import Any
 
 from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_statistics
 from swa_avg.batchnorm.report import RefreshReport
-from swa_avg.combine.blocks import bytes_to_read
+from swa_avg.combine import Combiner, open_workers
 from swa_avg.combine.drafts import folder_beside, write_draft
-from swa_avg.combine.workers import hired
 from swa_avg.files.publication import check_output, publication_at
 from swa_avg.files.remote import as_path, on_this_machine, remote
 from swa_avg.formats import Tensor, open_checkpoint
@@ -170,24 +169,31 @@ def average(
     # A copy of the newest on this machine is none on the workers'.
     at_hand = not dry_run and cluster is None
     with (
-        hired(cluster, threads, max_memory, far=far) as crew,
+        open_workers(cluster, threads, max_memory, remote=far) as workers,
         publication_at(target, overwrite=overwrite) as publication,
     ):
         with opened(paths, dtype, newest_at_hand=at_hand) as checkpoints, ExitStack() as stack:
             if expect_sha256 is not None:
                 check_digests(checkpoints, read_digests(as_path(expect_sha256)), as_path(expect_sha256))
-            scratch = crew.scratch(publication, stack)
+            scratch = stack.enter_context(workers.scratch(publication))
             plan = plan_output(
                 checkpoints, coefficients, publication.output, scratch, optimizer=optimizer, dry_run=dry_run
             )
-            combiner = crew.combiner(plan, [coefficients], verify, progress)
+            combiner = Combiner(plan, [coefficients], workers, verify, progress)
             check_shared_files(checkpoints)
             check_contents(checkpoints, combiner.checksums)
             if refresh is not None:
                 refresh = _with_model(refresh, plan)
                 check_request(refresh, plan.template)
-            total = bytes_to_read(plan, verify)
-            report = Report(target, listing, plan, str(chosen_method), verify, total, crew.memory)
+            report = Report(
+                target,
+                listing,
+                plan,
+                str(chosen_method),
+                verify,
+                combiner.bytes_to_read,
+                combiner.peak_memory,
+            )
             if dry_run:
                 return report
             stream: Stream = combiner.stream
@@ -196,7 +202,7 @@ def average(
                 path = stack.enter_context(folder_beside(publication.output)) / publication.output.name
                 write_draft(path, plan.template, combiner.stream)
                 draft = stack.enter_context(closing(open_checkpoint(path)))
-                statistics = refreshed_statistics(draft, refresh, refresh_progress, crew)
+                statistics = refreshed_statistics(draft, refresh, refresh_progress, workers.processes)
                 stream = statistics.over(draft.stream, draft.tensors)
                 further = {"batchnorm": statistics.record()}
                 report = replace(report, refresh=statistics.report)

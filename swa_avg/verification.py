@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
@@ -15,11 +14,10 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from swa_avg.combine import Combiner, open_workers
 from swa_avg.combine.blocks import Block
-from swa_avg.combine.budget import fit_memory
-from swa_avg.combine.combiner import Combiner
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
-from swa_avg.files.remote import as_path, kept_at_hand
+from swa_avg.files.remote import as_path, kept_at_hand, remote
 from swa_avg.formats import Checkpoint, Tensor, open_checkpoint
 from swa_avg.inputs.opening import opened, resolve_dtypes
 from swa_avg.planning.configuration import config_differences
@@ -83,7 +81,7 @@ def verify(
         output: What `average` or `sweep` wrote.
         inputs: Folder of the inputs, or folders; the output's own by default.
         max_memory: Bytes of resident memory to stay under.
-        threads: Worker threads; the machine's cores up to 4 by default.
+        threads: Worker threads; the machine's cores up to 4 by default, 10 where a file is named by a URL.
 
     Raises:
         UnreadableError: the output cannot be read or does not say how it was made, or an input is missing.
@@ -91,13 +89,14 @@ def verify(
         SystemRefusalError: the system could not read.
     """
     output = as_path(output)
-    block_bytes, threads = fit_memory(max_memory, threads)
     with ExitStack() as stack:
         found = stack.enter_context(closing(open_checkpoint(stack.enter_context(kept_at_hand(output)))))
         record = read_record(found)
         (found,) = resolve_dtypes([found], record.dtype)
         named = [inputs] if isinstance(inputs, str | Path) else inputs
         paths = _paths(record, output, list(dict.fromkeys(map(as_path, named))) or [output.parent])
+        far = any(remote(path) is not None for path in (output, *paths))
+        workers = stack.enter_context(open_workers(None, threads, max_memory, remote=far))
         checkpoints = stack.enter_context(opened(paths, record.dtype))
         _check_inputs(checkpoints, record)
         template = as_output(checkpoints[-1], output)
@@ -105,9 +104,8 @@ def verify(
             template = template.without_optimizer(_scratch(stack))
         coefficients = [entry.coefficient for entry in record.inputs]
         plan = make_plan(checkpoints, template, coefficients, drop_optimizer=record.optimizer == "drop")
-        executor = stack.enter_context(ThreadPoolExecutor(threads))
         # The inputs' bytes have just been read and found to be unchanged.
-        combiner = Combiner(plan, [coefficients], executor, block_bytes, threads, verify=False)
+        combiner = Combiner(plan, [coefficients], workers, verify=False)
         digests = tuple(name for name in record.values if name in found.tensors)
         findings = [
             *_shape_findings(found, plan, record),

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,8 @@ from swa_avg.errors import MismatchError, SystemRefusalError, UnreadableError, U
 distributed = pytest.importorskip("distributed")
 
 from swa_avg.batchnorm.checkpoint import Refresh  # noqa: E402
-from swa_avg.combine import budget as resources  # noqa: E402
+from swa_avg.combine import budget, combiner, workers  # noqa: E402
 from swa_avg.combine import cluster as module  # noqa: E402
-from swa_avg.combine import combiner as combine  # noqa: E402
-from swa_avg.combine import kernel as work  # noqa: E402
-from swa_avg.combine.kernel import BlockWorker  # noqa: E402
-from swa_avg.formats.base import Written  # noqa: E402
 from swa_avg.planning import output  # noqa: E402
 from swa_avg.sweeping.scoring import Validation  # noqa: E402
 from swa_avg.sweeping.search import sweep  # noqa: E402
@@ -79,8 +74,9 @@ def lonely() -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "_BLOCK_BYTES", 2**12)
-    monkeypatch.setattr(resources, "_TASK_BYTES", 2**14)
+    monkeypatch.setattr(budget, "_TASK_BYTES", 2**14)
+    for name in ("LOCAL", "REMOTE", "CLUSTER", "REMOTE_CLUSTER"):
+        monkeypatch.setattr(workers, name, replace(getattr(budget, name), block_bytes=2**12))
 
 
 def arrays(number: int, dtype: str = "float32") -> dict[str, np.ndarray]:
@@ -130,17 +126,6 @@ def both(paths: list[Path], folder: Path, address: str, **options: Any) -> tuple
     return outputs[0], outputs[1]
 
 
-HANG = """
-from swa_avg.combine.kernel import BlockWorker
-BlockWorker.kept = BlockWorker.__call__
-def wait(self, blocks):
-    import os, time
-    while not os.path.exists({!r}):
-        time.sleep(0.05)
-    return self.kept(blocks)
-BlockWorker.__call__ = wait
-"""
-
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "archives": (".keras", "float32", {}),
     "only what is averaged": (".keras", "float32", {"verify": False}),
@@ -149,7 +134,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "shards": (".weights.json", "float16", {}),
     "without the optimizer": (".keras", "float32", {"optimizer": "drop"}),
     "shards without the optimizer": (".weights.json", "float32", {"optimizer": "drop"}),
-    "little memory": (".keras", "float32", {"max_memory": 2**12 + resources._CLUSTER_MEMORY}),
+    "little memory": (".keras", "float32", {"max_memory": 2**12 + budget.CLUSTER.process}),
 }
 
 
@@ -168,47 +153,6 @@ def test_inputs_of_different_layouts_are_checked_and_averaged_by_name(cluster: A
     paths = write_run(tmp_path)
     makers.write_archive(paths[1], dict(reversed(arrays(1).items())))
     both(paths, tmp_path, cluster.scheduler_address)
-
-
-@pytest.mark.parametrize("seen", [True, False])
-def test_workers_write_the_output_where_they_see_it_and_else_send_it(
-    seen: bool, lonely: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(*args: Any, **kwargs: Any) -> Any:
-        raise FileNotFoundError(2, "No such file or directory")
-
-    paths = write_run(tmp_path)
-    average(paths, tmp_path / "here.keras")
-    if not seen:
-        monkeypatch.setattr(work, "open", refused, raising=False)
-    written = []
-    image = combine.Combiner.stream
-
-    def watched(self: Any, index: int, file: Any = None) -> Iterator[Any]:
-        for chunk in image(self, index, file):
-            written.append(isinstance(chunk, Written))
-            yield chunk
-
-    monkeypatch.setattr(combine.Combiner, "stream", watched)
-    average(paths, tmp_path / "swa.keras", cluster=lonely.scheduler_address)
-    assert (tmp_path / "swa.keras").read_bytes() == (tmp_path / "here.keras").read_bytes()
-    assert set(written) == {seen}
-
-
-def test_a_full_disk_under_a_worker_is_the_systems_refusal(
-    lonely: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*args: Any, **kwargs: Any) -> Any:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    paths = write_run(tmp_path)
-    monkeypatch.setattr(work, "_put", full)
-    worker = next(iter(lonely.scheduler.workers))
-    with pytest.raises(SystemRefusalError) as error:
-        average(paths, tmp_path / "swa.keras", cluster=lonely.scheduler_address)
-    assert error.value.errno == errno.ENOSPC
-    assert error.value.strerror == f"cannot write: No space left on device on worker {worker}"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in paths]
 
 
 @pytest.mark.parametrize("verify", [None, True])
@@ -269,47 +213,6 @@ def test_a_worker_killed_half_way_changes_nothing(mortal: Any, tmp_path: Path) -
     assert killed
     average(paths, tmp_path / "here.keras")
     assert (tmp_path / "swa.keras").read_bytes() == (tmp_path / "here.keras").read_bytes()
-
-
-def test_the_work_of_a_worker_that_hangs_goes_to_another(
-    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_SLOW", 1.0)
-    monkeypatch.setattr(module, "_LOOK", 0.1)
-    paths = write_run(tmp_path)
-    average(paths, tmp_path / "here.keras")
-    worker = next(iter(cluster.scheduler.workers))
-    with distributed.Client(cluster.scheduler_address, set_as_default=False) as client:
-        client.run(exec, HANG.format(str(tmp_path / "go on")), workers=[worker])
-        try:
-            average(paths, tmp_path / "swa.keras", cluster=cluster.scheduler_address)
-        finally:
-            (tmp_path / "go on").touch()
-            client.run(
-                exec,
-                "from swa_avg.combine.kernel import BlockWorker as W\nW.__call__ = W.kept",
-                workers=[worker],
-            )
-    assert (tmp_path / "swa.keras").read_bytes() == (tmp_path / "here.keras").read_bytes()
-
-
-def test_a_cluster_that_only_hangs_ends_the_run_with_the_worker_and_the_file(
-    lonely: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_SLOW", 0.5)
-    monkeypatch.setattr(module, "_LOOK", 0.1)
-    paths = write_run(tmp_path)
-    worker = next(iter(lonely.scheduler.workers))
-    may_go_on = threading.Event()
-    monkeypatch.setattr(BlockWorker, "__call__", lambda self, blocks: may_go_on.wait(60))
-    try:
-        with pytest.raises(SystemRefusalError) as error:
-            average(paths, tmp_path / "swa.keras", cluster=lonely.scheduler_address)
-    finally:
-        may_go_on.set()
-    assert error.value.strerror == (
-        f"worker {worker} has not answered for 0 s about {paths[-1]}; see whether it can read that file"
-    )
 
 
 def test_a_cluster_that_loses_all_workers_ends_the_run_with_the_last_one_and_the_file(
@@ -391,14 +294,14 @@ def test_an_interruption_cancels_the_work_and_leaves_nothing(
 ) -> None:
     paths = write_run(tmp_path)
     calls = itertools.count()
-    combined = combine.crc32_combine
+    combined = combiner.crc32_combine
 
     def interrupted(*args: int) -> int:
         if next(calls) == 3:
             signal.raise_signal(number)
         return combined(*args)
 
-    monkeypatch.setattr(combine, "crc32_combine", interrupted)
+    monkeypatch.setattr(combiner, "crc32_combine", interrupted)
     ended = swa_avg(*paths, "-o", tmp_path / "swa.keras", "--cluster", cluster.scheduler_address)
     word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[signal.Signals(number)]
     assert (ended.code, ended.err) == (128 + number, f"swa-avg: {word}; nothing was written\n")
@@ -454,7 +357,7 @@ def test_a_worker_of_another_version_that_comes_later_is_refused(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "__version__", "99.0")
-    monkeypatch.setattr(module.ClusterExecutor, "check_workers", lambda self: None)  # it was not there then
+    monkeypatch.setattr(module.Connection, "check_workers", lambda self: None)  # it was not there then
     with pytest.raises(SystemRefusalError, match=r"has swa-avg .*, the client has 99\.0"):
         average(write_run(tmp_path), tmp_path / "swa.keras", cluster=cluster.scheduler_address)
 
@@ -465,7 +368,9 @@ def test_a_scheduler_without_workers_is_one_line(
     monkeypatch.setattr(module, "_PATIENCE", 0.2)
     lonely.scale(0)
     wait_for(lambda: not lonely.scheduler.workers)
-    with pytest.raises(SystemRefusalError, match="the cluster has no worker; start some: dask worker tcp://"):
+    with pytest.raises(
+        SystemRefusalError, match="the cluster has no worker; start workers: dask worker tcp://"
+    ):
         average(write_run(tmp_path), tmp_path / "swa.keras", cluster=lonely.scheduler_address)
 
 

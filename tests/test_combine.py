@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 import makers
 import oracle
 from swa_avg import average
-from swa_avg.combine.combiner import Combiner
+from swa_avg.combine import Combiner
+from swa_avg.combine.budget import LOCAL
 from swa_avg.combine.sums import round_to_bfloat16
+from swa_avg.combine.workers import Threads
 from swa_avg.formats import open_checkpoint
 from swa_avg.planning.plan import make_plan
 
@@ -84,7 +87,8 @@ def _combined(paths: list[Path], block_bytes: int, threads: int, *, verify: bool
     checkpoints = [open_checkpoint(path) for path in paths]
     plan = make_plan(checkpoints, checkpoints[-1], [1 / len(paths)] * len(paths))
     with ThreadPoolExecutor(threads) as executor:
-        combiner = Combiner(plan, [plan.coefficients], executor, block_bytes, threads, verify)
+        workers = Threads(executor, replace(LOCAL, block_bytes=block_bytes, threads=threads))
+        combiner = Combiner(plan, [plan.coefficients], workers, verify)
         data = b"".join(map(bytes, combiner.stream(0)))
     tensors = checkpoints[-1].tensors
     for checkpoint in checkpoints:
@@ -110,7 +114,8 @@ def test_several_rows_of_coefficients_give_what_each_gives_alone(tmp_path: Path)
     for block_bytes in (64, 1000, 2**20):
         found = np.zeros((len(rows), plan.template.size), np.uint8)
         with ThreadPoolExecutor(2) as executor:
-            for block, averages in Combiner(plan, rows, executor, block_bytes, 2).blocks(0):
+            workers = Threads(executor, replace(LOCAL, block_bytes=block_bytes, threads=2))
+            for block, averages in Combiner(plan, rows, workers).blocks(0):
                 found[:, block.start : block.stop] = averages
         for row, array in zip(found, expected, strict=True):
             assert row[tensor.offset : tensor.stop].tobytes() == array.astype(np.float32).tobytes()

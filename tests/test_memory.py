@@ -49,23 +49,19 @@ def test_memory_is_bounded_in_size_and_number(tmp_path: Path) -> None:
 
 SPILL = """
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from swa_avg.combine.combiner import Combiner
+from swa_avg.combine import Combiner, Spill, open_workers
 from swa_avg.planning.plan import make_plan
-from swa_avg.combine.budget import fit_memory
 from swa_avg.inputs.opening import opened
-from swa_avg.combine.spill import Spill
 
 count, spilled, *paths = sys.argv[1:]
 rows = [[(row + 1) / 1000, 1 - (row + 1) / 1000] for row in range(int(count))]
-block_bytes, threads = fit_memory(None, 2, len(rows))
 with ExitStack() as stack:
     inputs = stack.enter_context(opened([Path(path) for path in paths]))
-    executor = stack.enter_context(ThreadPoolExecutor(threads))
+    workers = stack.enter_context(open_workers(None, 2, None, len(rows)))
     plan = make_plan(inputs, inputs[-1], rows[0])
-    spill = Spill(Combiner(plan, rows, executor, block_bytes, threads), stack.enter_context(open(spilled, "wb+")))
+    spill = Spill(Combiner(plan, rows, workers), stack.enter_context(open(spilled, "wb+")))
     for row in (0, len(rows) - 1):
         assert sum(map(len, spill.stream(row, 0))) == inputs[-1].size
 """

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import makers
 import oracle
 import swa_avg
 from conftest import Ended
+from swa_avg.combine import workers
 from swa_avg.errors import SystemRefusalError, UnreadableError, UsageError
 from swa_avg.files.remote import as_path, upload
 
@@ -173,6 +177,41 @@ def test_urls_are_inspected_as_files_are(tmp_path: Path, memory: Any, swa_avg: C
         assert ended.code == 0, ended.err
         results.append(json.loads(ended.out.replace(where, "")))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("at_urls", ["nothing", "inputs", "inputs and output"])
+def test_verify_uses_the_threads_that_its_help_names(
+    at_urls: str, tmp_path: Path, memory: Any, swa_avg: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(tmp_path / "run", ".keras")
+    assert swa_avg(f"{tmp_path}/run/ckpt_*.keras", "-o", tmp_path / "run" / "swa.keras").code == 0
+    _put(memory, tmp_path / "run")
+    started = []
+
+    def start(threads: int) -> ThreadPoolExecutor:
+        started.append(threads)
+        return ThreadPoolExecutor(threads)
+
+    monkeypatch.setattr(workers, "ThreadPoolExecutor", start)
+    most, of_urls = map(
+        int, re.findall(r"\d+", swa_avg("verify", "--help").out.partition("cores, up to")[2])[:2]
+    )
+    options = {
+        "nothing": (tmp_path / "run" / "swa.keras",),
+        "inputs": (tmp_path / "run" / "swa.keras", "--inputs", "memory://run"),
+        "inputs and output": ("memory://run/swa.keras",),
+    }[at_urls]
+    ended = swa_avg("verify", *options)
+    assert ended.code == 0, ended.err
+    assert started == [min(most, os.cpu_count() or 1) if at_urls == "nothing" else of_urls]
+
+
+@pytest.mark.parametrize("threads", [-1, 0])
+def test_verify_refuses_what_is_no_number_of_threads(threads: int, tmp_path: Path) -> None:
+    paths = _write(tmp_path / "run", ".keras")
+    swa_avg.average(paths, tmp_path / "run" / "swa.keras")
+    with pytest.raises(UsageError, match=f"threads is {threads}; expected 1 or more"):
+        swa_avg.verify(tmp_path / "run" / "swa.keras", threads=threads)
 
 
 def test_memory_is_kept_under_a_limit(tmp_path: Path, memory: Any, swa_avg: Cli) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -13,10 +14,10 @@ import pytest
 
 import makers
 import oracle
-from swa_avg.combine.budget import fit_memory
-from swa_avg.combine.combiner import Combiner
+from swa_avg.combine import Combiner, Spill
+from swa_avg.combine.budget import LOCAL
 from swa_avg.combine.drafts import write_draft
-from swa_avg.combine.spill import Spill
+from swa_avg.combine.workers import Threads
 from swa_avg.formats import open_checkpoint
 from swa_avg.planning.plan import make_plan
 
@@ -38,11 +39,13 @@ def test_every_row_becomes_a_draft_of_its_own(suffix: str, block_bytes: int, tmp
         executor = stack.enter_context(ThreadPoolExecutor(2))
         plan = make_plan(inputs, inputs[-1], rows[0])
         file = io.BytesIO()
-        spill = Spill(Combiner(plan, rows, executor, block_bytes, 2), file)
+        spill = Spill(
+            Combiner(plan, rows, Threads(executor, replace(LOCAL, block_bytes=block_bytes, threads=2))), file
+        )
         assert len(file.getvalue()) == 3 * spill.row_bytes
         for number, row in enumerate(rows):
             draft = tmp_path / f"draft{number}{suffix}"
-            write_draft(draft, plan.template, lambda index, file, number=number: spill.stream(number, index))
+            write_draft(draft, plan.template, lambda index, number=number: spill.stream(number, index))
             written = oracle.read_arrays(draft)
             assert written.keys() == arrays[0].keys()
             for name, value in written.items():
@@ -69,14 +72,14 @@ def test_only_what_is_averaged_takes_room(tmp_path: Path) -> None:
         executor = stack.enter_context(ThreadPoolExecutor(1))
         plan = make_plan(inputs, inputs[-1], [0.5, 0.5])
         file = io.BytesIO()
-        Spill(Combiner(plan, [[0.5, 0.5], [1.0, 0.0]], executor, 2**16, 1), file)
+        Spill(Combiner(plan, [[0.5, 0.5], [1.0, 0.0]], Threads(executor, replace(LOCAL, threads=1))), file)
         assert len(file.getvalue()) == 2 * 400
 
 
 def test_blocks_shrink_with_the_number_of_rows() -> None:
-    previous, _ = fit_memory(None, 2)
+    previous = replace(LOCAL, threads=2)
     for rows in (2, 12, 40, 150, 500):
-        block_bytes, threads = fit_memory(None, 2, rows)
-        assert block_bytes * threads * rows * 6 <= 2**26
-        assert block_bytes <= previous
-        previous = block_bytes
+        budget = replace(LOCAL, threads=2).fit(None, rows)
+        assert budget.block_bytes * budget.threads * rows * 6 <= 2**26
+        assert budget.block_bytes <= previous.block_bytes
+        previous = budget

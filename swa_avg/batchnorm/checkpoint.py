@@ -22,7 +22,7 @@ from swa_avg.planning.policy import has_lambda
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm.elsewhere import Elsewhere
-    from swa_avg.combine.workers import Crew
+    from swa_avg.combine.workers import Processes
     from swa_avg.text import Progress
 
 __all__ = [
@@ -89,11 +89,11 @@ def check_request(
 
 
 def refreshed_statistics(
-    draft: Checkpoint, refresh: Refresh, progress: Progress | None, crew: Crew
+    draft: Checkpoint, refresh: Refresh, progress: Progress | None, processes: Processes | None
 ) -> RefreshedStatistics:
     """Return the re-estimated BatchNorm statistics of the average `draft`.
 
-    Batches run on the workers of a cluster, where there is one.
+    Batches run in `processes`, such as the workers of a cluster, where there are any.
 
     Raises:
         UsageError: the model cannot be loaded as it was asked for.
@@ -101,13 +101,13 @@ def refreshed_statistics(
         MismatchError: Keras does not give back the weights that it loaded.
     """
     model = load_model(draft, refresh)
-    if not crew.together:
+    if processes is None:
         return refresh_loaded(model, draft, refresh, progress)
     from swa_avg.batchnorm.elsewhere import BatchWorker, Elsewhere
 
     worker = BatchWorker.of(draft, refresh)
     if worker is not None:
-        elsewhere = Elsewhere(crew.executor, worker, crew.threads)
+        elsewhere = Elsewhere(processes, worker)
         return refresh_loaded(model, draft, refresh, progress, elsewhere)
     statistics = refresh_loaded(model, draft, refresh, progress)
     note = "refreshed on this machine alone, since its memory holds the data or the model"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import sys
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from swa_avg.batchnorm.checkpoint import Refresh, load_model, without_greeting
 from swa_avg.data.user_functions import import_function, names_function
@@ -21,6 +20,7 @@ from swa_avg.formats import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm.refresh import Measured
+    from swa_avg.combine.workers import Processes
 
 __all__ = [
     "BatchWorker",
@@ -39,14 +39,13 @@ _State = tuple[int, int]
 class Elsewhere:
     """Where batches are run."""
 
-    executor: Executor
-    """Of processes that have memory of their own."""
+    processes: Processes
     worker: BatchWorker
-    at_once: int
-    """Calls under way."""
 
-    def measure(self, batches: range) -> Future[list[Measured]]:
-        return self.executor.submit(self.worker.measure, batches)
+    def measure(self, runs: Iterable[range]) -> Iterator[Measured]:
+        """Yield what is measured of each batch, in order; the batches of a run travel together."""
+        for _, measured in self.processes.run(self.worker.measure, runs):
+            yield from measured
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,6 @@ class BatchWorker:
     keras: tuple[str, str, str]
     """Version of Keras, its backend and the version of that."""
     _lock: threading.Lock = field(default_factory=threading.Lock, compare=False)
-    may_take_long: ClassVar[bool] = True
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, refresh: Refresh) -> BatchWorker | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,18 +190,9 @@ class Measured:
 
 
 def _gathered(elsewhere: Elsewhere, batches: range) -> Iterator[Measured]:
-    """Yield what is measured elsewhere, in the order of the batches; several at a time travel together."""
-    together = max(1, min(_TOGETHER, len(batches) // (2 * elsewhere.at_once)))
-    waiting = deque(batches[start : start + together] for start in range(0, len(batches), together))
-    under_way: deque[Future[list[Measured]]] = deque()
-    try:
-        while waiting or under_way:
-            while waiting and len(under_way) < elsewhere.at_once:
-                under_way.append(elsewhere.measure(waiting.popleft()))
-            yield from under_way.popleft().result()
-    finally:
-        for work in under_way:
-            work.cancel()
+    """Return what is measured elsewhere, in the order of the batches; several at a time travel together."""
+    together = max(1, min(_TOGETHER, len(batches) // (2 * elsewhere.processes.at_once)))
+    return elsewhere.measure(batches[start : start + together] for start in range(0, len(batches), together))
 
 
 @contextmanager

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 from isal.isal_zlib import crc32
 
 from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.formats import Tensor
-from swa_avg.formats.base import Chunk, Stream, Written
+from swa_avg.formats.base import Buffer, Stream
 
 __all__ = ["RefreshedStatistics"]
 
@@ -29,10 +29,9 @@ class RefreshedStatistics:
             (tensors[name].shard, tensors[name].offset, value) for name, value in self.values.items()
         )
 
-        def overlaid(index: int, file: IO[bytes] | None) -> Iterator[Chunk]:
+        def overlaid(index: int) -> Iterator[Buffer]:
             position = 0
-            for chunk in stream(index, None):  # workers that wrote to the file would have to write again
-                assert not isinstance(chunk, Written)
+            for chunk in stream(index):
                 data = None
                 for shard, offset, value in places:
                     first, last = max(position, offset), min(position + len(chunk), offset + len(value))

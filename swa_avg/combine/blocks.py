@@ -1,4 +1,4 @@
-"""What of each input belongs together: the template's shards, cut into blocks."""
+"""Cut the template's shards into blocks, and read each input's bytes of a block."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Block", "Piece", "Source", "blocks_of", "bytes_to_read", "read_pieces"]
+__all__ = ["Block", "Piece", "Source", "blocks_of", "read_pieces"]
 
-_GAP = 16 * 1024  # bytes that take no longer to read than another read takes
+_GAP = 16 * 1024  # bytes; reading them takes no longer than a second read
 
 
 @dataclass(frozen=True)
 class Source:
-    """What of a checkpoint it takes to read its blocks; it can be pickled."""
+    """The part of a checkpoint that reading its blocks takes; it can be pickled."""
 
     path: Path
     shards: tuple[Region, ...]
@@ -43,12 +43,12 @@ class Piece:
     """Bytes from the start of the shard, as the template lays it out."""
     stop: int
     average: bool
-    """Or compare: integers, which must be equal in all inputs."""
+    """Else, it holds integers that must be equal in all inputs."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A run of bytes of one of the template's shards, and what of its tensors is combined."""
+    """A run of bytes of one of the template's shards, and the pieces in it that are averaged or compared."""
 
     shard: int
     start: int
@@ -60,32 +60,32 @@ class Block:
         return self.stop - self.start
 
     def cost(self, plan: Plan, verify: bool) -> int:
-        """Return the bytes that are read to combine it."""
+        """Return the number of bytes that are read to average it."""
         if verify:
             return self.size * len(plan.inputs)
         return self.size + (len(plan.inputs) - 1) * sum(piece.stop - piece.start for piece in self.pieces)
 
 
 def read_pieces(source: Source, template: Source, block: Block, raw: NDArray[np.uint8]) -> None:
-    """Read the block's tensors from `source` into the places that the template's layout gives them.
+    """Read the block's pieces from `source` into `raw`, in the places that the template's layout gives them.
 
-    Neighbours that lie equally far from the template's places are read together, small gaps included.
+    Neighbours that are displaced by the same distance are read together, small gaps included.
     """
     first = block.pieces[0]
-    run = _moved(source, template, first)
+    run = _displaced(source, template, first)
     start, stop = first.start, first.stop
     for piece in block.pieces[1:]:
-        moved = _moved(source, template, piece)
-        if moved == run and piece.start - stop <= _GAP:
+        here = _displaced(source, template, piece)
+        if here == run and piece.start - stop <= _GAP:
             stop = piece.stop
             continue
         _read_run(source, run, start, stop, block, raw)
-        run, start, stop = moved, piece.start, piece.stop
+        run, start, stop = here, piece.start, piece.stop
     _read_run(source, run, start, stop, block, raw)
 
 
-def _moved(source: Source, template: Source, piece: Piece) -> tuple[int, int]:
-    """Return the shard of `source` that holds the piece, and how much further on it lies there."""
+def _displaced(source: Source, template: Source, piece: Piece) -> tuple[int, int]:
+    """Return the shard of `source` that holds the piece, and its displacement there in bytes."""
     if source.tensors is template.tensors:
         return piece.tensor.shard, 0
     tensor = source.tensors[piece.tensor.name]
@@ -126,11 +126,3 @@ def blocks_of(plan: Plan, shard: int, block_bytes: int) -> Iterator[Block]:
         stop = min(start + block_bytes, size)
         yield Block(shard, start, stop, tuple(pieces))
         start, pieces = stop, []
-
-
-def bytes_to_read(plan: Plan, verify: bool) -> int:
-    """Return how many bytes a Combiner reads for a plan, gaps between tensors and metadata apart."""
-    size = plan.template.size
-    if verify:
-        return size * len(plan.inputs)
-    return size + (len(plan.inputs) - 1) * sum(t.nbytes for t in (*plan.averaged, *plan.compared))

@@ -1,82 +1,113 @@
-"""How much is done at a time: memory and threads."""
+"""How the work is cut so that memory stays below a limit: block sizes, threads, and tasks of a cluster."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, replace
 
-from swa_avg.combine.combiner import block_memory
 from swa_avg.errors import UsageError
 from swa_avg.files.remote import CONNECTIONS
 from swa_avg.text import size_text
 
-__all__ = ["fit_cluster", "fit_memory", "peak_memory"]
+__all__ = ["CLUSTER", "LOCAL", "PENDING", "REMOTE", "REMOTE_CLUSTER", "Budget", "ClusterBudget"]
 
-_BLOCK_BYTES = 2**20  # larger ones leave a core's cache with their sums, smaller ones cost more calls
-_SMALLEST_BLOCK, _SMALLEST_BLOCK_OF_ROWS, _SMALLEST_REMOTE_BLOCK = 2**16, 2**12, 2**18
-_MOST_FOR_ROWS = 2**26
-_REMOTE_BLOCK_BYTES = 2**20  # an object store takes as long to start an answer as to send this much
-_REMOTE_MEMORY = 112 * 2**20  # fsspec with a client, and what is copied or uploaded at a time
-_PROCESS_MEMORY = 64 * 2**20  # the interpreter with numpy and h5py, before anything is averaged
-_CLUSTER_MEMORY = 96 * 2**20  # with Dask
-_CLUSTER_ROOM = 2**30  # for what workers send back
-_TASK_BYTES = 2**24  # of averages
+PENDING = 2
+"""Blocks a thread: one that it works on, one that waits to be written."""
+
+_MIB = 2**20
+_BLOCK_BYTES = _MIB  # larger ones leave a core's cache with their sums, smaller ones cost more calls
+_SMALLEST_BLOCK_OF_ROWS = 2**12
+_MOST_FOR_ROWS = 64 * _MIB  # without a limit
+_FSSPEC_MEMORY = 112 * _MIB  # with a service's client, and what is copied or uploaded at a time
+_CLUSTER_ROOM = 1024 * _MIB  # for what workers return, without a limit
+_TASK_BYTES = 16 * _MIB  # of averages
 
 
-def fit_memory(
-    max_memory: int | None, threads: int | None, rows: int = 1, *, far: bool = False
-) -> tuple[int, int]:
-    """Return the block size and the number of threads that stay under a limit of resident memory.
+@dataclass(frozen=True)
+class Budget:
+    """How many threads average, in blocks of which size, and the memory that this takes."""
 
-    Several rows of coefficients take smaller blocks, so that memory does not grow with their number. `far`
-    says that an input is read from a service, which takes its time for each answer.
+    process: int
+    """Bytes of resident memory that the process takes before anything is averaged, without Keras."""
+    threads: int
+    smallest_block: int
+    block_bytes: int = _BLOCK_BYTES
 
-    Raises:
-        UsageError: the limit is too low, or there is no thread.
+    def memory(self, rows: int = 1) -> int:
+        """Return the bytes of resident memory that the process takes at most for `rows` averages at a time.
+
+        A thread holds one block of input and as much again of float64 sums as converting takes; for each row,
+        the float64 sums (up to four times the bytes, of two-byte values) and the pending results.
+        """
+        return self.process + self.block_bytes * self.threads * (1 + 4 + rows * (4 + PENDING))
+
+    def fit(self, limit: int | None, rows: int = 1) -> Budget:
+        """Return a budget whose memory stays below `limit`: with smaller blocks, then with fewer threads.
+
+        Several rows of coefficients take smaller blocks even without a limit, so that memory does not grow
+        with their number.
+
+        Raises:
+            UsageError: the limit is too low.
+        """
+        if limit is None and rows == 1:
+            return self
+        most = self.process + _MOST_FOR_ROWS if limit is None else limit
+        least = _SMALLEST_BLOCK_OF_ROWS if rows > 1 else self.smallest_block
+        budget = self
+        while budget.memory(rows) > most:
+            if budget.block_bytes > least:
+                budget = replace(budget, block_bytes=budget.block_bytes // 2)
+            elif budget.threads > 1:
+                budget = replace(budget, threads=budget.threads - 1)
+            else:
+                raise _too_little(limit, budget.memory(rows))
+        return budget
+
+
+@dataclass(frozen=True)
+class ClusterBudget(Budget):
+    """How many blocks make a task of a cluster, and how many tasks' averages this process takes back.
+
+    `threads` are those of the workers. Blocks are those of one machine, and stay in a core's cache; a task is
+    many of them, next to each other, since each task costs the scheduler and this process milliseconds.
     """
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}; expected 1 or more")
-    block_bytes = _REMOTE_BLOCK_BYTES if far else _BLOCK_BYTES
-    threads = threads or (CONNECTIONS if far else min(4, os.cpu_count() or 1))
-    if max_memory is None and rows == 1:
-        return block_bytes, threads
-    limit = peak_memory(0, 0, far=far) + _MOST_FOR_ROWS if max_memory is None else max_memory
-    least = _SMALLEST_BLOCK_OF_ROWS if rows > 1 else _SMALLEST_REMOTE_BLOCK if far else _SMALLEST_BLOCK
-    while (needed := peak_memory(block_bytes, threads, rows, far=far)) > limit:
-        if block_bytes > least:
-            block_bytes //= 2
-        elif threads > 1:
-            threads -= 1
-        else:
-            raise _too_little(max_memory, needed)
-    return block_bytes, threads
+
+    blocks_per_task: int = 1
+    most_returning: int = 1
+    """Tasks under way at most, since the averages of all of them may arrive at once."""
+
+    def memory(self, rows: int = 1) -> int:
+        """Return the bytes of resident memory that this process takes at most."""
+        return self.process + self.most_returning * self.blocks_per_task * self.block_bytes * rows
+
+    def fit(self, limit: int | None, rows: int = 1) -> ClusterBudget:
+        """Return a budget whose memory stays below `limit`: with smaller tasks, then with fewer of them.
+
+        Raises:
+            UsageError: the limit is too low.
+        """
+        block = self.block_bytes * rows
+        room = max(_CLUSTER_ROOM, block) if limit is None else limit - self.process
+        if room < block:
+            raise _too_little(limit, self.process + block)
+        # Each thread works on one task, while another waits for it: tasks are small enough for that, however
+        # many threads there are. As many again are done, and wait for one before them.
+        blocks_per_task = max(1, min(_TASK_BYTES, room // (2 * self.threads)) // block)
+        most_returning = min(room // (blocks_per_task * block), 4 * self.threads)
+        return replace(self, blocks_per_task=blocks_per_task, most_returning=most_returning)
 
 
-def fit_cluster(
-    max_memory: int | None, threads: int, rows: int = 1, *, far: bool = False
-) -> tuple[int, int, int, int]:
-    """Return block size, blocks a task, tasks under way while averages are sent back, and memory here.
-
-    Blocks are those of one machine, and stay in a core's cache; a task is many of them, next to each other,
-    since each task costs the scheduler and this process milliseconds. Errors and `far` as for `fit_memory`.
-    """
-    block_bytes = _REMOTE_BLOCK_BYTES if far else _BLOCK_BYTES
-    process = _CLUSTER_MEMORY + (_REMOTE_MEMORY if far else 0)
-    block = block_bytes * rows
-    room = max(_CLUSTER_ROOM, block) if max_memory is None else max_memory - process
-    if room < block:
-        raise _too_little(max_memory, process + block)
-    together = max(1, min(_TASK_BYTES // block, room // block))
-    sent = room // (together * block)
-    return block_bytes, together, sent, process + min(sent, 4 * threads) * together * block
+LOCAL = Budget(64 * _MIB, threads=min(4, os.cpu_count() or 1), smallest_block=2**16)
+"""NumPy and h5py, and inputs on this machine."""
+REMOTE = Budget(LOCAL.process + _FSSPEC_MEMORY, threads=CONNECTIONS, smallest_block=2**18)
+"""Inputs are read from a service, which takes as long to start an answer as to send a block."""
+CLUSTER = ClusterBudget(96 * _MIB, threads=1, smallest_block=_BLOCK_BYTES)
+"""The client of a Dask cluster."""
+REMOTE_CLUSTER = replace(CLUSTER, process=CLUSTER.process + _FSSPEC_MEMORY)
+"""The client of a Dask cluster whose workers read from a service."""
 
 
-def _too_little(max_memory: int | None, needed: int) -> UsageError:
-    what = (
-        "too many candidates" if max_memory is None else f"--max-memory {size_text(max_memory)} is too little"
-    )
-    return UsageError(f"{what}; at least {-(-needed // 2**20)} MiB are needed")
-
-
-def peak_memory(block_bytes: int, threads: int, rows: int = 1, *, far: bool = False) -> int:
-    """Return the bytes of resident memory that a process takes at most, without Keras."""
-    return _PROCESS_MEMORY + block_memory(block_bytes, threads, rows) + (_REMOTE_MEMORY if far else 0)
+def _too_little(limit: int | None, needed: int) -> UsageError:
+    problem = "too many candidates" if limit is None else f"--max-memory {size_text(limit)} is too little"
+    return UsageError(f"{problem}; at least {-(-needed // _MIB)} MiB are needed")

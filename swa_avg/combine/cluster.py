@@ -1,4 +1,4 @@
-"""Work on a Dask cluster, by way of an executor: the same calls as to threads, on other machines."""
+"""Work on the workers of a Dask cluster."""
 
 from __future__ import annotations
 
@@ -8,38 +8,76 @@ import logging
 import pickle
 import platform
 import time
-import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from itertools import count, islice
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from swa_avg.combine.sums import UnfitError
+from swa_avg.combine.blocks import Block
+from swa_avg.combine.budget import ClusterBudget
+from swa_avg.combine.drafts import folder_beside
+from swa_avg.combine.kernel import Averaged, Kernel
+from swa_avg.combine.order import in_order
+from swa_avg.combine.sums import InvalidValuesError
 from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError, UsageError, first_line
+from swa_avg.files.publication import Publication
 from swa_avg.text import __version__
 
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["ClusterExecutor", "connected"]
+__all__ = ["Cluster", "Connection", "connected"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _CONNECT = 10.0
 """Seconds in which a scheduler answers."""
 _PATIENCE = 60.0
 """Seconds to wait for a worker where there is none."""
-_SLOW = 600.0
-"""Seconds that a task may take before it is given to another worker; then, again, before the run ends. One of
-an object that `may_take_long` may take any time, as long as there is its worker."""
 _LOOK = 2.0
 """Seconds of waiting between two looks at the cluster."""
 _RETRIES = 2
 _SAME = ("numpy", "dask", "distributed")
 
 
+class Cluster:
+    """The workers of a Dask cluster; they see the same files under the same names as this machine."""
+
+    def __init__(self, connection: Connection, budget: ClusterBudget) -> None:
+        self.budget: ClusterBudget = budget
+        self._connection = connection
+        # That a call is done is noticed some time later: meanwhile, another one waits at the worker.
+        self.at_once = 2 * budget.threads
+
+    @property
+    def processes(self) -> Cluster:
+        return self
+
+    def average(self, kernel: Kernel, blocks: Iterable[Block]) -> Iterator[tuple[Block, Averaged]]:
+        def submit(task: tuple[Block, ...]) -> Future[list[Averaged]]:
+            return self._connection.submit(kernel.averages, task)
+
+        remaining = iter(blocks)
+        tasks = iter(lambda: tuple(islice(remaining, self.budget.blocks_per_task)), ())
+        for task, averaged in in_order(submit, tasks, self.budget.most_returning):
+            yield from zip(task, averaged, strict=True)
+
+    def run(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+        return in_order(lambda item: self._connection.submit(function, item), items, self.at_once)
+
+    @contextmanager
+    def scratch(self, publication: Publication) -> Iterator[Callable[[], IO[bytes]]]:
+        numbers = count()
+        with folder_beside(publication.output) as folder, ExitStack() as stack:
+            yield lambda: stack.enter_context((folder / f"scratch_{next(numbers)}").open("w+b"))
+
+
 @contextmanager
-def connected(address: str) -> Iterator[ClusterExecutor]:
+def connected(address: str) -> Iterator[Connection]:
     """Connect to the cluster whose scheduler listens at `address`; what still runs is cancelled at the end.
 
     Raises:
@@ -56,23 +94,20 @@ def connected(address: str) -> Iterator[ClusterExecutor]:
         _identity(address)  # a client that cannot connect says so at length
         client = Client(address, timeout=_CONNECT, direct_to_workers=True, set_as_default=False)
         try:
-            executor = ClusterExecutor(client, address)
-            try:
-                executor.check_workers()
-                yield executor
-            finally:
-                executor.shutdown(wait=False)
+            connection = Connection(client, address)
+            connection.check_workers()
+            yield connection
         finally:
             with suppress(Exception):  # of a scheduler that is gone
                 client.close(timeout=_CONNECT)
 
 
-class ClusterExecutor(Executor):
-    """An executor for methods of objects: an object travels once, and each call takes only its arguments.
+class Connection:
+    """Calls of methods on a cluster: an object travels once, and each call takes only its arguments.
 
     Dask recomputes what a lost worker held, and tries a call that failed again, on whichever worker is free.
     Dask's own executor (`Client.get_executor`) is not used: where a worker is lost just after its result was
-    fetched, that takes the result for an exception.
+    fetched, it takes the result for an exception.
     """
 
     def __init__(self, client: Client, address: str) -> None:
@@ -81,8 +116,6 @@ class ClusterExecutor(Executor):
         self._sent: dict[int, tuple[object, Any]] = {}
         """Object and its copy on the cluster, by the object's id."""
         self._versions = _versions()
-        self.slow: set[str] = set()
-        """Workers that kept a task for too long, and get no other."""
         self._last_worker = ""
         self._deserted: float | None = None
         """When the cluster was first seen without workers."""
@@ -93,7 +126,7 @@ class ClusterExecutor(Executor):
         return max(1, sum(map(int, self._client.nthreads().values())))
 
     def check_workers(self) -> None:
-        """Wait for a worker, and hold all workers' versions against ours.
+        """Wait for a worker, and compare all workers' versions with ours.
 
         Raises:
             SystemRefusalError: there is none, or one runs another version of what matters.
@@ -101,55 +134,39 @@ class ClusterExecutor(Executor):
         try:
             self._client.wait_for_workers(1, timeout=_PATIENCE)
         except (TimeoutError, asyncio.TimeoutError):  # two classes, in Python 3.10
-            raise self.refusal("the cluster has no worker", "start some: dask worker ADDRESS") from None
+            raise self.refusal("the cluster has no worker", _START_WORKERS) from None
         for worker, theirs in self._client.run(_versions, on_error="return").items():
             self._last_worker = worker
             if not isinstance(theirs, dict):
                 raise self.refusal(f"worker {worker} cannot run swa-avg ({first_line(theirs)})", _INSTALL)
             _check_versions(self._versions, theirs, worker, self._address)
 
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Call a method, or an object that can be called, on the cluster, with positional arguments only.
+    def submit(self, function: Callable[..., Result], argument: Any) -> Future[Result]:
+        """Call a method of an object on the cluster.
 
-        Its result and arguments are pickled. `result()` raises the errors of the call, with the worker's
-        name, and SystemRefusalError where the cluster lost it.
+        The object, argument and result are pickled. `result()` raises the errors of the call, with the
+        worker's name, and SystemRefusalError where the cluster lost it.
         """
-        assert not kwargs
-        thing = getattr(function, "__self__", function)
-        name = getattr(function, "__name__", "__call__")
-        hurried = not getattr(thing, "may_take_long", False)
-        return _Call(self, lambda: self._start(thing, name, args), _file_of(thing), hurried)
-
-    def _start(self, thing: object, name: str, args: tuple[Any, ...]) -> tuple[str, Future[Any]]:
-        """Return the key of a new task, and its future."""
-        key = f"swa-avg-{uuid.uuid4().hex}"
-        workers = self.quick_workers() if self.slow else None
+        thing: object = getattr(function, "__self__", None)
+        name = function.__name__
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Dask finds the map of 100,000 tensors large
-            if id(thing) not in self._sent:
-                # The result of a task, since Dask makes it anew where the worker that held it is lost.
-                copy = self._client.submit(pickle.loads, _pickled(thing), pure=False, retries=_RETRIES)
-                self._sent[id(thing)] = thing, copy
-                with suppress(Exception):  # else the calls start where the copy is, and spread out slowly
-                    self._client.replicate([copy], callback_timeout=_PATIENCE)
-            copy = self._sent[id(thing)][1]
+            copy = self._copy_of(thing)
             task = self._client.submit(
-                _run,
-                copy,
-                name,
-                args,
-                self._versions,
-                self._address,
-                key=key,
-                workers=workers,
-                pure=False,
-                retries=_RETRIES,
+                _run, copy, name, argument, self._versions, self._address, pure=False, retries=_RETRIES
             )
-        return key, asyncio.run_coroutine_threadsafe(_outcome(task), self._client.loop.asyncio_loop)
+        outcome = asyncio.run_coroutine_threadsafe(_outcome(task), self._client.loop.asyncio_loop)
+        return _Call(self, outcome, str(getattr(thing, "subject", "the data")))
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Release what was sent."""
-        self._sent.clear()
+    def _copy_of(self, thing: object) -> Any:
+        """Return an object's copy on the cluster, and send it there if it is new."""
+        if id(thing) not in self._sent:
+            # The result of a task, since Dask makes it anew where the worker that held it is lost.
+            copy = self._client.submit(pickle.loads, _pickled(thing), pure=False, retries=_RETRIES)
+            self._sent[id(thing)] = thing, copy
+            with suppress(Exception):  # else the calls start where the copy is, and spread out slowly
+                self._client.replicate([copy], callback_timeout=_PATIENCE)
+        return self._sent[id(thing)][1]
 
     def look(self, file: str) -> None:
         """Raise SystemRefusalError if the scheduler is gone, or there has been no worker for a while."""
@@ -162,72 +179,38 @@ class ClusterExecutor(Executor):
         self._deserted = self._deserted or now
         if now - self._deserted > _PATIENCE:
             problem = f"worker {self._last_worker} was lost while {file} was being read, and no other came"
-            raise self.refusal(problem, "look at its log; start workers: dask worker ADDRESS")
-
-    def worker_of(self, key: str) -> str | None:
-        """Return the worker that runs a task, or has its result and does not send it."""
-        running = (worker for worker, keys in self._client.processing().items() if key in keys)
-        return next(running, None) or next(iter(self._client.who_has().get(key, ())), None)
-
-    def quick_workers(self) -> list[str]:
-        return [worker for worker in self._client.nthreads() if worker not in self.slow]
+            raise self.refusal(problem, f"look at its log; {_START_WORKERS}")
 
     def refusal(self, problem: str, hint: str) -> SystemRefusalError:
         return _refusal(self._address, problem, hint)
 
 
 class _Call(Future[Any]):
-    """A call on the cluster. Whoever waits for its result also looks after it."""
+    """A call on the cluster. Waiting for its result looks after the cluster, too."""
 
-    def __init__(
-        self,
-        executor: ClusterExecutor,
-        start: Callable[[], tuple[str, Future[Any]]],
-        file: str,
-        hurried: bool,
-    ) -> None:
+    def __init__(self, connection: Connection, outcome: Future[Any], file: str) -> None:
         super().__init__()
-        self._executor = executor
-        self._start = start
+        self._connection = connection
+        self._outcome = outcome
         self._file = file
-        self._hurried = hurried
-        self._key, self._task = start()
-        self._moved = False
 
     def cancel(self) -> bool:
-        return self._task.cancel()
+        return self._outcome.cancel()
 
     def result(self, timeout: float | None = None) -> Any:
-        started = time.monotonic()
-        while not wait([self._task], _LOOK).done:
-            self._executor.look(self._file)
-            late = self._hurried and time.monotonic() - started > _SLOW
-            if (late or self._executor.slow) and self._is_moved(late):
-                started = time.monotonic()
-        error = self._task.exception()
-        if isinstance(error, CancelledError):
-            self._executor.look(self._file)
-            raise self._executor.refusal(f"Dask cancelled the work on {self._file}", "look at its log")
-        if error is not None:
-            raise _lost(error, self._file, self._executor) from error
-        result = self._task.result()
+        while not wait([self._outcome], _LOOK).done:
+            self._connection.look(self._file)
+        try:
+            result = self._outcome.result()
+        except CancelledError:
+            self._connection.look(self._file)
+            problem = f"Dask cancelled the work on {self._file}"
+            raise self._connection.refusal(problem, "look at its log") from None
+        except Exception as error:
+            raise _lost(error, self._file, self._connection) from error
         if isinstance(result, _Found):
             raise result.error
         return result
-
-    def _is_moved(self, late: bool) -> bool:
-        """Give the task to another worker, where one has had it for too long; tell whether one had."""
-        worker = self._executor.worker_of(self._key)
-        if worker is None or not (late or worker in self._executor.slow):  # it waits for its turn
-            return False
-        self._executor.slow.add(worker)
-        if (late and self._moved) or not self._executor.quick_workers():
-            problem = f"worker {worker} has not answered for {_SLOW:.0f} s about {self._file}"
-            raise self._executor.refusal(problem, "see whether it can read that file")
-        self._moved = True
-        self._task.cancel()
-        self._key, self._task = self._start()
-        return True
 
 
 class _Found:
@@ -255,15 +238,15 @@ def _pickled(thing: object) -> bytes:
         raise UsageError(f"{problem}; name a file or MODULE:FUNCTION") from error
 
 
-def _run(thing: object, name: str, args: tuple[Any, ...], versions: Mapping[str, str], address: str) -> Any:
+def _run(thing: object, name: str, argument: Any, versions: Mapping[str, str], address: str) -> Any:
     """Call a method of an object, on a worker."""
     from distributed import get_worker
 
     worker = str(get_worker().address)
     _check_versions(versions, _versions(), worker, address)
     try:
-        return getattr(thing, name)(*args)
-    except (MismatchError, UnfitError) as error:
+        return getattr(thing, name)(argument)
+    except (MismatchError, InvalidValuesError) as error:
         return _Found(error)
     except SystemRefusalError as error:
         problem = f"{error.strerror} on worker {worker}"
@@ -273,24 +256,20 @@ def _run(thing: object, name: str, args: tuple[Any, ...], versions: Mapping[str,
         raise
 
 
-def _lost(error: BaseException, file: str, executor: ClusterExecutor) -> BaseException:
+def _lost(error: BaseException, file: str, connection: Connection) -> BaseException:
     """Return what an error of a task means."""
     from distributed.scheduler import KilledWorker, NoValidWorkerError
 
     if isinstance(error, KilledWorker):
         problem = f"worker {error.last_worker.address} was lost while {file} was being read, as others before"
-        return executor.refusal(problem, "look at its log: it may have been out of memory")
+        return connection.refusal(problem, "look at its log: it may have been out of memory")
     if isinstance(error, NoValidWorkerError):
-        return executor.refusal(f"no worker was left to read {file}", "start some: dask worker ADDRESS")
+        return connection.refusal(f"no worker was left to read {file}", _START_WORKERS)
     return error
 
 
-def _file_of(thing: object) -> str:
-    """Return the file that a call is about, for messages."""
-    return str(getattr(thing, "subject", "the data"))
-
-
 _INSTALL = "install the same versions on the client and on all workers"
+_START_WORKERS = "start workers: dask worker ADDRESS"
 
 
 def _versions() -> dict[str, str]:
@@ -362,7 +341,7 @@ def _silence() -> Iterator[None]:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL + 1)
         with warnings.catch_warnings():
-            # Raised from a thread of Dask's; versions are compared below, in one line.
+            # Raised in a thread of Dask's; versions are compared by `check_workers`, in one line.
             warnings.filterwarnings("ignore", module=r"distributed\.")
             yield
     finally:

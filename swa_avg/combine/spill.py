@@ -1,4 +1,4 @@
-"""Averages of several rows of coefficients, on disk: memory does not grow with their number."""
+"""Averages for several rows of coefficients, on disk: memory does not grow with their number."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["Spill"]
 
 
 class Spill:
-    """What a combiner averages, row after row in one file; nothing else of the shards is stored."""
+    """The averaged tensors of every row, one row after the other in one file."""
 
     def __init__(self, combiner: Combiner, file: IO[bytes]) -> None:
-        """Combine everything, and keep it in `file`.
+        """Average everything, and keep it in `file`.
 
         Raises:
             OSError: the disk is full.
             MismatchError, UnreadableError, SystemRefusalError: as for `Combiner.blocks`.
         """
         self._plan = combiner.plan
-        self._block_bytes = combiner.block_bytes
+        self._block_bytes = combiner.workers.budget.block_bytes
         self._file = file
         self._starts: dict[str, int] = {}
         self.row_bytes = 0
@@ -37,7 +37,7 @@ class Spill:
                 self._add(block, averages)
         file.flush()
 
-    def stream(self, row: int, index: int, file: IO[bytes] | None = None) -> Iterator[memoryview]:
+    def stream(self, row: int, index: int) -> Iterator[memoryview]:
         """Yield the bytes of the template's shard `index` with the averages of `row` in their places."""
         shard = self._plan.template.shards[index]
         for block in blocks_of(self._plan, index, self._block_bytes):

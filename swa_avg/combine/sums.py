@@ -1,4 +1,4 @@
-"""The arithmetic of averaging one block, pure: float64 sums, rounded once."""
+"""The arithmetic of averaging one block: float64 sums, rounded once."""
 
 from __future__ import annotations
 
@@ -16,17 +16,26 @@ from swa_avg.planning.policy import FLOATS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Pieces", "Row", "Sums", "UnfitError", "all_finite", "factors_of", "round_to_bfloat16", "widen"]
+__all__ = [
+    "InvalidValuesError",
+    "Pieces",
+    "Row",
+    "Sums",
+    "all_finite",
+    "factors_of",
+    "round_to_bfloat16",
+    "widen",
+]
 
 Row = tuple[tuple[float, ...], float]
-"""What each input is multiplied with, and what the sum is divided by."""
+"""What each input is multiplied by, and what the sum is divided by."""
 
 
 def factors_of(coefficients: Sequence[float]) -> Row:
-    """Return factors and divisor of a row.
+    """Return the factors and the divisor of a row of coefficients.
 
-    Where all coefficients but zeros are 1/n, the factors are 1 and the divisor is n: a plain sum, of which
-    nothing is rounded before the division.
+    Where all coefficients that are not zero are 1/n, the factors are 1 and the divisor is n: a plain sum, in
+    which nothing is rounded before the division.
     """
     used = [coefficient for coefficient in coefficients if coefficient]
     if used == [1.0 / len(used)] * len(used):
@@ -34,12 +43,12 @@ def factors_of(coefficients: Sequence[float]) -> Row:
     return tuple(coefficients), 1.0
 
 
-class UnfitError(Exception):
-    """A block holds values that cannot be averaged; which ones is found by a second look at all files."""
+class InvalidValuesError(Exception):
+    """A block holds NaN, infinity, or integers that differ; a second look at all files finds where."""
 
 
 class Pieces:
-    """The values of a block's pieces in a buffer that holds the block's bytes of one input."""
+    """Views of the values of a block's pieces, in a buffer that holds one input's bytes of the block."""
 
     def __init__(self, block: Block, raw: NDArray[np.uint8]) -> None:
         self.values: list[NDArray[Any]] = []
@@ -54,7 +63,7 @@ class Pieces:
 
 
 class Sums:
-    """The float64 sums of one block, a row for each average."""
+    """The float64 sums of one block, one row for each average."""
 
     def __init__(self, block: Block, rows: Sequence[Row], sums: NDArray[np.float64]) -> None:
         self.block = block
@@ -66,7 +75,7 @@ class Sums:
         stops = list(accumulate(sizes))
         spans = [slice(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]
         self.parts = [[row[span] for span in spans] for row in sums]
-        """Of each row, the sums of each piece."""
+        """For each row, the sums of each piece."""
         self.begun = [False] * len(rows)
 
     def add(self, number: int, pieces: Pieces) -> None:
@@ -75,7 +84,7 @@ class Sums:
         if self.integers is None:
             self.integers = integers
         elif integers != self.integers:
-            raise UnfitError
+            raise InvalidValuesError
         values = [
             widen(view) if piece.tensor.dtype == "bfloat16" else view
             for piece, view in zip(self.averaged, pieces.values, strict=True)
@@ -84,8 +93,8 @@ class Sums:
             if factors[number]:
                 self._add(row, factors[number], values)
         used = any(factors[number] for factors, _ in self.rows)
-        if not used and not all(np.isfinite(value).all() for value in values):  # else it shows in the sums
-            raise UnfitError
+        if not used and not all(np.isfinite(value).all() for value in values):  # else the sums show it
+            raise InvalidValuesError
 
     def _add(self, row: int, factor: float, values: Sequence[NDArray[Any]]) -> None:
         for sums, value in zip(self.parts[row], values, strict=True):
@@ -98,12 +107,17 @@ class Sums:
         self.begun[row] = True
 
     def finish(self, averages: NDArray[np.uint8], path: Path) -> None:
-        """Round the averages once to their stored type, into their places."""
+        """Round the averages once to their stored type, and write them into their places.
+
+        Raises:
+            InvalidValuesError: a sum is not finite.
+            MismatchError: an average with a negative coefficient exceeds the range of its type.
+        """
         for row, (factors, divisor) in enumerate(self.rows):
             if divisor != 1.0:
                 np.divide(self.sums[row], divisor, out=self.sums[row])
             if not np.isfinite(self.sums[row]).all():
-                raise UnfitError
+                raise InvalidValuesError
             for piece, sums in zip(self.averaged, self.parts[row], strict=True):
                 dtype = piece.tensor.dtype
                 target = averages[row, piece.start - self.block.start : piece.stop - self.block.start]
@@ -124,8 +138,8 @@ def widen(view: NDArray[np.uint16]) -> NDArray[np.float32]:
 def round_to_bfloat16(values: NDArray[np.float64]) -> NDArray[np.uint16]:
     """Round float64 to bfloat16 once, ties to even, and return the bits.
 
-    By way of float32, rounded to odd (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums:
-    proved algorithms using rounding to odd"), since rounding to nearest twice is wrong next to ties.
+    The step through float32 rounds to odd (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded
+    sums: proved algorithms using rounding to odd"), since rounding to nearest twice is wrong next to ties.
     """
     with np.errstate(over="ignore"):
         nearest = values.astype(np.float32)
@@ -136,5 +150,6 @@ def round_to_bfloat16(values: NDArray[np.float64]) -> NDArray[np.uint16]:
 
 
 def all_finite(data: NDArray[np.uint8], dtype: str) -> bool:
+    """Tell whether bytes that hold values of a floating-point type hold no NaN and no infinity."""
     values = widen(data.view(np.uint16)) if dtype == "bfloat16" else data.view(dtype)
     return bool(np.isfinite(values).all())

@@ -1,94 +1,127 @@
-"""Who does the work: threads of this process, or the workers of a cluster."""
+"""Who averages: threads of this process, or the workers of a cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import errno
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
-from itertools import count
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import IO
+from itertools import cycle
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
-from swa_avg.combine.blocks import bytes_to_read
-from swa_avg.combine.budget import fit_cluster, fit_memory, peak_memory
-from swa_avg.combine.combiner import Combiner
-from swa_avg.errors import UsageError
+from swa_avg.combine.blocks import Block
+from swa_avg.combine.budget import CLUSTER, LOCAL, PENDING, REMOTE, REMOTE_CLUSTER, Budget
+from swa_avg.combine.kernel import Averaged, Kernel
+from swa_avg.combine.order import in_order
+from swa_avg.errors import SystemRefusalError, UsageError
 from swa_avg.files.publication import Publication
-from swa_avg.planning.plan import Plan
-from swa_avg.text import Progress
 
-__all__ = ["Crew", "hired"]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Processes", "Threads", "Workers", "open_workers"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Crew:
-    """Who works, threads here or a cluster, and how the work is cut for them."""
+class Processes(Protocol):
+    """Processes with memory of their own, possibly on other machines, which call methods of objects."""
 
-    executor: Executor
-    block_bytes: int
-    threads: int
-    memory: int
-    """Predicted peak of this process's resident memory, in bytes."""
-    together: int = 0
-    """Blocks a task, on a cluster."""
-    sent: int = 0
-    """Tasks under way at most while workers send averages back."""
+    @property
+    def at_once(self) -> int:
+        """Calls that are under way at a time."""
 
-    def combiner(
-        self,
-        plan: Plan,
-        rows: Sequence[Sequence[float]],
-        verify: bool,
-        progress: Progress | None = None,
-    ) -> Combiner:
-        return Combiner(
-            plan,
-            rows,
-            self.executor,
-            self.block_bytes,
-            self.threads,
-            verify,
-            progress and partial(progress, bytes_to_read(plan, verify)),
-            self.together,
-            self.sent,
-        )
+    def run(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+        """Yield each item and what `function`, a method of an object, returns for it, in order.
 
-    def scratch(self, publication: Publication, stack: ExitStack) -> Callable[[], IO[bytes]]:
-        """Return what opens temporary files; a cluster sees only those that have a name."""
-        if not self.together:
-            return publication.scratch
-        numbers = count()
-        parent = publication.output.parent
-        folder = Path(stack.enter_context(TemporaryDirectory(dir=parent, prefix=".swa-avg-")))
-        return lambda: stack.enter_context((folder / f"scratch_{next(numbers)}").open("w+b"))
+        The object, items and results are pickled; an item is taken once there is a process for it.
+        """
+
+
+class Workers(Protocol):
+    """Who averages."""
+
+    @property
+    def budget(self) -> Budget:
+        """Block size and memory."""
+
+    @property
+    def processes(self) -> Processes | None:
+        """Other processes than this one, each of which can load a model, where there are any."""
+
+    def average(self, kernel: Kernel, blocks: Iterable[Block]) -> Iterator[tuple[Block, Averaged]]:
+        """Yield each block and its averages, in order; these are good until the next are asked for."""
+
+    def run(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+        """Yield each item and what `function`, a method of a `Kernel`, returns for it, in order."""
+
+    def scratch(self, publication: Publication) -> AbstractContextManager[Callable[[], IO[bytes]]]:
+        """Return what opens temporary files that workers can read, as long as the context lasts."""
+
+
+class Threads:
+    """Threads of this process."""
+
+    processes: Processes | None = None
+
+    def __init__(self, executor: Executor, budget: Budget) -> None:
+        self.budget: Budget = budget
+        self._executor = executor
+        self._most = PENDING * budget.threads
+
+    def average(self, kernel: Kernel, blocks: Iterable[Block]) -> Iterator[tuple[Block, Averaged]]:
+        def submit(pair: tuple[Block, NDArray[np.uint8]]) -> Future[Averaged]:
+            return self._submit(kernel.average, *pair)
+
+        buffers = cycle([kernel.buffer() for _ in range(self._most)])  # free again when their turn comes
+        for (block, _), averaged in in_order(submit, zip(blocks, buffers, strict=False), self._most):
+            yield block, averaged
+
+    def run(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+        return in_order(partial(self._submit, function), items, self._most)
+
+    @contextmanager
+    def scratch(self, publication: Publication) -> Iterator[Callable[[], IO[bytes]]]:
+        yield publication.scratch
+
+    def _submit(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
+        try:
+            return self._executor.submit(function, *args)
+        except RuntimeError as error:  # the interpreter's word for a thread that the system refused
+            raise SystemRefusalError(errno.EAGAIN, f"{error}; use fewer --threads") from error
 
 
 @contextmanager
-def hired(
-    cluster: str | None, threads: int | None, max_memory: int | None, rows: int = 1, *, far: bool = False
-) -> Iterator[Crew]:
-    """Start threads, or connect to the cluster at an address; `rows` averages are made at a time.
+def open_workers(
+    cluster: str | None, threads: int | None, max_memory: int | None, rows: int = 1, *, remote: bool = False
+) -> Iterator[Workers]:
+    """Start threads, or connect to the cluster at an address, to make `rows` averages at a time.
 
-    `far` as for `fit_memory`.
+    `remote` says that an input is read from a service.
 
     Raises:
         UsageError: the memory does not suffice, threads are named for a cluster, or Dask is not installed.
         SystemRefusalError: there is no cluster, or it is not usable.
     """
-    if cluster is None:
-        block_bytes, threads = fit_memory(max_memory, threads, rows, far=far)
-        with ThreadPoolExecutor(threads) as local:
-            yield Crew(local, block_bytes, threads, peak_memory(block_bytes, threads, rows, far=far))
-        return
-    if threads is not None:
-        raise UsageError("--threads is for this machine alone; a cluster's workers say how many they have")
-    from swa_avg.combine.cluster import connected
+    if cluster is not None:
+        if threads is not None:
+            problem = "--threads is for this machine alone; a cluster's workers say how many they have"
+            raise UsageError(problem)
+        from swa_avg.combine.cluster import Cluster, connected
 
-    with connected(cluster) as remote:
-        threads = remote.threads
-        block_bytes, together, sent, memory = fit_cluster(max_memory, threads, rows, far=far)
-        # That a task is done is noticed some time later: meanwhile, another one waits at the worker.
-        yield Crew(remote, block_bytes, 2 * threads, memory, together, sent)
+        with connected(cluster) as connection:
+            of_cluster = replace(REMOTE_CLUSTER if remote else CLUSTER, threads=connection.threads)
+            yield Cluster(connection, of_cluster.fit(max_memory, rows))
+        return
+    budget = REMOTE if remote else LOCAL
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"threads is {threads}; expected 1 or more")
+        budget = replace(budget, threads=threads)
+    budget = budget.fit(max_memory, rows)
+    with ThreadPoolExecutor(budget.threads) as executor:
+        yield Threads(executor, budget)

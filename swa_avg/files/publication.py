@@ -87,9 +87,7 @@ class Publication:
         # Before it exists: an interrupt may come between any two steps.
         self._temporaries.append(temporary)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-        # Opened by its name, which the file keeps: workers on other machines write to it, too.
-        raw = io.FileIO(temporary, "r+b", opener=lambda name, _: os.open(name, flags, 0o666))
-        file = _GrowingFile(raw)
+        file = _GrowingFile(io.FileIO(os.open(temporary, flags, 0o666), "r+b"))
         self._files.append((file, final))
         _reserve(file, size)
         return file

@@ -50,7 +50,7 @@ class ArchiveCheckpoint(Checkpoint):
         # Names, times and attributes are the template's, so that equal inputs give equal bytes.
         for member in self.archive.infolist():
             if member.filename == _WEIGHTS:
-                output.add(member, self.shards[0].size, stream(0, file))
+                output.add(member, self.shards[0].size, stream(0))
             elif member.filename == _METADATA:
                 metadata = json.dumps(with_record(self.metadata, record())).encode()
                 output.add(member, len(metadata), [metadata])

@@ -13,7 +13,6 @@ opened and written by the one file that lists the others, which is published las
 from __future__ import annotations
 
 import errno
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Protocol
 
-from isal.isal_zlib import crc32, crc32_combine
+from isal.isal_zlib import crc32
 
 from swa_avg.errors import Finding, UnreadableError
 from swa_avg.files.region import Region
@@ -31,14 +30,12 @@ __all__ = [
     "RECORD_NAME",
     "Buffer",
     "Checkpoint",
-    "Chunk",
     "Format",
     "Role",
     "Stage",
     "StoredRecord",
     "Stream",
     "Tensor",
-    "Written",
     "check_written",
     "record_in",
     "with_record",
@@ -54,18 +51,8 @@ StoredRecord = Mapping[str, Any] | None
 """What swa-avg says of how an output was made, as JSON; None where it says nothing."""
 
 
-class Written(NamedTuple):
-    """Bytes of an output that another process has written in their place."""
-
-    size: int
-    checksum: int
-    """Their CRC-32."""
-
-
-Chunk = Buffer | Written
-"""The next bytes of an output."""
-Stream = Callable[[int, IO[bytes] | None], Iterator[Chunk]]
-"""Yields the bytes of a shard, by its number; who is given the output, an open file, may write there."""
+Stream = Callable[[int], Iterator[Buffer]]
+"""Yields the bytes of a shard, by its number."""
 
 _WINDOW = 256 * 1024
 _NEAR = 4096  # a gap of up to this many bytes is read over rather than asked around
@@ -145,9 +132,8 @@ class Checkpoint(ABC):
     def write(self, stream: Stream, record: Callable[[], StoredRecord], stage: Stage) -> None:
         """Write a copy of this checkpoint with other shards to `stage`.
 
-        `stream(k, file)` yields the bytes of shard k from first to last; each shard is asked for once, in
-        order. The first byte goes to the current position of `file`. `record()` may be called once: by an
-        archive before the first shard, else after the last.
+        `stream(k)` yields the bytes of shard k from first to last; each shard is asked for once, in order.
+        `record()` may be called once: by an archive before the first shard, else after the last.
         """
 
     @abstractmethod
@@ -194,7 +180,7 @@ class Checkpoint(ABC):
             return None
         return [_windows(shard, its) for shard, its in zip(self.shards, gaps, strict=True)]
 
-    def stream(self, index: int, file: IO[bytes] | None = None) -> Iterator[Buffer]:
+    def stream(self, index: int) -> Iterator[Buffer]:
         """Yield the bytes of a shard as they are: a `Stream`."""
         return self.shards[index].chunks()
 
@@ -300,23 +286,18 @@ class Stage(Protocol):
         """
 
 
-def write_shard(file: IO[bytes], chunks: Iterable[Chunk]) -> None:
+def write_shard(file: IO[bytes], chunks: Iterable[Buffer]) -> None:
     """Write the bytes of a shard to an empty file, and check that they read back."""
     check_written(file, 0, *write_chunks(file, chunks))
 
 
-def write_chunks(file: IO[bytes], chunks: Iterable[Chunk]) -> tuple[int, int]:
+def write_chunks(file: IO[bytes], chunks: Iterable[Buffer]) -> tuple[int, int]:
     """Write chunks at the file's current position, and return their size and CRC-32."""
     size = checksum = 0
     for chunk in chunks:
-        if isinstance(chunk, Written):
-            file.seek(chunk.size, os.SEEK_CUR)
-            checksum = crc32_combine(checksum, chunk.checksum, chunk.size)
-            size += chunk.size
-        else:
-            file.write(chunk)
-            checksum = crc32(chunk, checksum)
-            size += len(chunk)
+        file.write(chunk)
+        checksum = crc32(chunk, checksum)
+        size += len(chunk)
     return size, checksum
 
 

@@ -49,7 +49,7 @@ class Hdf5Checkpoint(Checkpoint):
         from swa_avg.formats.hdf5.rebuild import write_record
 
         file = stage.create(stage.output.name, self.shards[0].size)
-        write_shard(file, stream(0, file))
+        write_shard(file, stream(0))
         made = record()
         if made is not None:
             write_record(file, made, self.path, self.tensors.values())

@@ -52,7 +52,7 @@ class ShardedCheckpoint(Checkpoint):
             checks = []
             for index, shard in enumerate(self.shard_names):
                 file = stage.create(names[shard], self.shards[index].size)
-                size, checksum = write_chunks(file, stream(index, file))
+                size, checksum = write_chunks(file, stream(index))
                 checks.append(beside.submit(self._check, file, index, size, checksum))
             for check in checks:
                 check.result()

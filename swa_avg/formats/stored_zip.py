@@ -14,7 +14,7 @@ from typing import IO
 
 from isal.isal_zlib import crc32
 
-from swa_avg.formats.base import Buffer, Chunk, check_written, write_chunks
+from swa_avg.formats.base import Buffer, check_written, write_chunks
 
 __all__ = ["StoredZip"]
 
@@ -34,7 +34,7 @@ class StoredZip:
         self._written: list[tuple[int, int, int]] = []
         """Start, size and CRC-32 of each run of bytes."""
 
-    def add(self, like: zipfile.ZipInfo, size: int, chunks: Iterable[Chunk]) -> None:
+    def add(self, like: zipfile.ZipInfo, size: int, chunks: Iterable[Buffer]) -> None:
         """Append a member of `size` bytes, with the name, date and attributes of `like`.
 
         Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from swa_avg.combine.combiner import stream_values, unfit
+from swa_avg.combine.values import invalid_values, stream_values
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.files.publication import Publication, check_output
 from swa_avg.formats import Checkpoint, Tensor
@@ -151,7 +151,7 @@ def _measured(inspection: Inspection, plan: Plan, progress: Progress | None) -> 
     findings: tuple[Finding, ...] = ()
     measurement, odd, unequal = _measure(plan, progress)
     if odd or unequal:
-        findings = tuple(unfit(plan, _CHUNK))
+        findings = tuple(invalid_values(plan, _CHUNK))
     measured = [row for row in range(len(plan.inputs)) if row not in odd]
     geometry = None
     if len(measured) > 1 and plan.averaged:

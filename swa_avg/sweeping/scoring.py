@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -92,8 +92,6 @@ class Scorer:
     _evaluators: list[Evaluator] = field(default_factory=list, compare=False)
     """Of this process: none or one."""
     _lock: threading.Lock = field(default_factory=threading.Lock, compare=False)
-
-    may_take_long: ClassVar[bool] = True
 
     def elsewhere(self) -> Scorer:
         """Return a scorer for processes that run in other folders."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -13,8 +12,8 @@ from typing import IO, Any
 
 from swa_avg.batchnorm.checkpoint import Loading, Refresh, check_request
 from swa_avg.batchnorm.statistics import RefreshedStatistics
+from swa_avg.combine import Combiner, Workers, open_workers
 from swa_avg.combine.drafts import folder_beside
-from swa_avg.combine.workers import Crew, hired
 from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageError
 from swa_avg.files.publication import Publication, check_output, publication_at
 from swa_avg.files.remote import remote
@@ -110,7 +109,7 @@ def sweep(
             "that makes one, not a live model"
         )
     with (
-        hired(cluster, threads, max_memory, most_rows, far=far) as crew,
+        open_workers(cluster, threads, max_memory, most_rows, remote=far) as workers,
         publication_at(target, overwrite=overwrite) as publication,
     ):
         # The newest is the template of most drafts; a copy on this machine is none on the workers'.
@@ -120,9 +119,9 @@ def sweep(
             trials = Trials(
                 checkpoints,
                 publication,
-                crew,
+                workers,
                 stack.enter_context(folder_beside(publication.output)),
-                *_scoring(Scorer(validation, loading, refresh), crew),
+                _scoring(Scorer(validation, loading, refresh), workers),
                 score_progress and partial(score_progress, steps),
             )
             scored = trials.scored(rows, verify=verify, progress=progress)
@@ -135,7 +134,7 @@ def sweep(
             statistics = trials.best_statistics  # of the winner: the points of the line are scored after it
             if draw and report.best_average is not None:
                 report = replace(report, path=line(trials, report.best_average.candidate))
-            scratch = crew.scratch(publication, stack)
+            scratch = stack.enter_context(workers.scratch(publication))
             _write(report, statistics, trials, scratch, optimizer=optimizer, dtype=dtype, verify=verify)
         publication.publish()
     if path is not None and draw and report.path:
@@ -145,18 +144,11 @@ def sweep(
     return replace(report, written=True)
 
 
-def _scoring(scorer: Scorer, crew: Crew) -> tuple[Callable[[Path], Future[Scoring]], int]:
-    """Return what has a draft scored, here or by a worker of a cluster, and how many drafts at a time."""
-    if crew.together:
-        distant = scorer.elsewhere()
-        return lambda draft: crew.executor.submit(distant.score, draft), crew.threads
-
-    def here(draft: Path) -> Future[Scoring]:
-        done: Future[Scoring] = Future()
-        done.set_result(scorer.score(draft))
-        return done
-
-    return here, 1
+def _scoring(scorer: Scorer, workers: Workers) -> Callable[[Iterable[Path]], Iterator[tuple[Path, Scoring]]]:
+    """Return what has drafts scored, each with one model a process: one after the other, or on a cluster."""
+    if workers.processes is None:
+        return lambda drafts: ((draft, scorer.score(draft)) for draft in drafts)
+    return partial(workers.processes.run, scorer.elsewhere().score)
 
 
 def _drawing(output: Path, *, overwrite: bool) -> Callable[[SweepReport], bytes]:
@@ -253,7 +245,7 @@ def _write(
     inputs = [trials.checkpoints[number] for number in winner.candidate.used]
     coefficients = [winner.candidate.coefficients[number] for number in winner.candidate.used]
     plan = plan_output(inputs, coefficients, trials.publication.output, scratch, optimizer=optimizer)
-    combiner = trials.crew.combiner(plan, [coefficients], verify)
+    combiner = Combiner(plan, [coefficients], trials.workers, verify)
     method = winner.candidate.name if winner.candidate.is_average else "single"
     stream: Stream = combiner.stream
     further = {"sweep": _record(report)}

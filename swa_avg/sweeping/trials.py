@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from shutil import rmtree
+from tempfile import mkdtemp
 
 from swa_avg.batchnorm.statistics import RefreshedStatistics
-from swa_avg.combine.combiner import Combiner
+from swa_avg.combine import Combiner, Spill, Workers
 from swa_avg.combine.drafts import write_draft
-from swa_avg.combine.spill import Spill
-from swa_avg.combine.workers import Crew
 from swa_avg.files.publication import Publication
 from swa_avg.formats import Checkpoint
 from swa_avg.formats.base import Stream
@@ -33,23 +30,18 @@ __all__ = ["POINTS", "Trials", "greedy_soup", "line"]
 POINTS = 11
 """Of the line from the last checkpoint to the average."""
 
-_Underway = tuple[Candidate, "TemporaryDirectory[str]", "Future[Scoring]"]
-"""A candidate, the folder of its draft, and the work."""
-
 
 @dataclass
 class Trials:
-    """Writes candidates as drafts, up to `at_once` at a time, and has each scored by a live model."""
+    """Writes candidates as drafts, and has each scored by a live model."""
 
     checkpoints: Sequence[Checkpoint]
     publication: Publication
-    crew: Crew
+    workers: Workers
     folder: Path
     """Temporary, beside the output."""
-    submit: Callable[[Path], Future[Scoring]]
-    """Has a draft scored, here or on a cluster."""
-    at_once: int
-    """Drafts on disk."""
+    score_drafts: Callable[[Iterable[Path]], Iterator[tuple[Path, Scoring]]]
+    """Has drafts scored in order, here or on a cluster, and asks for one when there is a model for it."""
     progress: Callable[[int], None] | None
     last: Scoring | None = None
     decides: tuple[str, str] | None = None
@@ -70,7 +62,7 @@ class Trials:
         inputs = [self.checkpoints[number] for number in used]
         matrix = [[row.coefficients[number] for number in used] for row in rows]
         plan = make_plan(inputs, inputs[-1], matrix[0])
-        return self.crew.combiner(plan, matrix, verify, progress)
+        return Combiner(plan, matrix, self.workers, verify, progress)
 
     def scored(
         self,
@@ -87,33 +79,28 @@ class Trials:
         with closing(self.publication.scratch()) as file:
             spill = Spill(combiner, file)
             check_contents(plan.inputs, combiner.checksums)
-            with ExitStack() as stack:
-                under_way: deque[_Underway] = deque()
-                results = []
-                for number, row in enumerate(rows):
-                    if len(under_way) == self.at_once:
-                        results.append(self._finish(under_way.popleft()))
-                    under_way.append(self._start(row, plan, partial(spill.stream, number), stack))
-                return (*results, *map(self._finish, under_way))
+            streams = [partial(spill.stream, number) for number in range(len(rows))]
+            return tuple(self._score(rows, plan, streams))
 
     def score(self, candidate: Candidate, plan: Plan, stream: Stream) -> Scored:
         """Write a draft, have it scored, and remember what it takes to write it if it is the best so far."""
-        with ExitStack() as stack:
-            return self._finish(self._start(candidate, plan, stream, stack))
+        (scored,) = self._score([candidate], plan, [stream])
+        return scored
 
-    def _start(self, candidate: Candidate, plan: Plan, stream: Stream, stack: ExitStack) -> _Underway:
-        folder = TemporaryDirectory(dir=self.folder)
-        stack.callback(folder.cleanup)
-        draft = Path(folder.name) / f"draft{plan.template.suffixes[0]}"
+    def _score(self, rows: Sequence[Candidate], plan: Plan, streams: Iterable[Stream]) -> Iterator[Scored]:
+        drafts = (self._draft(plan, stream) for stream in streams)
+        for row, (draft, scoring) in zip(rows, self.score_drafts(drafts), strict=True):
+            rmtree(draft.parent)
+            yield self._scored(row, scoring)
+
+    def _draft(self, plan: Plan, stream: Stream) -> Path:
+        """Write a draft in a folder of its own."""
+        draft = Path(mkdtemp(dir=self.folder)).absolute() / f"draft{plan.template.suffixes[0]}"
         write_draft(draft, plan.template, stream)
-        work = self.submit(draft.absolute())
-        stack.callback(work.cancel)
-        return candidate, folder, work
+        return draft
 
-    def _finish(self, under_way: _Underway) -> Scored:
-        candidate, folder, work = under_way
-        self.last = work.result()
-        folder.cleanup()
+    def _scored(self, candidate: Candidate, scoring: Scoring) -> Scored:
+        self.last = scoring
         score = self.last.score
         report = score.statistics.report if score.statistics is not None else None
         self.decides = self.decides or self.last.decides
