@@ -19,7 +19,7 @@ from swa_avg.combine.blocks import Block
 from swa_avg.combine.budget import fit_memory
 from swa_avg.combine.combiner import Combiner
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
-from swa_avg.files.remote import as_path, kept_at_hand
+from swa_avg.files.location import Location, cached_locally, location
 from swa_avg.formats import Checkpoint, Tensor, open_checkpoint
 from swa_avg.formats.archive import ArchiveCheckpoint
 from swa_avg.formats.bare import WEIGHTS, Hdf5Checkpoint
@@ -37,8 +37,8 @@ __all__ = ["Verification", "verify"]
 class Verification:
     """What `verify` found."""
 
-    output: Path
-    inputs: tuple[Path, ...]
+    output: Location
+    inputs: tuple[Location, ...]
     record: Record
     averaged: int
     """Tensors that were averaged again and compared."""
@@ -77,17 +77,17 @@ def verify(
         MismatchError: the inputs are not those of then; every one of them is named.
         SystemRefusalError: the system could not read.
     """
-    output = as_path(output)
+    target = location(output)
     block_bytes, threads = fit_memory(max_memory, threads)
     with ExitStack() as stack:
-        found = stack.enter_context(closing(open_checkpoint(stack.enter_context(kept_at_hand(output)))))
+        found = stack.enter_context(closing(open_checkpoint(stack.enter_context(cached_locally(target)))))
         record = read_record(found)
         (found,) = resolve_dtypes([found], record.dtype)
         named = [inputs] if isinstance(inputs, str | Path) else inputs
-        paths = _paths(record, output, list(dict.fromkeys(map(as_path, named))) or [output.parent])
+        paths = _paths(record, target, list(dict.fromkeys(map(location, named))) or [target.parent])
         checkpoints = stack.enter_context(opened(paths, record.dtype))
         _check_inputs(checkpoints, record)
-        template = as_output(checkpoints[-1], output)
+        template = as_output(checkpoints[-1], target)
         if record.optimizer == "drop":
             template = template.without_optimizer(_scratch(stack))
         coefficients = [entry.coefficient for entry in record.inputs]
@@ -105,10 +105,10 @@ def verify(
         found.check_unchanged()
     count = sum(tensor.name not in record.values for tensor in plan.averaged)
     copied = len(plan.copied) + len(plan.compared)
-    return Verification(output, tuple(paths), record, count, copied, digests, tuple(findings))
+    return Verification(target, tuple(paths), record, count, copied, digests, tuple(findings))
 
 
-def _paths(record: Record, output: Path, folders: Sequence[Path]) -> list[Path]:
+def _paths(record: Record, output: Location, folders: Sequence[Location]) -> list[Location]:
     """Return the path of each input: of several files of its name, of the one that the record tells of."""
     wanted = Counter(entry.name for entry in record.inputs)
     held = {name: [path for folder in folders if (path := folder / name).exists()] for name in wanted}
@@ -134,7 +134,7 @@ def _paths(record: Record, output: Path, folders: Sequence[Path]) -> list[Path]:
     return paths
 
 
-def _is_that_of_then(path: Path, entry: RecordedInput) -> bool:
+def _is_that_of_then(path: Location, entry: RecordedInput) -> bool:
     try:
         with closing(open_checkpoint(path)) as checkpoint:
             return not any(_changes(checkpoint, entry))

@@ -93,7 +93,7 @@ def average(
 
 def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
     """Tell on standard error what was done, or would be."""
-    from swa_avg.files.remote import remote
+    from swa_avg.files.location import any_remote
     from swa_avg.text import counted, size_text
 
     plan = report.plan
@@ -118,7 +118,7 @@ def _describe(report: Report, *, dry_run: bool, verbose: bool) -> None:
         lines.extend(report.refresh.lines(verbose=verbose))
     elif layers:
         lines.append(batchnorm_warning(layers))
-    if not report.verify and any(remote(checkpoint.path) for checkpoint in plan.inputs):
+    if not report.verify and any_remote(checkpoint.path for checkpoint in plan.inputs):
         lines.append("of URLs only what is averaged is read, and no checksum checked; --verify does both")
     verb = "would write" if dry_run else "wrote"
     lines.append(

@@ -8,8 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import IO
 
 from swa_avg.combine.blocks import bytes_to_read
@@ -17,6 +15,7 @@ from swa_avg.combine.budget import fit_cluster, fit_memory, peak_memory
 from swa_avg.combine.combiner import Combiner
 from swa_avg.errors import UsageError
 from swa_avg.files.publication import Publication
+from swa_avg.files.temporary import temporary_folder
 from swa_avg.planning.plan import Plan
 from swa_avg.text import Progress
 
@@ -61,8 +60,7 @@ class Crew:
         if not self.together:
             return publication.scratch
         numbers = count()
-        parent = publication.output.parent
-        folder = Path(stack.enter_context(TemporaryDirectory(dir=parent, prefix=".swa-avg-")))
+        folder = stack.enter_context(temporary_folder(publication.output))
         return lambda: stack.enter_context((folder / f"scratch_{next(numbers)}").open("w+b"))
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from swa_avg.errors import UnreadableError
+from swa_avg.errors import Named, UnreadableError
 
 __all__ = ["MAX_JSON", "objects", "parse_json"]
 
@@ -19,7 +18,7 @@ _MAX_DIGITS = 400
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
-def parse_json(data: bytes, path: Path, what: str) -> dict[str, Any]:
+def parse_json(data: bytes, path: Named, what: str) -> dict[str, Any]:
     """Parse a JSON object, with limits on size, nesting and digits.
 
     Raises:

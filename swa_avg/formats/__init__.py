@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import IO
 
 from swa_avg.errors import SwaAvgError, UnreadableError
-from swa_avg.files.region import Region, open_file, refusal
+from swa_avg.files.location import Location
+from swa_avg.files.region import Region
+from swa_avg.files.sources import open_source, refusal
 from swa_avg.formats import archive, bare, sharded
 from swa_avg.formats.base import Checkpoint, Tensor
 
@@ -15,7 +15,7 @@ __all__ = ["FORMATS", "Checkpoint", "Region", "Tensor", "open_checkpoint"]
 
 # First bytes of a file -> how it is opened. What a file is called says nothing: TensorFlow 2.12 writes
 # HDF5 files named `.keras`.
-FORMATS: dict[bytes, Callable[[Path, IO[bytes], Checkpoint | None], Checkpoint]] = {
+FORMATS: dict[bytes, Callable[[Region, Checkpoint | None], Checkpoint]] = {
     archive.SIGNATURE: archive.open_archive,
     bare.SIGNATURE: bare.open_hdf5,
     b"{": sharded.open_sharded,
@@ -24,7 +24,7 @@ FORMATS: dict[bytes, Callable[[Path, IO[bytes], Checkpoint | None], Checkpoint]]
 _FEW = 2
 
 
-def open_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
+def open_checkpoint(path: Location, like: Checkpoint | None = None) -> Checkpoint:
     """Open the checkpoint at `path`, whatever its format, going by content.
 
     `like` is a checkpoint of the same run; it saves parsing where `path` has its layout.
@@ -49,20 +49,20 @@ def open_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
     return checkpoint
 
 
-def _open(path: Path, like: Checkpoint | None) -> Checkpoint:
-    file = open_file(path)
+def _open(path: Location, like: Checkpoint | None) -> Checkpoint:
+    whole = Region(open_source(path))
     try:
-        head = file.read(64)
+        head = whole.read(0, min(64, whole.size))
         if not head:
             raise UnreadableError(path, "the file is empty")
         for signature, open_format in FORMATS.items():
             if head.lstrip().startswith(signature):
-                return open_format(path, file, like)
+                return open_format(whole, like)
         raise UnreadableError(
             path, "not a Keras checkpoint: neither a .keras archive, nor HDF5, nor a .weights.json"
         )
     except BaseException:
-        file.close()
+        whole.close()
         raise
 
 

@@ -7,10 +7,10 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import IO, Any
 
 from swa_avg.errors import SwaAvgError, UnreadableError
+from swa_avg.files.location import Location
 from swa_avg.files.region import Region, RegionFile
 from swa_avg.files.untrusted_json import MAX_JSON, parse_json
 from swa_avg.formats.bare import WEIGHTS, Hdf5Checkpoint, is_keras_store, layer_names
@@ -96,13 +96,13 @@ class ArchiveCheckpoint(Checkpoint):
         super().close()
 
 
-def open_archive(path: Path, file: IO[bytes], like: Checkpoint | None = None) -> ArchiveCheckpoint:
-    """Open a `.keras` archive; `file` and `like` as for `open_hdf5`.
+def open_archive(whole: Region, like: Checkpoint | None = None) -> ArchiveCheckpoint:
+    """Open a `.keras` archive; `whole` and `like` as for `open_hdf5`.
 
     Raises:
         UnreadableError: the archive is damaged, unsafe or not what Keras writes.
     """
-    whole = Region(path, file)
+    path = whole.path
     try:
         archive = zipfile.ZipFile(RegionFile(whole))
         members = _members(whole, archive)
@@ -132,7 +132,7 @@ def _small(whole: Region, archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _checkpoint(
-    path: Path,
+    path: Location,
     region: Region,
     archive: zipfile.ZipFile,
     config_bytes: bytes,
@@ -171,7 +171,7 @@ def _writer(version: Any) -> str | None:
     return f"Keras {version}" if isinstance(version, str) else None
 
 
-def _contents(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
+def _contents(path: Location, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
     try:
         with archive.open(member) as source:
             yield from iter(lambda: source.read(_CHUNK), b"")
@@ -241,6 +241,4 @@ def data_offset(whole: Region, info: zipfile.ZipInfo) -> int:
 
 def _weights_region(whole: Region, members: Mapping[str, tuple[zipfile.ZipInfo, int]]) -> Region:
     info, start = members[_WEIGHTS]
-    region = Region(whole.path, whole.file, start, info.file_size)
-    region.crc32 = info.CRC
-    return region
+    return Region(whole.source, start, info.file_size, info.CRC)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import IO
 
 from swa_avg.errors import UnreadableError
+from swa_avg.files.location import Location
 from swa_avg.files.region import Region
+from swa_avg.files.sources import LocalSource
 from swa_avg.files.untrusted_json import parse_json
 from swa_avg.formats.base import PROVENANCE, Checkpoint, Provenance, Stage, Stream, write_shard
 from swa_avg.formats.hdf5.layout import SIGNATURE, Layout, read_layout
@@ -54,7 +55,7 @@ class Hdf5Checkpoint(Checkpoint):
         if record is not None:
             write_provenance(file, record, self.path, self.tensors.values())
         # There is no checksum that would tell of damage to what was copied.
-        check_readable(Region(self.path, file), self.tensors)
+        check_readable(Region(LocalSource(self.path, file)), self.tensors)
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         from swa_avg.formats.hdf5.rebuild import strip
@@ -64,24 +65,23 @@ class Hdf5Checkpoint(Checkpoint):
         return replace(self, **strip(self, groups, scratch))
 
 
-def open_hdf5(path: Path, file: IO[bytes], like: Checkpoint | None = None) -> Hdf5Checkpoint:
+def open_hdf5(region: Region, like: Checkpoint | None = None) -> Hdf5Checkpoint:
     """Open a Keras checkpoint that is a bare HDF5 file.
 
-    `file` is `path`, open for reading; whoever opened it closes it where this fails. `like` is a
-    checkpoint of the same run; where every byte outside the tensors is the same, its layout is taken over
-    without parsing the file.
+    `region` is all of it; whoever opened it closes it where this fails. `like` is a checkpoint of the same
+    run; where every byte outside the tensors is the same, its layout is taken over without parsing the file.
 
     Raises:
         UnreadableError: the file is damaged, is not a Keras checkpoint, or stores a tensor in another way
             than as one contiguous run of bytes.
     """
-    region = Region(path, file)
     if isinstance(like, Hdf5Checkpoint) and like.shares_layout((region,)):
-        return replace(like, path=path, shards=(region,))
-    return _keras_checkpoint(path, region, read_layout(region))
+        return replace(like, path=region.path, shards=(region,))
+    return _keras_checkpoint(region, read_layout(region))
 
 
-def _keras_checkpoint(path: Path, region: Region, layout: Layout) -> Hdf5Checkpoint:
+def _keras_checkpoint(region: Region, layout: Layout) -> Hdf5Checkpoint:
+    path = region.path
     reader = AttributeReader(region)
     root = _strings(
         reader,
@@ -178,7 +178,7 @@ def _check_legacy_groups(reader: AttributeReader, layout: Layout, parent: str) -
         _check_stored(path, layout, "optimizer_weights", weights, hint)
 
 
-def _check_stored(path: Path, layout: Layout, group: str, weights: Iterable[str], hint: str) -> None:
+def _check_stored(path: Location, layout: Layout, group: str, weights: Iterable[str], hint: str) -> None:
     for weight in weights:
         if f"{group}/{weight}" not in layout.tensors:
             name = f"{group.removeprefix('model_weights/')}/{weight}"

@@ -13,8 +13,8 @@ from typing import IO, Any, Literal, NamedTuple, Protocol
 
 from isal.isal_zlib import crc32, crc32_combine
 
+from swa_avg.files.location import Location
 from swa_avg.files.region import Region
-from swa_avg.files.remote import RemoteFile
 
 __all__ = [
     "PROVENANCE",
@@ -54,7 +54,6 @@ Stream = Callable[[int, IO[bytes] | None], Iterator[Chunk]]
 """Yields the bytes of a shard, by its number; who is given the output, an open file, may write there."""
 
 _WINDOW = 256 * 1024
-_NEAR = 4096  # what is worth reading between two places of an object, to ask for it once
 _MAX_METADATA = 64 * 2**20
 _Window = list[tuple[int, bytes]]
 """Runs of bytes, each with where it starts."""
@@ -88,7 +87,7 @@ class Tensor:
 class Checkpoint(ABC):
     """One checkpoint on disk, open for positional reads; one subclass a format."""
 
-    path: Path
+    path: Location
     kind: str
     """What sort of checkpoint it is, in words; the inputs of one run share it."""
     suffixes: tuple[str, ...]
@@ -191,21 +190,21 @@ def _windows(shard: Region, gaps: Sequence[tuple[int, int]]) -> list[_Window]:
 
 def _agrees(shard: Region, windows: Sequence[_Window]) -> bool:
     """Tell whether a shard holds these bytes; a window is read at once, what lies between included."""
-    if isinstance(shard.file, RemoteFile):
-        windows = [part for window in windows for part in _near(window)]
-    ranges = [(window[0][0], window[-1][0] + len(window[-1][1])) for window in windows]
+    gap = shard.source.negligible_gap
+    parts = [part for window in windows for part in _parts(window, gap)]
+    ranges = [(part[0][0], part[-1][0] + len(part[-1][1])) for part in parts]
     return all(
         found.startswith(data, start - first)
-        for window, (first, _), found in zip(windows, ranges, shard.ranges(ranges), strict=True)
-        for start, data in window
+        for part, (first, _), found in zip(parts, ranges, shard.ranges(ranges), strict=True)
+        for start, data in part
     )
 
 
-def _near(window: _Window) -> Iterator[_Window]:
-    """Cut a window where more lies between two of its runs than is worth reading from a service."""
+def _parts(window: _Window, gap: int) -> Iterator[_Window]:
+    """Cut a window where more than `gap` bytes lie between two of its runs."""
     part = window[:1]
     for run in window[1:]:
-        if run[0] - (part[-1][0] + len(part[-1][1])) > _NEAR:
+        if run[0] - (part[-1][0] + len(part[-1][1])) > gap:
             yield part
             part = []
         part.append(run)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import IO, Any
 
 from swa_avg.errors import UnreadableError, escape
-from swa_avg.files.region import Region, open_file
+from swa_avg.files.location import Location
+from swa_avg.files.region import Region
+from swa_avg.files.sources import LocalSource, open_source
 from swa_avg.files.untrusted_json import MAX_JSON, parse_json
 from swa_avg.formats.bare import layer_names
 from swa_avg.formats.base import (
@@ -71,7 +73,7 @@ class ShardedCheckpoint(Checkpoint):
         from swa_avg.formats.hdf5.libhdf5 import check_readable
 
         check_written(file, 0, size, checksum)
-        written = Region(self.path.with_name(self.shard_names[index]), file, 0, size)
+        written = Region(LocalSource(self.path.with_name(self.shard_names[index]), file))
         check_readable(written, {n: t for n, t in self.tensors.items() if t.shard == index})
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
@@ -86,17 +88,17 @@ class ShardedCheckpoint(Checkpoint):
         return replace(self, map={**self.map, "weight_map": kept}, **strip(self, ("optimizer",), scratch))
 
 
-def open_sharded(path: Path, file: IO[bytes], like: Checkpoint | None = None) -> ShardedCheckpoint:
-    """Open a `.weights.json` and all its shards; `file`, which is closed, and `like` as for `open_hdf5`.
+def open_sharded(whole: Region, like: Checkpoint | None = None) -> ShardedCheckpoint:
+    """Open a `.weights.json`, `whole`, which is closed, and all its shards; `like` as for `open_hdf5`.
 
     Raises:
         UnreadableError: the map or a shard is missing, damaged or unsafe, or they disagree.
     """
-    with file:
-        size = file.seek(0, 2)
-        if size > MAX_JSON:
+    path = whole.path
+    with closing(whole):
+        if whole.size > MAX_JSON:
             raise UnreadableError(path, f"the shard map is larger than {MAX_JSON >> 20} MiB")
-        record = parse_json(Region(path, file, 0, size).read(0, size), path, "the shard map")
+        record = parse_json(whole.read(0, whole.size), path, "the shard map")
     weight_map = record.get("weight_map")
     if not isinstance(weight_map, dict):
         raise UnreadableError(path, "not the map of a sharded checkpoint: no `weight_map`")
@@ -104,8 +106,7 @@ def open_sharded(path: Path, file: IO[bytes], like: Checkpoint | None = None) ->
     shards: list[Region] = []
     try:
         for name in names:
-            part = open_file(path.with_name(name), follow=False)
-            shards.append(Region(path.with_name(name), part))
+            shards.append(Region(open_source(path.with_name(name), follow=False)))
         own: dict[str, Any] = {
             "path": path,
             "shards": tuple(shards),
@@ -133,7 +134,7 @@ def open_sharded(path: Path, file: IO[bytes], like: Checkpoint | None = None) ->
     )
 
 
-def _shard_names(path: Path, weight_map: Mapping[str, Any]) -> tuple[str, ...]:
+def _shard_names(path: Location, weight_map: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the shards' names in order of first mention; none may leave the folder of the map."""
     names: dict[str, None] = {}
     for where in weight_map.values():
@@ -152,7 +153,7 @@ def _shard_names(path: Path, weight_map: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _join(
-    path: Path, layouts: Sequence[Layout], weight_map: Mapping[str, Any], shards: Sequence[str]
+    path: Location, layouts: Sequence[Layout], weight_map: Mapping[str, Any], shards: Sequence[str]
 ) -> dict[str, Tensor]:
     """Return the tensors of all shards, held against the map.
 
@@ -177,7 +178,7 @@ def _join(
     return tensors
 
 
-def _check_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _check_numbers(path: Location, tensors: Mapping[str, Tensor]) -> None:
     """Raise UnreadableError if variables are numbered, and a number is left out.
 
     Keras counts a layer's and an optimizer's variables from 0, across the shards. HDF5 keeps no checksum of

@@ -6,12 +6,14 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from swa_avg.errors import SwaAvgError, UnreadableError
-from swa_avg.files.region import open_file, refusal
+from swa_avg.files.location import Location
+from swa_avg.files.region import Region
+from swa_avg.files.sources import open_source, refusal
 from swa_avg.files.untrusted_json import parse_json
 
 __all__ = [
@@ -107,19 +109,19 @@ def is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\:\0") and name.isprintable()
 
 
-def read_index(path: Path) -> Index:
+def read_index(path: Location) -> Index:
     """Read the index at `path`; it comes from elsewhere and may hold anything.
 
     Raises:
         UnreadableError: it cannot be read, is no index, or one of another version.
     """
     try:
-        with open_file(path) as file:
-            data = file.read(_MAX_BYTES + 1)
+        with closing(open_source(path)) as source:
+            if source.size > _MAX_BYTES:
+                raise UnreadableError(path, f"the index is larger than {_MAX_BYTES >> 20} MiB")
+            data = Region(source).read(0, source.size)
     except OSError as error:
         raise (error if isinstance(error, SwaAvgError) else refusal(path, error)) from error
-    if len(data) > _MAX_BYTES:
-        raise UnreadableError(path, f"the index is larger than {_MAX_BYTES >> 20} MiB")
     value = parse_json(data, path, "the index")
     try:
         return _index(value)

@@ -13,7 +13,7 @@ from numbers import Integral
 from pathlib import Path
 
 from swa_avg.errors import Finding, MismatchError, UnreadableError, UsageError
-from swa_avg.files.remote import as_path, find, remote
+from swa_avg.files.location import Location, identity, location, matches
 from swa_avg.inputs.index import INDEX_NAME, MODES, Entry, Index, read_index
 from swa_avg.inputs.metrics import direction
 from swa_avg.text import counted
@@ -26,7 +26,7 @@ _MOST_DIGITS = 18
 _SUFFIXES = (".keras", ".weights.json", ".weights.h5", ".h5", ".hdf5")
 
 
-def natural_key(path: Path) -> list[tuple[int, int, str]]:
+def natural_key(path: Location) -> list[tuple[int, int, str]]:
     """Return a sort key that puts ckpt_2 before ckpt_10.
 
     Numbers go by their digits, not as integers, of which Python reads 4,300 digits at most.
@@ -38,7 +38,7 @@ def natural_key(path: Path) -> list[tuple[int, int, str]]:
     ]
 
 
-def epoch_number(path: Path) -> int | None:
+def epoch_number(path: Location) -> int | None:
     """Return the last whole number in a file's name: 7 of `w.07-0.32.h5`; decimals are metrics."""
     stem = re.sub(r"(\.weights)?\.(keras|h5|hdf5|json)$", "", path.name)
     numbers = re.findall(r"[0-9]+", _DECIMALS.sub(" ", stem))
@@ -60,7 +60,7 @@ def parse_epochs(text: str) -> range:
     return range(int(first or 0), int(last) + 1 if last else 2**62, int(step or 1))
 
 
-def expand(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
+def expand(patterns: str | Path | Sequence[str | Path]) -> list[Location]:
     """Return the files that names, folders and shell patterns stand for, in training order.
 
     That is the natural order of the names. Of several folders it is the order of epochs, where every file has
@@ -82,24 +82,21 @@ def expand(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
             example = "swa-avg 'ckpt_*.keras' -o swa.keras"
             raise UsageError(f"no checkpoints named, and no {INDEX_NAME} here; such as: {example}")
         return _indexed(Path())
-    named: list[Path] = []
+    named: list[Location] = []
     for pattern in patterns:
-        path = as_path(pattern)
-        if not glob.has_magic(str(pattern)) or _is_there(path):
-            _identity(path)
-            named.append(path)
-            continue
-        matches = _matches(str(pattern))
-        if not matches:
+        found = matches(str(pattern)) if glob.has_magic(str(pattern)) else [location(pattern)]
+        if not found:
             raise UsageError(f"no file matches {str(pattern)!r}")
-        named.extend(matches)
-    if len(named) == 1 and _is_folder(named[0]):
+        for path in found:
+            identity(path)  # it exists
+        named.extend(found)
+    if len(named) == 1 and named[0].is_dir():
         return _indexed(named[0])
-    paths = [file for path in named for file in (_indexed(path) if _is_folder(path) else [path])]
+    paths = [file for path in named for file in (_indexed(path) if path.is_dir() else [path])]
     return _ordered(paths)
 
 
-def _ordered(paths: Sequence[Path]) -> list[Path]:
+def _ordered(paths: Sequence[Location]) -> list[Location]:
     by_name = sorted(paths, key=lambda path: (natural_key(path), str(path)))
     if len({path.parent for path in by_name}) < 2:
         return by_name
@@ -110,49 +107,13 @@ def _ordered(paths: Sequence[Path]) -> list[Path]:
     return [positions[position] for position in sorted(positions)]
 
 
-def _matches(pattern: str) -> list[Path]:
-    url = remote(as_path(pattern))
-    if url is not None:
-        return [as_path(match) for match in find(url)]
-    return [Path(match) for match in glob.glob(pattern)]  # noqa: PTH207 (takes absolute patterns)
-
-
-def _is_there(path: Path) -> bool:
-    if remote(path) is not None:
-        return path.exists()
-    try:
-        return path.is_symlink() or path.exists()
-    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
-        return False
-
-
-def _is_folder(path: Path) -> bool:
-    """Tell whether a name is that of a folder; of a URL without asking the service."""
-    return path.is_dir() if remote(path) is None else str(path).endswith("/")
-
-
-def _identity(path: Path) -> Hashable:
-    """Return what is equal for two names of one file; what a URL leads to is seen when it is opened."""
-    if (url := remote(path)) is not None:
-        return url.identity()
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise UnreadableError(path, "no such file") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UnreadableError(path, reason.lower()) from error
-    return status.st_dev, status.st_ino
-
-
-def _indexed(folder: Path) -> list[Path]:
-    if remote(folder) is not None:
-        folder = as_path(str(folder).rstrip("/"))
+def _indexed(folder: Location) -> list[Location]:
     index_path = folder / INDEX_NAME
     if not index_path.exists():
-        local = remote(folder) is None
-        suffix = next((suffix for suffix in _SUFFIXES if local and any(folder.glob(f"*{suffix}"))), ".keras")
-        hint = f"name its checkpoints, such as '{glob.escape(str(folder))}/*{suffix}'"
+        every = glob.escape(str(folder)).rstrip("/") + "/*"
+        names = [path.name for path in matches(every)]
+        suffix = next((suffix for suffix in _SUFFIXES for name in names if name.endswith(suffix)), ".keras")
+        hint = f"name its checkpoints, such as '{every}{suffix}'"
         raise UnreadableError(folder, f"a folder without {INDEX_NAME}", hint=hint)
     entries = read_index(index_path).entries
     _check_one_run(index_path, entries)
@@ -166,7 +127,7 @@ def _indexed(folder: Path) -> list[Path]:
     return paths
 
 
-def _check_one_run(index_path: Path, entries: Sequence[Entry]) -> None:
+def _check_one_run(index_path: Location, entries: Sequence[Entry]) -> None:
     """Raise UsageError if a checkpoint was saved before one of an earlier epoch: by another, longer run."""
     times = []
     for entry in entries:
@@ -180,7 +141,7 @@ def _check_one_run(index_path: Path, entries: Sequence[Entry]) -> None:
             )
 
 
-def read_indices(paths: Sequence[Path]) -> dict[Path, tuple[Index, Entry]]:
+def read_indices(paths: Sequence[Location]) -> dict[Location, tuple[Index, Entry]]:
     """Return what the indices beside the files, if there are any, say of each.
 
     Raises:
@@ -194,7 +155,7 @@ def read_indices(paths: Sequence[Path]) -> dict[Path, tuple[Index, Entry]]:
     return {path: known[path] for path in paths if path in known}
 
 
-def _position(path: Path, indexed: Mapping[Path, tuple[Index, Entry]]) -> tuple[int, int] | None:
+def _position(path: Location, indexed: Mapping[Location, tuple[Index, Entry]]) -> tuple[int, int] | None:
     """Return epoch and step: by the index, else by the last whole number in the name; None without one."""
     if path in indexed:
         return indexed[path][1].position
@@ -202,7 +163,7 @@ def _position(path: Path, indexed: Mapping[Path, tuple[Index, Entry]]) -> tuple[
     return None if number is None else (number, -1)
 
 
-def epochs_of(paths: Sequence[Path], purpose: str) -> list[int]:
+def epochs_of(paths: Sequence[Location], purpose: str) -> list[int]:
     """Return each checkpoint's epoch: by the index beside it, else the last whole number in its name.
 
     Raises:
@@ -221,7 +182,7 @@ def epochs_of(paths: Sequence[Path], purpose: str) -> list[int]:
 
 
 def select(
-    paths: Sequence[Path],
+    paths: Sequence[Location],
     *,
     epochs: str | None = None,
     best: int | None = None,
@@ -229,7 +190,7 @@ def select(
     mode: str | None = None,
     last: int | None = None,
     every: int | None = None,
-) -> list[Path]:
+) -> list[Location]:
     """Choose among files in training order, and keep that order.
 
     By epoch, then the best N by a metric of the index, then the last N, then every K-th counted from the end.
@@ -266,7 +227,7 @@ def select(
     return chosen
 
 
-def _best(paths: Sequence[Path], count: int, monitor: str | None, mode: str | None) -> list[Path]:
+def _best(paths: Sequence[Location], count: int, monitor: str | None, mode: str | None) -> list[Location]:
     """Return the best `count` files by a metric, in training order; of equals the newer."""
     indexed = read_indices(paths)
     missing = [path.name for path in paths if path not in indexed]
@@ -290,11 +251,11 @@ def _best(paths: Sequence[Path], count: int, monitor: str | None, mode: str | No
     return [paths[position] for position in sorted(ranked[:count])]
 
 
-def _check_distinct(paths: Sequence[Path]) -> None:
-    seen: dict[Hashable, Path] = {}
+def _check_distinct(paths: Sequence[Location]) -> None:
+    seen: dict[Hashable, Location] = {}
     findings = []
     for path in paths:
-        first = seen.setdefault(_identity(path), path)
+        first = seen.setdefault(identity(path), path)
         if first is not path:
             findings.append(Finding(path, "file", f"the same file as {first}; name it once"))
     if findings:

@@ -13,8 +13,8 @@ import numpy as np
 
 from swa_avg.combine.combiner import stream_values, unfit
 from swa_avg.errors import Finding, MismatchError, UsageError
-from swa_avg.files.publication import Publication, check_output
-from swa_avg.files.remote import RemotePath
+from swa_avg.files.location import Location
+from swa_avg.files.publication import check_output, publish_file
 from swa_avg.formats import Checkpoint, Tensor
 from swa_avg.inputs.opening import check_contents, check_shared_files, opened
 from swa_avg.inputs.selection import epoch_number, expand, read_indices, select
@@ -35,7 +35,7 @@ _CHUNK = 2**20
 class Contents:
     """What is inside one checkpoint."""
 
-    path: Path
+    path: Location
     kind: str
     writer: str | None
     """What wrote it, where it says so."""
@@ -177,9 +177,7 @@ def inspect_checkpoints(
         else:
             inspection = _measured(inspection, plan, progress)
     for output, content in [(output, render(inspection)) for output, render in outputs.items()]:
-        with Publication(output, overwrite=overwrite) as publication:
-            publication.create(output.name).write(content)
-            publication.publish()
+        publish_file(output, content, overwrite=overwrite)
     return inspection
 
 
@@ -319,4 +317,4 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path | RemotePath) else value
+    return value if isinstance(value, str | int | None) else str(value)  # a location

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 from swa_avg.errors import UsageError
+from swa_avg.files.location import Location
 from swa_avg.inputs.selection import epochs_of
 from swa_avg.text import counted
 
@@ -103,7 +103,7 @@ METHODS = {"uniform": uniform, "ema": ema, "power-ema": power_ema, "weights": gi
 
 def coefficients_of(
     method: str,
-    paths: Sequence[Path],
+    paths: Sequence[Location],
     *,
     decay: float | None,
     sigma_rel: float | None,
