@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -102,3 +103,18 @@ def test_a_public_name_stays_what_it_is_once_the_modules_are_loaded(run_python: 
     )
     ended = run_python(code)
     assert (ended.returncode, ended.stdout) == (0, "[]\n"), ended.stderr
+
+
+def test_only_files_tells_a_url_from_a_path() -> None:
+    package = Path(__file__).parents[1] / "swa_avg"
+    for path in package.rglob("*.py"):
+        if path.parent.name != "files":
+            for name in ("RemotePath", "RemoteSource", "import fsspec"):
+                assert name not in path.read_text(), path
+
+
+def test_files_stay_below_all_other_rooms() -> None:
+    package = Path(__file__).parents[1] / "swa_avg"
+    for path in (package / "files").glob("*.py"):
+        rooms = set(re.findall(r"(?:from|import) swa_avg\.(\w+)", path.read_text()))
+        assert rooms <= {"files", "errors", "text", "interrupts"}, path

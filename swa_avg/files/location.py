@@ -1,4 +1,4 @@
-"""Where a file is: at a path on this machine, or at a URL. Here alone the two are told apart."""
+"""Where a file is: at a path on this machine, or at a URL. Only this package tells the two apart."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 Location: TypeAlias = Path | RemotePath
-"""What both can do, such as `name`, `parent` and `exists`, they do alike; the functions here do the rest."""
+"""Both have `name`, `parent`, `/`, `exists` and the like; the functions here do what they do differently."""
 
 
 def location(name: str | Location) -> Location:
@@ -40,7 +40,7 @@ def any_remote(paths: Iterable[Location]) -> bool:
 
 
 def identity(path: Location) -> Hashable:
-    """Return what is equal for two names of one file. Whether a URL leads anywhere shows when it is opened.
+    """Return what is equal for two names of one file; whether there is an object at a URL is not asked.
 
     Raises:
         UnreadableError: a path leads to no file.
@@ -58,7 +58,7 @@ def identity(path: Location) -> Hashable:
 
 
 def matches(pattern: str) -> list[Location]:
-    """Return the files that match a shell pattern: the one of this very name, if it exists.
+    """Return the files that match a shell pattern, or only the one of exactly this name, if it exists.
 
     Raises:
         SystemRefusalError: the service did not answer or refused.

@@ -64,7 +64,7 @@ def _check_path(output: Path) -> None:
 
 
 def publication_at(output: Location, *, overwrite: bool) -> Publication:
-    """Return where the files of an output grow: beside it, or on this machine for a URL."""
+    """Return what publishes an output: its files grow beside it, or for a URL in a temporary folder."""
     if isinstance(output, RemotePath):
         return _Upload(output, overwrite=overwrite)
     return Publication(output, overwrite=overwrite)
@@ -86,7 +86,7 @@ class _GrowingFile(io.BufferedRandom):
         written = super().write(data)
         position = self.tell()
         if position - self._started >= _WRITEBACK and hasattr(os, "posix_fadvise"):
-            # Pages that are dirty are not dropped, as the name of the advice has it, but queued for writing.
+            # Despite its name, this advice drops no dirty page: it queues them for writing.
             os.posix_fadvise(self.fileno(), self._started, position - self._started, os.POSIX_FADV_DONTNEED)
             self._started = position
         return written
@@ -173,7 +173,7 @@ class Publication:
             raise cannot_write(self.output, error) from error
 
     def _remove(self, *, names: bool) -> None:
-        """Remove the temporaries; and `names` that were given, unless another run has taken one since."""
+        """Remove the temporaries, and with `names` the files that have theirs; not those of another run."""
         for temporary in self._temporaries:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -232,7 +232,7 @@ class _Upload(Publication):
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    """Take room for `size` bytes on the disk, where the system can say beforehand that there is none.
+    """Reserve `size` bytes on the disk, where the system can do that before they are written.
 
     Raises:
         OSError: the disk is full, or the file may not become that large.

@@ -21,15 +21,15 @@ __all__ = ["CONNECTIONS", "RemotePath", "is_url", "limit", "service_errors", "up
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z0-9+.-]+)*://")  # one letter would be a drive
 CONNECTIONS = 10
-"""Requests at a time: they wait, and botocore keeps as many connections."""
+"""Requests under way at a time; botocore keeps that many connections."""
 _SECONDS = 45
-"""How long one request may take, retries included; those of a service that is there end sooner."""
+"""Seconds that one request may take, retries included; a service that is up answers sooner."""
 _UPLOADED = 8 * 2**20
 _MOST_PARTS = 9_000  # S3 takes 10,000
-# Where an object is there whole or not at all; elsewhere a file grows under its name while it is uploaded.
+# Where an object appears whole or not at all; elsewhere a file grows under its name during the upload.
 _BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss"}
 _OBJECT_STORES = _BUCKETS | {"memory"}
-# What `info` of one filesystem or the other says of an object's contents: another value is another object.
+# Keys of `info`, in one filesystem or another, whose values change when an object's contents do.
 _VERSION = {
     "size", "etag", "lastmodified", "last_modified", "mtime", "modified", "updated", "created",
     "generation", "versionid", "version_id", "md5hash", "content_md5", "checksum",
@@ -42,10 +42,10 @@ def is_url(name: str) -> bool:
 
 
 class RemotePath:
-    """A URL, with as much of `pathlib.Path` as is used of checkpoints, their indices and outputs.
+    """A URL, with the part of `pathlib.Path` that checkpoints, their indices and outputs need.
 
-    `copies` is a folder on this machine that files are copied to, whole, when they are opened; without one
-    they are read in place.
+    `copies` is a folder on this machine that files are copied to when they are opened; without one they are
+    read in place.
     """
 
     def __init__(self, url: str, copies: Path | None = None) -> None:
@@ -126,13 +126,13 @@ class RemotePath:
                 system.info(key.split("/")[0], **limit(system))
 
     def remove(self) -> None:
-        """Remove the object, if the service lets us."""
+        """Remove the object, if the service allows it."""
         with contextlib.suppress(Exception):
             system, key = self.filesystem()
             system.rm_file(key)
 
     def info(self) -> Mapping[str, Any]:
-        """Return what the filesystem says of the object now.
+        """Return the filesystem's current description of the object.
 
         Raises:
             SystemRefusalError: there is none (ENOENT), or the service did not answer or refused.
@@ -194,7 +194,7 @@ def upload(source: Path, target: RemotePath, *, overwrite: bool) -> None:
 
 
 def _put(system: Any, source: Path, key: str, mode: str) -> None:
-    """Upload by the filesystem's own means: in small parts, and exclusively where it knows how."""
+    """Upload with the filesystem's own method: in small parts, and with a `mode` where it knows one."""
     wanted = {
         "mode": mode,
         "chunksize": max(_UPLOADED, source.stat().st_size // _MOST_PARTS),
@@ -220,13 +220,13 @@ def limit(system: Any) -> dict[str, int]:
 
 @contextmanager
 def service_errors(url: str) -> Iterator[None]:
-    """Turn what a filesystem raises, which is of many libraries, into one line that names the URL."""
+    """Turn whatever a filesystem raises, from many libraries, into one line that names the URL."""
     try:
         yield
     except (SwaAvgError, MemoryError, FileExistsError):
         raise
     except FileNotFoundError as error:
-        cause = error.__cause__  # over HTTP fsspec says so of everything that goes wrong
+        cause = error.__cause__  # over HTTP, fsspec raises this for every failure
         if type(cause).__module__.startswith("aiohttp") and getattr(cause, "status", None) != 404:
             raise SystemRefusalError(errno.EIO, first_line(cause or error), url) from error
         raise SystemRefusalError(errno.ENOENT, "no such file or bucket", url) from error

@@ -18,7 +18,7 @@ from swa_avg.files.remote import RemotePath, limit, service_errors, version_of
 
 __all__ = ["LocalSource", "RemoteSource", "Source", "open_source", "refusal"]
 
-# What an input cannot cause by being what it is: the machine has run out of something.
+# Errors that no input can cause: the machine has run out of something.
 _SYSTEM_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR}
 _AHEAD = 16 * 1024
 _BLOCKS_AHEAD = 128
@@ -172,7 +172,9 @@ class RemoteSource(Source):
         """Yield the bytes of each range, of which `at_once` are fetched together."""
         for index in range(0, len(ranges), at_once):
             some = ranges[index : index + at_once]
-            full = [(start, stop) for start, stop in some if start < stop]  # others mean the whole file to S3
+            full = [
+                (start, stop) for start, stop in some if start < stop
+            ]  # S3 takes an empty one for the whole file
             starts, stops = [start for start, _ in full], [stop for _, stop in full]
             with service_errors(self._url.url):
                 keys = [self._key] * len(full)
@@ -213,7 +215,7 @@ class RemoteSource(Source):
         if len(data) < size:
             raise UnreadableError(self.path, "the file became shorter while it was being read")
         if len(data) > size:
-            problem = "the service answers with the whole file where a part of it is asked for"
+            problem = "the service answers with the whole file when asked for a part of it"
             raise SystemRefusalError(errno.EIO, problem, self._url.url)
         return data
 

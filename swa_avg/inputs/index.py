@@ -165,7 +165,7 @@ def _index(value: dict[str, Any]) -> Index:
         raise TypeError("`checkpoints` is not a list")
     entries = [_entry(item, f"checkpoint {number}") for number, item in enumerate(checkpoints, 1)]
     if len({e.file for e in entries}) < len(entries):
-        raise ValueError("a file stands twice")
+        raise ValueError("a file appears twice")
     monitor, mode = value.get("monitor"), value.get("mode")
     if monitor is not None and (not isinstance(monitor, str) or mode not in MODES):
         raise ValueError("`monitor` is not a name with a `mode` of min or max")
