@@ -12,9 +12,10 @@ from typing import Any
 from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_statistics
 from swa_avg.batchnorm.report import RefreshReport
 from swa_avg.combine import Combiner, open_workers
-from swa_avg.combine.drafts import folder_beside, write_draft
+from swa_avg.combine.drafts import write_draft
+from swa_avg.files.location import Location, any_remote, local_copy, location
 from swa_avg.files.publication import check_output, publication_at
-from swa_avg.files.remote import as_path, on_this_machine, remote
+from swa_avg.files.temporary import temporary_folder
 from swa_avg.formats import Tensor, open_checkpoint
 from swa_avg.formats.base import Stream
 from swa_avg.inputs.digests import check_digests, read_digests
@@ -35,7 +36,7 @@ __all__ = ["Report", "average"]
 class Report:
     """What `average` did, or with `dry_run` would do."""
 
-    output: Path
+    output: Location
     listing: Listing
     """The inputs, and what is known of each without opening it."""
     plan: Plan
@@ -164,17 +165,18 @@ def average(
     if not dry_run:
         check_output(target, overwrite=overwrite)
     coefficients = coefficients_of(chosen_method, listing)
-    far = any(remote(path) is not None for path in paths)
+    far = any_remote(paths)
     verify = not far if verify is None else verify
     # A copy of the newest on this machine is none on the workers'.
-    at_hand = not dry_run and cluster is None
+    cache_newest = not dry_run and cluster is None
     with (
         open_workers(cluster, threads, max_memory, remote=far) as workers,
         publication_at(target, overwrite=overwrite) as publication,
     ):
-        with opened(paths, dtype, newest_at_hand=at_hand) as checkpoints, ExitStack() as stack:
+        with opened(paths, dtype, cache_newest=cache_newest) as checkpoints, ExitStack() as stack:
             if expect_sha256 is not None:
-                check_digests(checkpoints, read_digests(as_path(expect_sha256)), as_path(expect_sha256))
+                expected = location(expect_sha256)
+                check_digests(checkpoints, read_digests(expected), expected)
             scratch = stack.enter_context(workers.scratch(publication))
             plan = plan_output(
                 checkpoints, coefficients, publication.output, scratch, optimizer=optimizer, dry_run=dry_run
@@ -183,7 +185,7 @@ def average(
             check_shared_files(checkpoints)
             check_contents(checkpoints, combiner.checksums)
             if refresh is not None:
-                refresh = _with_model(refresh, plan)
+                refresh = _with_model(refresh, plan, dry_run)
                 check_request(refresh, plan.template)
             report = Report(
                 target,
@@ -199,7 +201,7 @@ def average(
             stream: Stream = combiner.stream
             further: dict[str, Any] = {}  # that the output's record says
             if refresh is not None:
-                path = stack.enter_context(folder_beside(publication.output)) / publication.output.name
+                path = stack.enter_context(temporary_folder(publication.output)) / publication.output.name
                 write_draft(path, plan.template, combiner.stream)
                 draft = stack.enter_context(closing(open_checkpoint(path)))
                 statistics = refreshed_statistics(draft, refresh, refresh_progress, workers.processes)
@@ -216,9 +218,9 @@ def average(
     return replace(report, written=True)
 
 
-def _with_model(refresh: Refresh, plan: Plan) -> Refresh:
+def _with_model(refresh: Refresh, plan: Plan, dry_run: bool) -> Refresh:
     """Name the newest input as the source of the model where the output holds its weights alone."""
     newest = plan.inputs[-1]
     if refresh.model is None and plan.template.kind != newest.kind:
-        return replace(refresh, model=str(on_this_machine(newest.path)))
+        return replace(refresh, model=str(newest.path if dry_run else local_copy(newest.path)))
     return refresh

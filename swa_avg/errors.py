@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 __all__ = [
     "Finding",
     "MismatchError",
+    "Named",
     "NoImprovementError",
     "SwaAvgError",
     "SystemRefusalError",
@@ -42,6 +40,13 @@ def escape(text: object) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message that says anything, or the name of its class."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+class Named(Protocol):
+    """A file in a message: a `pathlib.Path`, or what a URL names."""
+
+    @property
+    def name(self) -> str: ...
 
 
 class SwaAvgError(Exception):
@@ -76,10 +81,10 @@ class UnreadableError(SwaAvgError, ValueError):
 
     exit_code = 3
 
-    def __init__(self, path: Path | str, problem: str, *, tensor: str | None = None, hint: str = "") -> None:
+    def __init__(self, path: Named | str, problem: str, *, tensor: str | None = None, hint: str = "") -> None:
         from pathlib import Path  # `swa-avg --help` does without
 
-        self.path = Path(path) if isinstance(path, str) else path
+        self.path: Named = Path(path) if isinstance(path, str) else path
         self.tensor = tensor
         parts = [path, problem] if tensor is None else [path, tensor, problem]
         super().__init__(escape(": ".join(map(str, parts)) + (f"; {hint}" if hint else "")))
@@ -88,7 +93,7 @@ class UnreadableError(SwaAvgError, ValueError):
 class Finding(NamedTuple):
     """One reason why the inputs cannot be averaged."""
 
-    path: Path
+    path: Named
     subject: str
     """The tensor, or the path inside the configuration, that the finding is about."""
     problem: str

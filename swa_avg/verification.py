@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from swa_avg.combine import Combiner, open_workers
 from swa_avg.combine.blocks import Block
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
-from swa_avg.files.remote import as_path, kept_at_hand, remote
+from swa_avg.files.location import Location, any_remote, cached_locally, location
 from swa_avg.formats import Checkpoint, Tensor, open_checkpoint
 from swa_avg.inputs.opening import opened, resolve_dtypes
 from swa_avg.planning.configuration import config_differences
@@ -33,8 +33,8 @@ __all__ = ["Verification", "verify"]
 class Verification:
     """What `verify` found."""
 
-    output: Path
-    inputs: tuple[Path, ...]
+    output: Location
+    inputs: tuple[Location, ...]
     record: Record
     averaged: int
     """Tensors that were averaged again and compared."""
@@ -88,18 +88,18 @@ def verify(
         MismatchError: inputs have changed since the output was made; every one of them is named.
         SystemRefusalError: the system could not read.
     """
-    output = as_path(output)
+    target = location(output)
     with ExitStack() as stack:
-        found = stack.enter_context(closing(open_checkpoint(stack.enter_context(kept_at_hand(output)))))
+        found = stack.enter_context(closing(open_checkpoint(stack.enter_context(cached_locally(target)))))
         record = read_record(found)
         (found,) = resolve_dtypes([found], record.dtype)
         named = [inputs] if isinstance(inputs, str | Path) else inputs
-        paths = _paths(record, output, list(dict.fromkeys(map(as_path, named))) or [output.parent])
-        far = any(remote(path) is not None for path in (output, *paths))
+        paths = _paths(record, target, list(dict.fromkeys(map(location, named))) or [target.parent])
+        far = any_remote([target, *paths])
         workers = stack.enter_context(open_workers(None, threads, max_memory, remote=far))
         checkpoints = stack.enter_context(opened(paths, record.dtype))
         _check_inputs(checkpoints, record)
-        template = as_output(checkpoints[-1], output)
+        template = as_output(checkpoints[-1], target)
         if record.optimizer == "drop":
             template = template.without_optimizer(_scratch(stack))
         coefficients = [entry.coefficient for entry in record.inputs]
@@ -116,10 +116,10 @@ def verify(
         found.check_unchanged()
     count = sum(tensor.name not in record.values for tensor in plan.averaged)
     copied = len(plan.copied) + len(plan.compared)
-    return Verification(output, tuple(paths), record, count, copied, digests, tuple(findings))
+    return Verification(target, tuple(paths), record, count, copied, digests, tuple(findings))
 
 
-def _paths(record: Record, output: Path, folders: Sequence[Path]) -> list[Path]:
+def _paths(record: Record, output: Location, folders: Sequence[Location]) -> list[Location]:
     """Return the path of each input: of several files of that name, the one that fits the record."""
     wanted = Counter(entry.name for entry in record.inputs)
     held = {name: [path for folder in folders if (path := folder / name).exists()] for name in wanted}
@@ -145,7 +145,7 @@ def _paths(record: Record, output: Path, folders: Sequence[Path]) -> list[Path]:
     return paths
 
 
-def _is_unchanged(path: Path, entry: RecordedInput) -> bool:
+def _is_unchanged(path: Location, entry: RecordedInput) -> bool:
     try:
         with closing(open_checkpoint(path)) as checkpoint:
             return not any(_changes(checkpoint, entry))

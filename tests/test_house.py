@@ -6,6 +6,7 @@ Everything is taken from the syntax of the package, imports inside functions and
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -151,6 +152,12 @@ def test_a_wall_keeps_a_library_out(modules: list[str], forbidden: set[str]) -> 
         if name.partition(".")[0] in forbidden
     ]
     assert not broken
+
+
+def test_only_files_tells_a_url_from_a_path() -> None:
+    names = re.compile(r"\b(RemotePath|RemoteSource|fsspec)\b")
+    users = {_room(_name(path)) for path in PACKAGE.rglob("*.py") if names.search(path.read_text("utf-8"))}
+    assert users == {"files"}
 
 
 def _loaded(run_python: Run, code: str, modules: str, *arguments: object) -> str:

@@ -86,7 +86,7 @@ def test_nan_survives_as_valid_json(tmp_path):
         ('{"version": true, "checkpoints": []}', "version True"),
         ('{"version": 1}', "not a list"),
         ('{"version": 1, "checkpoints": [1]}', "checkpoint 1 is not an object"),
-        ('{"version": 1, "version": 1, "checkpoints": []}', "a key stands twice"),
+        ('{"version": 1, "version": 1, "checkpoints": []}', "a key appears twice"),
         ("[" * 100_000, "nested"),
         (changed(file="../a.keras"), "`file` is not the name"),
         (changed(file="/etc/passwd"), "`file` is not the name"),
@@ -105,7 +105,7 @@ def test_nan_survives_as_valid_json(tmp_path):
         (changed(metrics={"loss": 10**390}), "`metrics`: loss is out of range"),
         (changed(time=5), "`time` is not a text"),
         (json.dumps({**GOOD, "mode": "up"}), "`mode` of min or max"),
-        (json.dumps({**GOOD, "checkpoints": GOOD["checkpoints"] * 2}), "a file stands twice"),  # type: ignore[operator]
+        (json.dumps({**GOOD, "checkpoints": GOOD["checkpoints"] * 2}), "a file appears twice"),  # type: ignore[operator]
         ('{"version": 1, "checkpoints": [], "x": "' + "a" * (16 << 20) + '"}', "larger than 16 MiB"),
     ],
 )

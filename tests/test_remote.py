@@ -10,7 +10,10 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import h5py
@@ -23,7 +26,9 @@ import swa_avg
 from conftest import Ended
 from swa_avg.combine import workers
 from swa_avg.errors import SystemRefusalError, UnreadableError, UsageError
-from swa_avg.files.remote import as_path, upload
+from swa_avg.files.location import location
+from swa_avg.files.remote import RemotePath, upload
+from swa_avg.inputs.listing import list_checkpoints
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -140,7 +145,7 @@ def test_a_dry_run_writes_nothing_and_copies_nothing(
 ) -> None:
     _write(tmp_path / "in", ".keras")
     _put(memory, tmp_path / "in")
-    monkeypatch.setattr("swa_avg.files.remote.TemporaryDirectory", None)
+    monkeypatch.setattr("swa_avg.files.temporary.TemporaryDirectory", None)
     ended = swa_avg("memory://run/ckpt_*.keras", "-o", tmp_path / "x.keras", "--dry-run")
     assert ended.code == 0, ended.err
     assert not (tmp_path / "x.keras").exists()
@@ -193,9 +198,8 @@ def test_verify_uses_the_threads_that_its_help_names(
         return ThreadPoolExecutor(threads)
 
     monkeypatch.setattr(workers, "ThreadPoolExecutor", start)
-    most, of_urls = map(
-        int, re.findall(r"\d+", swa_avg("verify", "--help").out.partition("cores, up to")[2])[:2]
-    )
+    shown = " ".join(swa_avg("verify", "--help").out.split()).partition("--threads")[2]
+    most, of_urls = map(int, re.findall(r"\d+", shown)[:2])
     options = {
         "nothing": (tmp_path / "run" / "swa.keras",),
         "inputs": (tmp_path / "run" / "swa.keras", "--inputs", "memory://run"),
@@ -241,8 +245,18 @@ def test_the_predicted_memory_is_enough(tmp_path: Path, run_python: Callable[...
 
 
 def test_what_signs_an_address_is_not_part_of_the_name() -> None:
-    assert as_path("https://host/run/ckpt_7.keras?Signature=abc/def").name == "ckpt_7.keras"
-    assert as_path("s3://bucket/run/ckpt?7.keras").name == "ckpt?7.keras"
+    assert location("https://host/run/ckpt_7.keras?Signature=abc/def").name == "ckpt_7.keras"
+    assert location("s3://bucket/run/ckpt?7.keras").name == "ckpt?7.keras"
+    signed = location("https://host/run/ckpt.weights.json?Signature=abc/def")
+    assert str(signed.with_name("ckpt_0.weights.h5")) == "https://host/run/ckpt_0.weights.h5"
+
+
+@pytest.mark.parametrize("folder", ["memory://run", "memory://run/", "s3://bucket", "file:///", "memory://"])
+def test_a_file_is_in_the_folder_that_it_was_looked_for_in(folder: str) -> None:
+    path = location(folder) / "ckpt_7.keras"
+    assert str(path) == f"{folder.removesuffix('/')}/ckpt_7.keras"
+    assert path.parent / path.name == path
+    assert path.parent.is_dir()
 
 
 def test_one_object_under_two_urls_is_found(tmp_path: Path, memory: Any, swa_avg: Cli) -> None:
@@ -359,7 +373,7 @@ class TestFileSystemsWhereFilesGrow:
         out = tmp_path / "out"
         out.mkdir()
         with pytest.raises(SystemRefusalError, match="No space left"):
-            upload(source, as_path(f"file://{out}/swa.keras"), overwrite=False)  # type: ignore[arg-type]
+            upload(source, RemotePath(f"file://{out}/swa.keras"), overwrite=False)
         assert list(out.iterdir()) == []
 
 
@@ -386,6 +400,18 @@ def test_an_object_that_is_missing_is_one_line(memory: Any, swa_avg: Cli) -> Non
 def test_a_pattern_that_matches_nothing_is_a_usage_error(memory: Any, swa_avg: Cli) -> None:
     ended = swa_avg("memory://run/a*.keras", "-o", "x.keras")
     assert (ended.code, ended.err) == (2, "swa-avg: error: no file matches 'memory://run/a*.keras'\n")
+
+
+def test_a_pattern_over_http_gives_the_urls_of_the_files(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    _write(tmp_path / "run", ".keras")
+    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        folder = f"http://127.0.0.1:{server.server_port}/run"
+        found = list_checkpoints(f"{folder}/ckpt_*.keras").paths
+        server.shutdown()
+    assert [str(path) for path in found] == [f"{folder}/ckpt_{number}.keras" for number in NUMBERS]
 
 
 def _show() -> Any:
@@ -505,18 +531,18 @@ class TestS3:
     def test_an_upload_in_several_parts_is_whole(self, s3: Any, tmp_path: Path) -> None:
         content = np.random.default_rng(0).bytes(2**20) * 17
         (tmp_path / "big").write_bytes(content)
-        upload(tmp_path / "big", as_path("s3://bucket/big"), overwrite=False)  # type: ignore[arg-type]
+        upload(tmp_path / "big", RemotePath("s3://bucket/big"), overwrite=False)
         assert s3.cat_file("bucket/big") == content
 
     def test_the_service_refuses_to_replace_what_came_first(
         self, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        target = as_path("s3://bucket/swa.keras")
+        target = RemotePath("s3://bucket/swa.keras")
         s3.pipe_file("bucket/swa.keras", b"theirs")
         (tmp_path / "ours").write_bytes(b"ours")
         monkeypatch.setattr(type(target), "exists", lambda self: False)  # it came after the look
         with pytest.raises(UsageError, match="exists; name another one"):
-            upload(tmp_path / "ours", target, overwrite=False)  # type: ignore[arg-type]
+            upload(tmp_path / "ours", target, overwrite=False)
         assert s3.cat_file("bucket/swa.keras") == b"theirs"
 
     @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from swa_avg.batchnorm.statistics import RefreshedStatistics
 from swa_avg.data.spec import ARGUMENTS, TRAINING
 from swa_avg.data.user_functions import import_function, import_module, names_function
 from swa_avg.errors import Finding, MismatchError, SwaAvgError, UsageError, first_line
+from swa_avg.files.location import local_copy
 from swa_avg.formats import Checkpoint, open_checkpoint
 from swa_avg.planning.policy import has_lambda
 
@@ -129,7 +130,7 @@ def refresh_loaded(
     """
     from swa_avg.batchnorm.refresh import refresh_batchnorm
 
-    scratch = checkpoint.path.parent
+    scratch = local_copy(checkpoint.path).parent
     with closing(_saved(model, checkpoint, scratch / "before")) as before:
         report = refresh_batchnorm(
             model,

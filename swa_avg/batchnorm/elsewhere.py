@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from swa_avg.batchnorm.checkpoint import Refresh, load_model, without_greeting
 from swa_avg.data.user_functions import import_function, names_function
 from swa_avg.errors import SystemRefusalError, UnreadableError
+from swa_avg.files.location import local_copy
 from swa_avg.formats import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class BatchWorker:
         if not isinstance(refresh.data, str | Path) or not isinstance(refresh.model, str | None):
             return None
         named = replace(refresh, data=absolute(refresh.data), model=absolute(refresh.model))
-        draft = checkpoint.path.absolute()
+        draft = local_copy(checkpoint.path).absolute()
         return cls(draft, named, Path.cwd(), _states(checkpoint, named.data), keras_versions())
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -145,7 +146,7 @@ def absolute(source: Any) -> Any:
 
 
 def _states(checkpoint: Checkpoint, data: str) -> list[_State]:
-    places = [shard.path for shard in checkpoint.shards]
+    places = [local_copy(shard.path) for shard in checkpoint.shards]
     if Path(data).is_file():
         places.append(Path(data))
     return [(found.st_size, found.st_mtime_ns) for found in (place.stat() for place in places)]

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from swa_avg.errors import SystemRefusalError
-from swa_avg.files.publication import sync_folder
+from swa_avg.files.publication import cannot_write, sync_folder
 from swa_avg.inputs.index import INDEX_NAME, Entry, Index, index_as_json, read_index
 from swa_avg.text import first_few
 
@@ -52,8 +52,7 @@ def published(path: Path) -> Iterator[Path]:
         refusal = _refusal(error)
         if refusal is None or isinstance(error, SystemRefusalError):
             raise
-        reason = refusal.strerror or str(refusal)
-        raise SystemRefusalError(refusal.errno, f"cannot write: {reason}", str(path)) from error
+        raise cannot_write(path, refusal) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

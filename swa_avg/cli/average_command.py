@@ -103,7 +103,7 @@ def average(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
 
 def _lines(report: Report, *, verbose: bool) -> list[str]:
     """Return what was done, or would be, as text."""
-    from swa_avg.files.remote import remote
+    from swa_avg.files.location import any_remote
     from swa_avg.text import counted, size_text
 
     plan = report.plan
@@ -131,7 +131,7 @@ def _lines(report: Report, *, verbose: bool) -> list[str]:
         lines.extend(report.refresh.lines(verbose=verbose))
     elif layers:
         lines.append(batchnorm_warning(layers))
-    if not report.verify and any(remote(checkpoint.path) for checkpoint in plan.inputs):
+    if not report.verify and any_remote(checkpoint.path for checkpoint in plan.inputs):
         lines.append("of URLs only what is averaged is read, and no checksum checked; --verify does both")
     verb = "wrote" if report.written else "would write"
     lines.append(

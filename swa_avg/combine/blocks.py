@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from swa_avg.files.location import Location
 from swa_avg.files.region import Region
 from swa_avg.formats.base import Checkpoint, Tensor
 from swa_avg.planning.plan import Plan
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
     from numpy.typing import NDArray
 
@@ -25,7 +24,7 @@ _GAP = 16 * 1024  # bytes; reading them takes no longer than a second read
 class Source:
     """The part of a checkpoint that reading its blocks takes; it can be pickled."""
 
-    path: Path
+    path: Location
     shards: tuple[Region, ...]
     tensors: Mapping[str, Tensor]
 

@@ -18,12 +18,12 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from swa_avg.combine.blocks import Block
 from swa_avg.combine.budget import ClusterBudget
-from swa_avg.combine.drafts import folder_beside
 from swa_avg.combine.kernel import Averaged, Kernel
 from swa_avg.combine.order import in_order
 from swa_avg.combine.sums import InvalidValuesError
 from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError, UsageError, first_line
 from swa_avg.files.publication import Publication
+from swa_avg.files.temporary import temporary_folder
 from swa_avg.text import __version__
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Cluster:
     @contextmanager
     def scratch(self, publication: Publication) -> Iterator[Callable[[], IO[bytes]]]:
         numbers = count()
-        with folder_beside(publication.output) as folder, ExitStack() as stack:
+        with temporary_folder(publication.output) as folder, ExitStack() as stack:
             yield lambda: stack.enter_context((folder / f"scratch_{next(numbers)}").open("w+b"))
 
 

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import IO
 
 from swa_avg.formats import Checkpoint
 from swa_avg.formats.base import Stream
 
-__all__ = ["folder_beside", "write_draft"]
-
-
-@contextmanager
-def folder_beside(output: Path) -> Iterator[Path]:
-    """Make a temporary folder on the file system of an output."""
-    with TemporaryDirectory(dir=output.parent, prefix=".swa-avg-") as folder:
-        yield Path(folder)
+__all__ = ["write_draft"]
 
 
 def write_draft(draft: Path, template: Checkpoint, stream: Stream) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from swa_avg.combine.blocks import Block
-from swa_avg.errors import Finding, MismatchError
+from swa_avg.errors import Finding, MismatchError, Named
 from swa_avg.planning.policy import FLOATS
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ class Sums:
                 sums[:] = value
         self.begun[row] = True
 
-    def finish(self, averages: NDArray[np.uint8], path: Path) -> None:
+    def finish(self, averages: NDArray[np.uint8], path: Named) -> None:
         """Round the averages once to their stored type, and write them into their places.
 
         Raises:

@@ -21,7 +21,8 @@ from numpy.lib import format as npy
 
 from swa_avg.data.rows import FileRows, Rows, describe, room_for
 from swa_avg.errors import SystemRefusalError, UnreadableError
-from swa_avg.files.region import Region, RegionFile, open_file
+from swa_avg.files.region import Region, RegionFile
+from swa_avg.files.sources import LocalSource, open_source
 from swa_avg.files.zip_members import ENCRYPTED, ZIP_ERRORS, data_offset
 
 __all__ = ["ArrayFile", "Stored", "open_arrays"]
@@ -81,11 +82,11 @@ class ArrayFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._files: list[IO[bytes]] = [open_file(path)]
+        self._whole = Region(open_source(path))
+        self._files: list[Region | IO[bytes]] = [self._whole]
         self.arrays: dict[str, Stored | _Unusable] = {}
         self.others: list[str] = []
         """What an archive holds besides numeric arrays: only named, never looked into."""
-        self._whole = Region(path, self._files[0])
 
     def check_unchanged(self) -> None:
         """Raise UnreadableError if the file was written to since it was opened."""
@@ -225,7 +226,7 @@ class ArrayFile:
             file.flush()
         if written != size:
             raise UnreadableError(self.path, f"expected {size} bytes, found {written}", tensor=key or None)
-        return Region(self.path, file, 0, size)
+        return Region(LocalSource(self.path, file))
 
 
 def open_arrays(path: Path) -> ArrayFile:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from swa_avg.errors import SystemRefusalError, UnreadableError
 from swa_avg.files.region import Region
+from swa_avg.files.sources import LocalSource
 
 __all__ = ["FileRows", "MemoryRows", "RowWriter", "Rows", "describe", "room_for"]
 
@@ -109,8 +110,7 @@ class RowWriter:
         assert self._file is not None
         with room_for(self._path):
             self._file.flush()
-        size = self._file.tell()
-        region = Region(self._path, self._file, 0, size)
+        region = Region(LocalSource(self._path, self._file))
         return FileRows(region, 0, (self._count, *self._like.shape[1:]), self._like.dtype)
 
     def close(self) -> None:

@@ -7,28 +7,37 @@ import errno
 import io
 import os
 import secrets
+import stat
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import IO, Any
 
-from swa_avg.errors import SystemRefusalError, UsageError
-from swa_avg.files.remote import RemotePath, remote, upload
+from swa_avg.errors import SystemRefusalError, UsageError, escape
+from swa_avg.files.location import Location
+from swa_avg.files.remote import RemotePath, upload
+from swa_avg.files.temporary import temporary_folder
 from swa_avg.interrupts import interrupts, interrupts_held
 
-__all__ = ["Publication", "check_output", "publication_at", "sync_folder"]
+__all__ = ["Publication", "cannot_write", "check_output", "publication_at", "publish_file", "sync_folder"]
 
 _WRITEBACK = 32 * 2**20
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raise UsageError unless `output` can be created, or replaced where that is allowed."""
-    url = remote(output)
-    if url is None and output.is_symlink():
-        raise UsageError(f"the output {output} is a symbolic link; name the file itself")
+def check_output(output: Location, *, overwrite: bool) -> None:
+    """See that `output` can be created, or replaced where that is allowed.
+
+    Raises:
+        UsageError: it cannot.
+        SystemRefusalError: the system or a service says so: there is no such bucket, or the name is too long.
+    """
+    if isinstance(output, RemotePath):
+        output.check_bucket()
+    else:
+        _check_path(output)
     if output.exists():
-        if not (output.is_file() if url is None else url.is_file()):
+        if not output.is_file():
             raise UsageError(f"the output {output} exists and is not a regular file")
         if not overwrite:
             raise UsageError(f"the output {output} exists; name another one, or add --overwrite")
@@ -36,16 +45,36 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             raise UsageError(
                 f"the output {output} exists; several files cannot be replaced in one step: name another"
             )
-    if url is not None:
-        url.check_bucket()
-    elif not output.parent.is_dir():
+
+
+def _check_path(output: Path) -> None:
+    try:
+        if stat.S_ISLNK(output.lstat().st_mode):
+            raise UsageError(f"the output {output} is a symbolic link; name the file itself")
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # such as a name that is too long
+        raise SystemRefusalError(error.errno, str(error.strerror), str(output)) from error
+    except ValueError as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"the output {escape(output)}: {error}") from error
+    if not output.parent.is_dir():
         raise UsageError(f"the folder of the output does not exist: {output.parent}")
 
 
-def publication_at(output: Path, *, overwrite: bool) -> Publication:
-    """Return where the files of an output grow: beside it, or on this machine for a URL."""
-    url = remote(output)
-    return Publication(output, overwrite=overwrite) if url is None else _Upload(url, overwrite=overwrite)
+def publication_at(output: Location, *, overwrite: bool) -> Publication:
+    """Return what publishes an output: its files grow beside it, or for a URL in a temporary folder."""
+    if isinstance(output, RemotePath):
+        return _Upload(output, overwrite=overwrite)
+    return Publication(output, overwrite=overwrite)
+
+
+def publish_file(output: Path, content: bytes, *, overwrite: bool) -> None:
+    """Write one file, all or nothing; errors as for `Publication`."""
+    with Publication(output, overwrite=overwrite) as publication:
+        publication.create(output.name).write(content)
+        publication.publish()
 
 
 class _GrowingFile(io.BufferedRandom):
@@ -57,7 +86,7 @@ class _GrowingFile(io.BufferedRandom):
         written = super().write(data)
         position = self.tell()
         if position - self._started >= _WRITEBACK and hasattr(os, "posix_fadvise"):
-            # Pages that are dirty are not dropped, as the name of the advice has it, but queued for writing.
+            # Despite its name, this advice drops no dirty page: it queues them for writing.
             os.posix_fadvise(self.fileno(), self._started, position - self._started, os.POSIX_FADV_DONTNEED)
             self._started = position
         return written
@@ -139,11 +168,10 @@ class Publication:
             self._remove(names=True)
             raise
         if isinstance(error, OSError) and not isinstance(error, SystemRefusalError):
-            reason = error.strerror or str(error)
-            raise SystemRefusalError(error.errno, f"cannot write: {reason}", str(self.output)) from error
+            raise cannot_write(self.output, error) from error
 
     def _remove(self, *, names: bool) -> None:
-        """Remove the temporaries; and `names` that were given, unless another run has taken one since."""
+        """Remove the temporaries, and with `names` the files that have theirs; not those of another run."""
         for temporary in self._temporaries:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -171,8 +199,9 @@ class _Upload(Publication):
     def __init__(self, target: RemotePath, *, overwrite: bool) -> None:
         self._target = target
         self._replace = overwrite
-        self._folder = TemporaryDirectory(prefix="swa-avg-")
-        super().__init__(Path(self._folder.name, target.name), overwrite=False)
+        self._stack = ExitStack()
+        folder = self._stack.enter_context(temporary_folder())
+        super().__init__(folder / target.name, overwrite=False)
 
     def publish(self) -> None:
         super().publish()
@@ -197,11 +226,11 @@ class _Upload(Publication):
         try:
             super().__exit__(kind, error, trace)
         finally:
-            self._folder.cleanup()
+            self._stack.close()
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    """Take room for `size` bytes on the disk, where the system can say beforehand that there is none.
+    """Reserve `size` bytes on the disk, where the system can do that before they are written.
 
     Raises:
         OSError: the disk is full, or the file may not become that large.
@@ -212,6 +241,10 @@ def _reserve(file: IO[bytes], size: int) -> None:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
                 raise
+
+
+def cannot_write(path: Path, error: OSError) -> SystemRefusalError:
+    return SystemRefusalError(error.errno, f"cannot write: {error.strerror or error}", str(path))
 
 
 def sync_folder(folder: Path) -> None:

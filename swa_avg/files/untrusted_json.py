@@ -5,25 +5,24 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from swa_avg.errors import UnreadableError
+from swa_avg.errors import Named, UnreadableError
 
 __all__ = ["MAX_JSON", "objects", "parse_json"]
 
 MAX_JSON = 64 * 2**20
-_MAX_VALUES = 2_000_000  # a value takes up to 100 bytes of memory, whatever it takes in the file
+_MAX_VALUES = 2_000_000  # a value takes up to 100 bytes of memory, however few in the file
 _MAX_DEPTH = 200
 _MAX_DIGITS = 400
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
-def parse_json(data: bytes, path: Path, what: str) -> dict[str, Any]:
+def parse_json(data: bytes, path: Named, what: str) -> dict[str, Any]:
     """Parse a JSON object, with limits on size, nesting and digits.
 
     Raises:
-        UnreadableError: it is not UTF-8 or not JSON, holds a key twice or NaN, or passes a limit.
+        UnreadableError: it is not UTF-8 or not JSON, holds a key twice or NaN, or exceeds a limit.
     """
     if len(data) > MAX_JSON or data.count(b",") + data.count(b"[") + data.count(b"{") > _MAX_VALUES:
         raise UnreadableError(path, f"{what} is larger than {MAX_JSON >> 20} MiB or {_MAX_VALUES} values")
@@ -55,7 +54,7 @@ def _check_depth(data: bytes) -> None:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key appears twice")
     return value
 
 
@@ -66,7 +65,7 @@ def _parse_int(digits: str) -> int:
 
 
 def _parse_constant(name: str) -> float:
-    if name == "NaN":  # equal to nothing, so that no two configurations that hold it fit
+    if name == "NaN":  # it equals nothing, so no two configurations that hold it would fit
         raise ValueError("it holds NaN")
     return float(name)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from swa_avg.errors import SwaAvgError, UnreadableError
-from swa_avg.files.region import open_file, refusal
+from swa_avg.files.location import Location
+from swa_avg.files.region import Region
+from swa_avg.files.sources import open_source, refusal
 from swa_avg.formats import archive, hdf5_file, sharded
 from swa_avg.formats.base import Checkpoint, Format, Tensor
 
@@ -19,12 +20,12 @@ SUFFIXES = tuple(suffix for file_format in _FORMATS for suffix in file_format.su
 _FEW = 2
 
 
-def suffix_of(path: Path) -> str:
+def suffix_of(path: Location) -> str:
     """Return what the name of a checkpoint ends with: all of `.weights.h5`, not `.h5`."""
     return next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), path.suffix)
 
 
-def open_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
+def open_checkpoint(path: Location, like: Checkpoint | None = None) -> Checkpoint:
     """Open the checkpoint at `path`, whose content tells the format.
 
     `like` is a checkpoint of the same run; where `path` has its layout, it is not parsed again.
@@ -49,20 +50,20 @@ def open_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
     return checkpoint
 
 
-def _open(path: Path, like: Checkpoint | None) -> Checkpoint:
-    file = open_file(path)
+def _open(path: Location, like: Checkpoint | None) -> Checkpoint:
+    whole = Region(open_source(path))
     try:
-        head = file.read(64)
+        head = whole.read(0, min(64, whole.size))
         if not head:
             raise UnreadableError(path, "the file is empty")
         # A name says nothing of the format: TensorFlow 2.12 writes HDF5 files named `.keras`.
         for file_format in _FORMATS:
             if head.lstrip().startswith(file_format.signature):
-                return file_format.open(path, file, like)
+                return file_format.open(whole, like)
         known = ", nor ".join(file_format.description for file_format in _FORMATS)
         raise UnreadableError(path, f"not a Keras checkpoint: neither {known}")
     except BaseException:
-        file.close()
+        whole.close()
         raise
 
 

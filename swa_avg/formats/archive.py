@@ -6,10 +6,10 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import IO, Any
 
 from swa_avg.errors import Finding, SwaAvgError, UnreadableError
+from swa_avg.files.location import Location
 from swa_avg.files.region import Region, RegionFile
 from swa_avg.files.untrusted_json import MAX_JSON, parse_json
 from swa_avg.files.zip_members import ENCRYPTED, ZIP_ERRORS, data_offset
@@ -100,8 +100,8 @@ class ArchiveCheckpoint(Checkpoint):
         super().close()
 
 
-def _open(path: Path, file: IO[bytes], like: Checkpoint | None) -> ArchiveCheckpoint:
-    whole = Region(path, file)
+def _open(whole: Region, like: Checkpoint | None) -> ArchiveCheckpoint:
+    path = whole.path
     try:
         archive = zipfile.ZipFile(RegionFile(whole))
         region = _weights(whole, archive)
@@ -122,7 +122,7 @@ def _small(whole: Region, archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _checkpoint(
-    path: Path,
+    path: Location,
     region: Region,
     archive: zipfile.ZipFile,
     config_bytes: bytes,
@@ -158,7 +158,7 @@ def _checkpoint(
     )
 
 
-def _contents(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
+def _contents(path: Location, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
     try:
         with archive.open(member) as source:
             yield from iter(lambda: source.read(_CHUNK), b"")
@@ -199,9 +199,7 @@ def _weights(whole: Region, archive: zipfile.ZipFile) -> Region:
     if missing:
         raise UnreadableError(whole.path, f"not a .keras archive with HDF5 weights: no {', '.join(missing)}")
     info = archive.getinfo(_WEIGHTS)
-    region = Region(whole.path, whole.file, starts[_WEIGHTS], info.file_size)
-    region.crc32 = info.CRC
-    return region
+    return Region(whole.source, starts[_WEIGHTS], info.file_size, info.CRC)
 
 
 FORMAT = Format(description="a .keras archive", suffixes=_SUFFIXES, signature=b"PK", open=_open)

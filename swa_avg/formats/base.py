@@ -23,8 +23,8 @@ from typing import IO, Any, Literal, NamedTuple, Protocol
 from isal.isal_zlib import crc32
 
 from swa_avg.errors import Finding, UnreadableError
+from swa_avg.files.location import Location
 from swa_avg.files.region import Region
-from swa_avg.files.remote import RemoteFile
 
 __all__ = [
     "RECORD_NAME",
@@ -55,7 +55,6 @@ Stream = Callable[[int], Iterator[Buffer]]
 """Yields the bytes of a shard, by its number."""
 
 _WINDOW = 256 * 1024
-_NEAR = 4096  # a gap of up to this many bytes is read over rather than asked around
 _MAX_METADATA = 64 * 2**20
 _Window = list[tuple[int, bytes]]
 """Runs of bytes, each with where it starts."""
@@ -89,7 +88,7 @@ class Tensor:
 class Checkpoint(ABC):
     """One checkpoint on disk, open for positional reads; each format has a subclass."""
 
-    path: Path
+    path: Location
     """The file that it is named by."""
     kind: str
     """The kind of checkpoint, in words for the user; all inputs of a run are of one kind."""
@@ -204,13 +203,13 @@ class Format(NamedTuple):
     """What the names of such checkpoints end with, the longest first."""
     signature: bytes
     """First bytes of the file that names one, after any white space."""
-    open: Callable[[Path, IO[bytes], Checkpoint | None], Checkpoint]
+    open: Callable[[Region, Checkpoint | None], Checkpoint]
     """Called with the path, the file, open for reading, which the checkpoint then owns, and a checkpoint of
     the same run or None: where that one shares the layout, the file need not be parsed. Raises
     UnreadableError if the file is damaged, or is not a checkpoint."""
 
 
-def record_in(settings: Mapping[str, Any], path: Path) -> StoredRecord:
+def record_in(settings: Mapping[str, Any], path: Location) -> StoredRecord:
     """Return what swa-avg says of how a checkpoint was made, from the JSON object where a format keeps it.
 
     Raises:
@@ -252,21 +251,21 @@ def _windows(shard: Region, gaps: Sequence[tuple[int, int]]) -> list[_Window]:
 
 def _agrees(shard: Region, windows: Sequence[_Window]) -> bool:
     """Tell whether a shard holds these bytes; each window is one read, of what lies between as well."""
-    if isinstance(shard.file, RemoteFile):
-        windows = [part for window in windows for part in _near(window)]
-    ranges = [(window[0][0], window[-1][0] + len(window[-1][1])) for window in windows]
+    gap = shard.source.negligible_gap
+    parts = [part for window in windows for part in _parts(window, gap)]
+    ranges = [(part[0][0], part[-1][0] + len(part[-1][1])) for part in parts]
     return all(
         found.startswith(data, start - first)
-        for window, (first, _), found in zip(windows, ranges, shard.ranges(ranges), strict=True)
-        for start, data in window
+        for part, (first, _), found in zip(parts, ranges, shard.ranges(ranges), strict=True)
+        for start, data in part
     )
 
 
-def _near(window: _Window) -> Iterator[_Window]:
-    """Split a window where two of its runs lie too far apart to be read from a service in one request."""
+def _parts(window: _Window, gap: int) -> Iterator[_Window]:
+    """Split a window where more than `gap` bytes lie between two of its runs."""
     part = window[:1]
     for run in window[1:]:
-        if run[0] - (part[-1][0] + len(part[-1][1])) > _NEAR:
+        if run[0] - (part[-1][0] + len(part[-1][1])) > gap:
             yield part
             part = []
         part.append(run)

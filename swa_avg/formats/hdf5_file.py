@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import IO, Any
 
 from swa_avg.errors import Finding, UnreadableError
+from swa_avg.files.location import Location
 from swa_avg.files.region import Region
+from swa_avg.files.sources import LocalSource
 from swa_avg.files.untrusted_json import parse_json
 from swa_avg.formats.base import (
     RECORD_NAME,
@@ -54,7 +55,7 @@ class Hdf5Checkpoint(Checkpoint):
         if made is not None:
             write_record(file, made, self.path, self.tensors.values())
         # What was copied has no checksum of its own that would reveal damage.
-        check_readable(Region(self.path, file), self.tensors)
+        check_readable(Region(LocalSource(self.path, file)), self.tensors)
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         from swa_avg.formats.hdf5.rebuild import strip
@@ -70,14 +71,14 @@ class Hdf5Checkpoint(Checkpoint):
         return iter(())  # the record itself lies between the tensors, and Keras reads nothing else there
 
 
-def _open(path: Path, file: IO[bytes], like: Checkpoint | None) -> Hdf5Checkpoint:
-    region = Region(path, file)
+def _open(region: Region, like: Checkpoint | None) -> Hdf5Checkpoint:
     if isinstance(like, Hdf5Checkpoint) and like.shares_layout((region,)):
-        return replace(like, path=path, shards=(region,))
-    return _keras_checkpoint(path, region, read_layout(region))
+        return replace(like, path=region.path, shards=(region,))
+    return _keras_checkpoint(region, read_layout(region))
 
 
-def _keras_checkpoint(path: Path, region: Region, layout: Layout) -> Hdf5Checkpoint:
+def _keras_checkpoint(region: Region, layout: Layout) -> Hdf5Checkpoint:
+    path = region.path
     reader = AttributeReader(region)
     root = _strings(
         reader,
@@ -162,7 +163,7 @@ def _check_legacy_groups(reader: AttributeReader, layout: Layout, parent: str) -
         _check_stored(path, layout, "optimizer_weights", weights, hint)
 
 
-def _check_stored(path: Path, layout: Layout, group: str, weights: Iterable[str], hint: str) -> None:
+def _check_stored(path: Location, layout: Layout, group: str, weights: Iterable[str], hint: str) -> None:
     for weight in weights:
         if f"{group}/{weight}" not in layout.tensors:
             name = f"{group.removeprefix('model_weights/')}/{weight}"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import IO, Any
 
 from swa_avg.errors import Finding, UnreadableError, escape
+from swa_avg.files.location import Location
 from swa_avg.files.names import is_plain_name
-from swa_avg.files.region import Region, open_file
+from swa_avg.files.region import Region
+from swa_avg.files.sources import LocalSource, open_source
 from swa_avg.files.untrusted_json import MAX_JSON, parse_json
 from swa_avg.formats.base import (
     RECORD_NAME,
@@ -69,7 +71,7 @@ class ShardedCheckpoint(Checkpoint):
         from swa_avg.formats.hdf5.libhdf5 import check_readable
 
         check_written(file, 0, size, checksum)
-        written = Region(self.path.with_name(self.shard_names[index]), file, 0, size)
+        written = Region(LocalSource(self.path.with_name(self.shard_names[index]), file))
         check_readable(written, {n: t for n, t in self.tensors.items() if t.shard == index})
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
@@ -93,12 +95,12 @@ class ShardedCheckpoint(Checkpoint):
             yield Finding(self.path, "map", "differs from the newest input's, the names of shards apart")
 
 
-def _open(path: Path, file: IO[bytes], like: Checkpoint | None) -> ShardedCheckpoint:
-    with file:
-        size = file.seek(0, 2)
-        if size > MAX_JSON:
+def _open(whole: Region, like: Checkpoint | None) -> ShardedCheckpoint:
+    path = whole.path
+    with closing(whole):
+        if whole.size > MAX_JSON:
             raise UnreadableError(path, f"the shard map is larger than {MAX_JSON >> 20} MiB")
-        shard_map = parse_json(Region(path, file, 0, size).read(0, size), path, "the shard map")
+        shard_map = parse_json(whole.read(0, whole.size), path, "the shard map")
     weight_map = shard_map.get("weight_map")
     if not isinstance(weight_map, dict):
         raise UnreadableError(path, "not the map of a sharded checkpoint: no `weight_map`")
@@ -106,8 +108,7 @@ def _open(path: Path, file: IO[bytes], like: Checkpoint | None) -> ShardedCheckp
     shards: list[Region] = []
     try:
         for name in names:
-            part = open_file(path.with_name(name), follow=False)
-            shards.append(Region(path.with_name(name), part))
+            shards.append(Region(open_source(path.with_name(name), follow=False)))
         own: dict[str, Any] = {
             "path": path,
             "shards": tuple(shards),
@@ -135,7 +136,7 @@ def _open(path: Path, file: IO[bytes], like: Checkpoint | None) -> ShardedCheckp
     )
 
 
-def _shard_names(path: Path, weight_map: Mapping[str, Any]) -> tuple[str, ...]:
+def _shard_names(path: Location, weight_map: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the shards' names in order of first mention; none may leave the folder of the map."""
     names: dict[str, None] = {}
     for where in weight_map.values():
@@ -149,7 +150,7 @@ def _shard_names(path: Path, weight_map: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _join(
-    path: Path, layouts: Sequence[Layout], weight_map: Mapping[str, Any], shards: Sequence[str]
+    path: Location, layouts: Sequence[Layout], weight_map: Mapping[str, Any], shards: Sequence[str]
 ) -> dict[str, Tensor]:
     """Return the tensors of all shards, which must be those that the map lists.
 
@@ -174,7 +175,7 @@ def _join(
     return tensors
 
 
-def _check_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _check_numbers(path: Location, tensors: Mapping[str, Tensor]) -> None:
     """Raise UnreadableError if variables are numbered, and a number is missing.
 
     Keras numbers a layer's and an optimizer's variables from 0, across the shards. HDF5 has no checksum of

@@ -6,14 +6,15 @@ to the checkpoints, when they were known to be good, tells.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import closing, nullcontext
 
 from swa_avg.errors import UnreadableError, UsageError
-from swa_avg.files.region import Region, open_file
+from swa_avg.files.location import Location
+from swa_avg.files.region import Region
+from swa_avg.files.sources import open_source
 from swa_avg.formats.base import Checkpoint
 
 __all__ = ["check_digests", "read_digests"]
@@ -22,7 +23,7 @@ _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
 _MAX_BYTES = 64 * 2**20
 
 
-def read_digests(path: Path) -> dict[Path, str]:
+def read_digests(path: Location) -> dict[Location, str]:
     """Read a list as `sha256sum` writes it: file -> digest in lower case.
 
     Names are relative to the folder of the list.
@@ -30,12 +31,11 @@ def read_digests(path: Path) -> dict[Path, str]:
     Raises:
         UnreadableError: it is missing, or a line is something else, or two lines disagree on a file.
     """
-    with open_file(path) as file:
-        shard = Region(path, file)
-        if shard.size > _MAX_BYTES:
+    with closing(open_source(path)) as source:
+        if source.size > _MAX_BYTES:
             raise UnreadableError(path, f"a list of digests larger than {_MAX_BYTES >> 20} MiB")
-        text = shard.read(0, shard.size).decode("utf-8", "surrogateescape")
-    digests: dict[Path, str] = {}
+        text = Region(source).read(0, source.size).decode("utf-8", "surrogateescape")
+    digests: dict[Location, str] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -55,7 +55,9 @@ def read_digests(path: Path) -> dict[Path, str]:
     return digests
 
 
-def check_digests(checkpoints: Sequence[Checkpoint], digests: dict[Path, str], listed_in: Path) -> None:
+def check_digests(
+    checkpoints: Sequence[Checkpoint], digests: dict[Location, str], listed_in: Location
+) -> None:
     """Hold every file of the checkpoints, as it is open, against the list.
 
     Raises:
@@ -74,10 +76,10 @@ def check_digests(checkpoints: Sequence[Checkpoint], digests: dict[Path, str], l
                 raise UnreadableError(path, problem, hint="leave this file out, or restore it")
 
 
-def _sha256(opened: Region | None, path: Path) -> str:
+def _sha256(opened: Region | None, path: Location) -> str:
     """Return the digest of a whole file: by the descriptor that is averaged from, or of a map by its name."""
     digest = hashlib.sha256()
-    with contextlib.nullcontext(opened.file) if opened else open_file(path) as file:
-        for chunk in Region(path, file).chunks():
+    with nullcontext(opened.source) if opened else closing(open_source(path)) as source:
+        for chunk in Region(source).chunks():
             digest.update(chunk)
     return digest.hexdigest()

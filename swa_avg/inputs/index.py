@@ -6,13 +6,15 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from swa_avg.errors import SwaAvgError, UnreadableError
+from swa_avg.files.location import Location
 from swa_avg.files.names import is_plain_name
-from swa_avg.files.region import open_file, refusal
+from swa_avg.files.region import Region
+from swa_avg.files.sources import open_source, refusal
 from swa_avg.files.untrusted_json import parse_json
 from swa_avg.inputs.metrics import badness
 
@@ -98,19 +100,19 @@ class Index:
         return self.without({e.file for e in self.entries} - {e.file for e in kept})
 
 
-def read_index(path: Path) -> Index:
+def read_index(path: Location) -> Index:
     """Read the index at `path`; it comes from elsewhere and may hold anything.
 
     Raises:
         UnreadableError: it cannot be read, is no index, or one of another version.
     """
     try:
-        with open_file(path) as file:
-            data = file.read(_MAX_BYTES + 1)
+        with closing(open_source(path)) as source:
+            if source.size > _MAX_BYTES:
+                raise UnreadableError(path, f"the index is larger than {_MAX_BYTES >> 20} MiB")
+            data = Region(source).read(0, source.size)
     except OSError as error:
         raise (error if isinstance(error, SwaAvgError) else refusal(path, error)) from error
-    if len(data) > _MAX_BYTES:
-        raise UnreadableError(path, f"the index is larger than {_MAX_BYTES >> 20} MiB")
     value = parse_json(data, path, "the index")
     try:
         return _index(value)
@@ -154,7 +156,7 @@ def _index(value: dict[str, Any]) -> Index:
         raise TypeError("`checkpoints` is not a list")
     entries = [_entry(item, f"checkpoint {number}") for number, item in enumerate(checkpoints, 1)]
     if len({e.file for e in entries}) < len(entries):
-        raise ValueError("a file stands twice")
+        raise ValueError("a file appears twice")
     monitor, mode = value.get("monitor"), value.get("mode")
     if monitor is not None and (not isinstance(monitor, str) or mode not in MODES):
         raise ValueError("`monitor` is not a name with a `mode` of min or max")

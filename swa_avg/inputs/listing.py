@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from swa_avg.errors import UnreadableError, UsageError
-from swa_avg.files.remote import as_path, find, remote
+from swa_avg.errors import SystemRefusalError, UnreadableError, UsageError
+from swa_avg.files.location import Location, identity, location, matches
 from swa_avg.formats import SUFFIXES
 from swa_avg.inputs.index import INDEX_NAME, Index, read_index
 from swa_avg.inputs.names import Ambiguity, read_names
 
-__all__ = ["Listed", "Listing", "identity", "list_checkpoints"]
+__all__ = ["Listed", "Listing", "list_checkpoints"]
 
 
 @dataclass(frozen=True)
 class Listed:
     """One checkpoint, and what the index beside it or its name says of it."""
 
-    path: Path
+    path: Location
     epoch: int | None = None
     """The 1-based number that `fit` prints."""
     step: int | None = None
@@ -30,7 +30,7 @@ class Listed:
     """May hold NaN and infinities."""
     time: str = ""
     """When it was saved, ISO 8601; empty where no index says it."""
-    index: Path | None = None
+    index: Location | None = None
     """The index that says all this; of a file that none names, its name does."""
 
     @property
@@ -44,7 +44,7 @@ class Listing:
     """Checkpoints in training order."""
 
     files: tuple[Listed, ...]
-    indices: Mapping[Path, Index] = field(default_factory=dict)
+    indices: Mapping[Location, Index] = field(default_factory=dict)
     """Those that lie beside the files, by path."""
     damage: UnreadableError | None = None
     """What is wrong with an index beside files that were named themselves: it matters where it is asked."""
@@ -54,7 +54,7 @@ class Listing:
     """What the user may not expect of the order."""
 
     @property
-    def paths(self) -> list[Path]:
+    def paths(self) -> list[Location]:
         return [listed.path for listed in self.files]
 
     def epochs(self, purpose: str) -> list[int]:
@@ -113,33 +113,34 @@ def list_checkpoints(patterns: str | Path | Sequence[str | Path]) -> Listing:
             example = "swa-avg 'ckpt_*.keras' -o swa.keras"
             raise UsageError(f"no checkpoints named, and no {INDEX_NAME} here; such as: {example}")
         return _described(_indexed(Path()))
-    named: list[Path] = []
+    named: list[Location] = []
     for pattern in patterns:
-        path = as_path(pattern)
-        if not glob.has_magic(str(pattern)) or _is_there(path):
-            identity(path)
-            named.append(path)
-            continue
-        matches = _matches(str(pattern))
-        if not matches:
+        found = matches(str(pattern)) if glob.has_magic(str(pattern)) else [location(pattern)]
+        if not found:
             raise UsageError(f"no file matches {str(pattern)!r}")
-        named.extend(matches)
-    if len(named) == 1 and _is_folder(named[0]):
+        for path in found:
+            identity(path)  # it exists
+        named.extend(found)
+    if len(named) == 1 and named[0].is_dir():
         return _described(_indexed(named[0]))
-    paths = [file for path in named for file in (_indexed(path) if _is_folder(path) else [path])]
+    paths = [file for path in named for file in (_indexed(path) if path.is_dir() else [path])]
     return _ordered(_described(sorted(paths, key=lambda path: (_natural_key(path), str(path)))))
 
 
-def _described(paths: Sequence[Path]) -> Listing:
+def _described(paths: Sequence[Location]) -> Listing:
     """Return the files in this order, with what indices and names say of them."""
     indices, known, damage = {}, {}, None
     for folder in dict.fromkeys(path.parent for path in paths):
-        if (folder / INDEX_NAME).exists():
-            try:
-                index = indices[folder / INDEX_NAME] = read_index(folder / INDEX_NAME)
-            except UnreadableError as error:
-                damage = error
+        index_path = folder / INDEX_NAME
+        try:
+            if not index_path.exists():
                 continue
+            index = indices[index_path] = read_index(index_path)
+        except UnreadableError as error:
+            damage = error
+        except SystemRefusalError:  # it will refuse the checkpoints, too
+            continue
+        else:
             known.update({folder / entry.file: entry for entry in index.entries})
     unknown = [path for path in paths if path not in known]
     readings, ambiguity = read_names([path.name for path in unknown])
@@ -172,7 +173,7 @@ def _ordered(listing: Listing) -> Listing:
     return replace(listing, files=tuple(files), notes=notes)
 
 
-def _natural_key(path: Path) -> list[tuple[int, int, str]]:
+def _natural_key(path: Location) -> list[tuple[int, int, str]]:
     """Return a sort key that puts ckpt_2 before ckpt_10.
 
     Numbers go by their digits, not as integers, of which Python reads 4,300 digits at most.
@@ -184,53 +185,13 @@ def _natural_key(path: Path) -> list[tuple[int, int, str]]:
     ]
 
 
-def _matches(pattern: str) -> list[Path]:
-    url = remote(as_path(pattern))
-    if url is not None:
-        return [as_path(match) for match in find(url)]
-    return [Path(match) for match in glob.glob(pattern)]  # noqa: PTH207 (takes absolute patterns)
-
-
-def _is_there(path: Path) -> bool:
-    if remote(path) is not None:
-        return path.exists()
-    try:
-        return path.is_symlink() or path.exists()
-    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
-        return False
-
-
-def _is_folder(path: Path) -> bool:
-    """Tell whether a name is that of a folder; of a URL without asking the service."""
-    return path.is_dir() if remote(path) is None else str(path).endswith("/")
-
-
-def identity(path: Path) -> Hashable:
-    """Return what is equal for two names of one file; what a URL leads to is seen when it is opened.
-
-    Raises:
-        UnreadableError: there is no such file.
-    """
-    if (url := remote(path)) is not None:
-        return url.identity()
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise UnreadableError(path, "no such file") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UnreadableError(path, reason.lower()) from error
-    return status.st_dev, status.st_ino
-
-
-def _indexed(folder: Path) -> list[Path]:
-    if remote(folder) is not None:
-        folder = as_path(str(folder).rstrip("/"))
+def _indexed(folder: Location) -> list[Location]:
     index_path = folder / INDEX_NAME
     if not index_path.exists():
-        local = remote(folder) is None
-        suffix = next((suffix for suffix in SUFFIXES if local and any(folder.glob(f"*{suffix}"))), ".keras")
-        hint = f"name its checkpoints, such as '{glob.escape(str(folder))}/*{suffix}'"
+        every = glob.escape(str(folder)).rstrip("/") + "/*"
+        names = [path.name for path in matches(every)]
+        suffix = next((suffix for suffix in SUFFIXES for name in names if name.endswith(suffix)), ".keras")
+        hint = f"name its checkpoints, such as '{every}{suffix}'"
         raise UnreadableError(folder, f"a folder without {INDEX_NAME}", hint=hint)
     paths = [folder / entry.file for entry in read_index(index_path).entries]
     for path in paths:

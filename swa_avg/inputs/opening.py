@@ -6,11 +6,11 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from swa_avg.errors import Finding, MismatchError, UsageError
-from swa_avg.files.remote import CONNECTIONS, kept_at_hand, remote
+from swa_avg.files.location import Location, any_remote, cached_locally
+from swa_avg.files.remote import CONNECTIONS
 from swa_avg.files.untrusted_json import objects
 from swa_avg.formats import Checkpoint, Tensor, open_checkpoint
 
@@ -21,11 +21,11 @@ _SHARDS = 32  # of a checkpoint, as a rule at most
 
 @contextmanager
 def opened(
-    paths: Sequence[Path], dtype: str | None = None, *, newest_at_hand: bool = False
+    paths: Sequence[Location], dtype: str | None = None, *, cache_newest: bool = False
 ) -> Iterator[list[Checkpoint]]:
     """Open checkpoints for as long as the block runs.
 
-    The newest is opened first, since the others are compared with its layout; with `newest_at_hand` it is
+    The newest is opened first, since the others are compared with its layout; with `cache_newest` it is
     copied to this machine where it is named by a URL. Types are resolved as by `resolve_dtypes`.
 
     Raises:
@@ -35,17 +35,17 @@ def opened(
     """
     _allow_open_files(len(paths))
     with ExitStack() as stack:
-        last = stack.enter_context(kept_at_hand(paths[-1])) if newest_at_hand else paths[-1]
+        last = stack.enter_context(cached_locally(paths[-1])) if cache_newest else paths[-1]
         newest = stack.enter_context(closing(open_checkpoint(last)))
 
-        def open_one(path: Path) -> Checkpoint:
+        def open_one(path: Location) -> Checkpoint:
             return stack.enter_context(closing(open_checkpoint(path, newest)))
 
-        if all(remote(path) is None for path in paths[:-1]):
-            others = list(map(open_one, paths[:-1]))
-        else:
+        if any_remote(paths[:-1]):
             with ThreadPoolExecutor(CONNECTIONS) as executor:  # each waits for a dozen answers
                 others = list(executor.map(open_one, paths[:-1]))
+        else:
+            others = list(map(open_one, paths[:-1]))
         checkpoints = resolve_dtypes([*others, newest], dtype)
         yield checkpoints
         for checkpoint in checkpoints:
@@ -108,7 +108,7 @@ def check_contents(checkpoints: Sequence[Checkpoint], checksums: Sequence[Sequen
 
     `checksums` holds the CRC-32 of each input's shards, None where it is not known.
     """
-    seen: dict[tuple[tuple[int, int], ...], Path] = {}
+    seen: dict[tuple[tuple[int, int], ...], Location] = {}
     findings = []
     for checkpoint, sums in zip(checkpoints, checksums, strict=True):
         if None not in sums:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import pairwise
 from numbers import Integral
-from pathlib import Path
 
 from swa_avg.errors import Finding, MismatchError, UsageError
+from swa_avg.files.location import Location, identity
 from swa_avg.inputs.index import INDEX_NAME, MODES
-from swa_avg.inputs.listing import Listed, Listing, identity
+from swa_avg.inputs.listing import Listed, Listing
 from swa_avg.inputs.metrics import badness, direction
 from swa_avg.text import counted
 
@@ -135,8 +135,8 @@ def _best(listing: Listing, wanted: Selection) -> list[Listed]:
     return [listing.files[position] for position in sorted(ranked[: wanted.best])]
 
 
-def _check_distinct(paths: Sequence[Path]) -> None:
-    seen: dict[Hashable, Path] = {}
+def _check_distinct(paths: Sequence[Location]) -> None:
+    seen: dict[Hashable, Location] = {}
     findings = []
     for path in paths:
         first = seen.setdefault(identity(path), path)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from swa_avg.errors import Finding
-from swa_avg.files.remote import RemotePath
+from swa_avg.files.location import Location
 from swa_avg.inspection.geometry import Geometry
 from swa_avg.text import finite_or_none
 
@@ -21,7 +20,7 @@ __all__ = ["Contents", "Inspection"]
 class Contents:
     """What is inside one checkpoint."""
 
-    path: Path
+    path: Location
     kind: str
     writer: str | None
     """What wrote it, where it says so."""
@@ -115,4 +114,4 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, float):
         return finite_or_none(value)
-    return str(value) if isinstance(value, Path | RemotePath) else value
+    return value if isinstance(value, str | int | None) else str(value)  # a location

@@ -12,7 +12,7 @@ import numpy as np
 
 from swa_avg.combine.values import invalid_values, stream_values
 from swa_avg.errors import Finding, MismatchError, UsageError
-from swa_avg.files.publication import Publication, check_output
+from swa_avg.files.publication import check_output, publish_file
 from swa_avg.formats import Checkpoint, Tensor
 from swa_avg.inputs.listing import Listing, list_checkpoints
 from swa_avg.inputs.opening import check_contents, check_shared_files, opened
@@ -87,9 +87,7 @@ def inspect_checkpoints(
         else:
             inspection = _measured(inspection, plan, progress)
     for output, content in [(output, render(inspection)) for output, render in outputs.items()]:
-        with Publication(output, overwrite=overwrite) as publication:
-            publication.create(output.name).write(content)
-            publication.publish()
+        publish_file(output, content, overwrite=overwrite)
     return inspection
 
 

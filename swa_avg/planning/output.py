@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
-from swa_avg.errors import SystemRefusalError, UsageError, escape
-from swa_avg.files.remote import as_path, remote
+from swa_avg.errors import UnreadableError, UsageError
+from swa_avg.files.location import Location, identity, location
 from swa_avg.formats import Checkpoint, suffix_of
 from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.planning.policy import is_model_optimizer
@@ -15,18 +15,9 @@ from swa_avg.planning.policy import is_model_optimizer
 __all__ = ["as_output", "output_path", "plan_output"]
 
 
-def output_path(output: str | Path | None, named: Sequence[Path]) -> Path:
+def output_path(output: str | Path | None, named: Sequence[Location]) -> Location:
     """Return where the output goes, in the current folder by default, and never over an input."""
-    target = as_path(output) if output is not None else Path("swa" + suffix_of(named[-1]))
-    if remote(target) is None:
-        try:
-            target.lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except OSError as error:  # such as a name that is too long
-            raise SystemRefusalError(error.errno, str(error.strerror), str(target)) from error
-        except ValueError as error:
-            raise UsageError(f"the output {escape(target)}: {error}") from error
+    target = location(output) if output is not None else Path("swa" + suffix_of(named[-1]))
     for path in named:
         if _same_file(target, path):
             raise UsageError(
@@ -60,7 +51,7 @@ def plan_output(
     return make_plan(checkpoints, template, coefficients, drop_optimizer=optimizer == "drop")
 
 
-def as_output(newest: Checkpoint, output: Path) -> Checkpoint:
+def as_output(newest: Checkpoint, output: Location) -> Checkpoint:
     """Return the newest checkpoint as what the output's suffix asks for.
 
     Raises:
@@ -78,8 +69,8 @@ def as_output(newest: Checkpoint, output: Path) -> Checkpoint:
     return newest
 
 
-def _same_file(one: Path, other: Path) -> bool:
-    urls = remote(one), remote(other)
-    if urls[0] is not None and urls[1] is not None:
-        return urls[0].identity() == urls[1].identity()
-    return urls == (None, None) and one.exists() and other.exists() and one.samefile(other)
+def _same_file(output: Location, path: Location) -> bool:
+    try:
+        return identity(output) == identity(path)
+    except UnreadableError:  # there is no output yet
+        return False

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from swa_avg.batchnorm.report import RefreshReport
+from swa_avg.files.location import Location
 from swa_avg.sweeping.candidates import Candidate
 from swa_avg.text import finite_or_none
 
@@ -48,8 +48,8 @@ def rank(scored: Scored) -> tuple[float, int]:
 class SweepReport:
     """What `sweep` found."""
 
-    output: Path
-    checkpoints: tuple[Path, ...]
+    output: Location
+    checkpoints: tuple[Location, ...]
     """In training order."""
     monitor: str
     """The metric that decides."""

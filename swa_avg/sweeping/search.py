@@ -13,10 +13,10 @@ from typing import IO, Any
 from swa_avg.batchnorm.checkpoint import Loading, Refresh, check_request
 from swa_avg.batchnorm.statistics import RefreshedStatistics
 from swa_avg.combine import Combiner, Workers, open_workers
-from swa_avg.combine.drafts import folder_beside
 from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageError
-from swa_avg.files.publication import Publication, check_output, publication_at
-from swa_avg.files.remote import remote
+from swa_avg.files.location import Location, any_remote
+from swa_avg.files.publication import check_output, publication_at, publish_file
+from swa_avg.files.temporary import temporary_folder
 from swa_avg.formats.base import Stream
 from swa_avg.inputs.listing import Listing, list_checkpoints
 from swa_avg.inputs.opening import check_contents, opened
@@ -99,7 +99,7 @@ def sweep(
     check_output(target, overwrite=overwrite)
     draw = _drawing(Path(path), overwrite=overwrite) if path is not None else None
     rows, with_greedy = candidate_rows(listing, tried)
-    far = any(remote(path) is not None for path in paths)
+    far = any_remote(paths)
     verify = not far if verify is None else verify
     most_rows = max(len(rows), POINTS if draw else 1)
     loading = refresh or loading or Loading()
@@ -113,14 +113,14 @@ def sweep(
         publication_at(target, overwrite=overwrite) as publication,
     ):
         # The newest is the template of most drafts; a copy on this machine is none on the workers'.
-        with opened(paths, dtype, newest_at_hand=cluster is None) as checkpoints, ExitStack() as stack:
+        with opened(paths, dtype, cache_newest=cluster is None) as checkpoints, ExitStack() as stack:
             check_request(loading, checkpoints[-1], "a sweep", compiled=validation.metric is None)
             steps = len(rows) + (len(paths) - 1 if with_greedy else 0) + (POINTS if draw else 0)
             trials = Trials(
                 checkpoints,
                 publication,
                 workers,
-                stack.enter_context(folder_beside(publication.output)),
+                stack.enter_context(temporary_folder(publication.output)),
                 _scoring(Scorer(validation, loading, refresh), workers),
                 score_progress and partial(score_progress, steps),
             )
@@ -138,9 +138,7 @@ def sweep(
             _write(report, statistics, trials, scratch, optimizer=optimizer, dtype=dtype, verify=verify)
         publication.publish()
     if path is not None and draw and report.path:
-        with Publication(Path(path), overwrite=overwrite) as picture:
-            picture.create(Path(path).name).write(draw(report))
-            picture.publish()
+        publish_file(Path(path), draw(report), overwrite=overwrite)
     return replace(report, written=True)
 
 
@@ -189,7 +187,7 @@ def candidate_rows(listing: Listing, tried: Sequence[str]) -> tuple[list[Candida
 
 
 def _report(
-    target: Path,
+    target: Location,
     trials: Trials,
     singles: Sequence[Scored],
     averages: Sequence[Scored],

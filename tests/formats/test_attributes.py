@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swa_avg.files.region import Region, open_file
+from swa_avg.files.region import Region
+from swa_avg.files.sources import open_source
 from swa_avg.formats.hdf5.messages import AttributeReader, DamagedStructureError
 from swa_avg.formats.hdf5.objects import NewerStructureError, Structures
 
 
 def _region(path: Path) -> Region:
-    file = open_file(path)
-    return Region(path, file, 0, file.seek(0, 2))
+    return Region(open_source(path))
 
 
 def _root(region: Region) -> tuple[bytes, ...]:

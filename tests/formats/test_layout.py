@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import h5py
@@ -11,7 +12,8 @@ import pytest
 
 import makers
 from swa_avg.errors import UnreadableError
-from swa_avg.files.region import Region, open_file
+from swa_avg.files.region import Region
+from swa_avg.files.sources import open_source
 from swa_avg.formats.hdf5 import libhdf5
 from swa_avg.formats.hdf5.layout import Layout, read_layout
 
@@ -20,8 +22,8 @@ NAMES = {np.dtype(bool): "bool", makers.BFLOAT16: "opaque16"}
 
 
 def _layout(path: Path) -> Layout:
-    with open_file(path) as file:
-        return read_layout(Region(path, file, 0, file.seek(0, 2)))
+    with closing(open_source(path)) as source:
+        return read_layout(Region(source))
 
 
 def _by_h5py(path: Path) -> dict[str, tuple[object, ...]]:

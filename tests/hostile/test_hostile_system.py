@@ -21,7 +21,7 @@ import makers
 import oracle
 from swa_avg import average
 from swa_avg.errors import SystemRefusalError, UnreadableError
-from swa_avg.files import region
+from swa_avg.files import sources
 from swa_avg.formats import base
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="runs are isolated by Linux's pidfd")
@@ -307,13 +307,13 @@ def test_short_reads_and_writes_change_no_byte(
     (tmp_path / "whole").mkdir()
     (tmp_path / "short").mkdir()
     average(inputs, tmp_path / "whole" / f"swa{suffix}")
-    read_at = region._read_at
+    read_at = sources._read_at
     rng = np.random.default_rng(0)
 
     def short(descriptor: int, buffer: memoryview, position: int) -> int:
         return read_at(descriptor, buffer[: int(rng.integers(1, len(buffer) + 1))], position)
 
-    monkeypatch.setattr(region, "_read_at", short)
+    monkeypatch.setattr(sources, "_read_at", short)
     average(inputs, tmp_path / "short" / f"swa{suffix}", threads=1)
     assert snapshot(tmp_path / "short") == snapshot(tmp_path / "whole")
 

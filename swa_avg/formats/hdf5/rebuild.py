@@ -8,7 +8,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import IO, Any
 
 import h5py
@@ -16,7 +15,9 @@ import numpy as np
 from h5py import h5d, h5o, h5p, h5s, h5t
 
 from swa_avg.errors import SwaAvgError, UnreadableError, first_line
+from swa_avg.files.location import Location
 from swa_avg.files.region import Region, RegionFile
+from swa_avg.files.sources import LocalSource
 from swa_avg.formats.base import RECORD_NAME, Checkpoint, Tensor
 from swa_avg.formats.hdf5.layout import Layout, read_layout
 from swa_avg.formats.hdf5.libhdf5 import attributes_of
@@ -52,7 +53,7 @@ def strip(checkpoint: Checkpoint, groups: Sequence[str], scratch: Callable[[], I
         with h5py.File(file, "w") as target:
             _rebuild(target, region, layout, groups, kept)
         file.flush()
-        stripped = Region(region.path, file)
+        stripped = Region(LocalSource(region.path, file))
         shards.append(stripped)
         for name, tensor in read_layout(stripped, index).tensors.items():
             own = checkpoint.tensors[name]
@@ -61,7 +62,7 @@ def strip(checkpoint: Checkpoint, groups: Sequence[str], scratch: Callable[[], I
             for chunk in region.chunks(own.offset, own.stop):
                 file.write(chunk)
         file.flush()
-        shards[-1] = Region(region.path, file, 0, stripped.size)  # it was written to since
+        shards[-1] = Region(LocalSource(region.path, file))  # it was written to since
     return {"shards": tuple(shards), "tensors": tensors}
 
 
@@ -170,7 +171,9 @@ class _GuardedFile(io.RawIOBase):
             raise ValueError("its free space is not free")
 
 
-def write_record(file: IO[bytes], record: Mapping[str, Any], path: Path, tensors: Iterable[Tensor]) -> None:
+def write_record(
+    file: IO[bytes], record: Mapping[str, Any], path: Location, tensors: Iterable[Tensor]
+) -> None:
     """Add the record to an HDF5 file as JSON in the root attribute `swa_avg`, in parts if it is long.
 
     Through a Python file object, since h5py crashes the process where it cannot write through a path.
@@ -185,14 +188,14 @@ def write_record(file: IO[bytes], record: Mapping[str, Any], path: Path, tensors
     try:
         with h5py.File(_GuardedFile(file, tensors), "r+") as hdf5:
             root = h5o.get_info(hdf5.id).addr
-            region = Region(path, file)
+            region = Region(LocalSource(path, file))
             for body in attributes_of(Structures(region), root):  # of an average that was an input
                 if whole_name(decode(body).name) == RECORD_NAME:
                     del hdf5.attrs[decode(body).name.decode()]
             for name, part in zip(names, parts, strict=True):
                 hdf5.attrs[name] = np.bytes_(part)
         file.flush()
-        with h5py.File(RegionFile(Region(path, file)), "r") as hdf5:
+        with h5py.File(RegionFile(Region(LocalSource(path, file))), "r") as hdf5:
             if b"".join(bytes(hdf5.attrs[name]) for name in names) != text:
                 raise ValueError("the record of how it was made does not read back")
     except (OSError, RuntimeError, KeyError, ValueError) as error:
