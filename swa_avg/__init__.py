@@ -1,9 +1,8 @@
 """Average Keras checkpoints offline: exact, streaming, without TensorFlow."""
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
+# `python -m swa_avg` imports this module while the current folder is still on the path, whose modules are
+# not to run: it imports nothing. Type checkers know this name.
+TYPE_CHECKING = False
 
 __all__ = [
     "Inspection",
@@ -25,6 +24,8 @@ __all__ = [
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from swa_avg.batchnorm.checkpoint import Refresh
     from swa_avg.batchnorm.refresh import refresh_batchnorm
     from swa_avg.batchnorm.report import RefreshReport
@@ -53,7 +54,9 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
+    import importlib
+
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
