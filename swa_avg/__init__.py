@@ -1,11 +1,8 @@
 """Average Keras checkpoints offline: exact, streaming, without TensorFlow."""
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
-
-from swa_avg.text import __version__
+# `python -m swa_avg` imports this module while the current folder is still on the path, whose modules are
+# not to run: it imports nothing. Type checkers know this name.
+TYPE_CHECKING = False
 
 __all__ = [
     "Inspection",
@@ -25,6 +22,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from swa_avg.averaging import Report, average
     from swa_avg.batchnorm.checkpoint import Refresh
     from swa_avg.batchnorm.refresh import refresh_batchnorm
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from swa_avg.errors import SwaAvgError
     from swa_avg.inspection import Inspection, inspect_checkpoints
     from swa_avg.sweeping import SweepReport, Validation, sweep
+    from swa_avg.text import __version__
     from swa_avg.verification import Verification, verify
 
 # `swa-avg --help` imports this package and must not wait for numpy and h5py, nor averaging for Keras.
@@ -44,6 +44,7 @@ _HOMES = {
     "SweepReport": "swa_avg.sweeping",
     "Validation": "swa_avg.sweeping",
     "Verification": "swa_avg.verification",
+    "__version__": "swa_avg.text",
     "average": "swa_avg.averaging",
     "inspect_checkpoints": "swa_avg.inspection",
     "refresh_batchnorm": "swa_avg.batchnorm.refresh",
@@ -52,7 +53,9 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
+    import importlib
+
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from swa_avg import __version__
 from swa_avg.cli.command import Command
 from swa_avg.cli.options import (
     CHECKPOINTS,
@@ -28,6 +27,7 @@ from swa_avg.cli.options import (
     values_of,
 )
 from swa_avg.cli.terminal import batchnorm_warning, progress_bar, say
+from swa_avg.text import __version__
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import signal
@@ -16,7 +15,7 @@ from click_default_group import DefaultGroup
 from swa_avg.cli.average_command import average
 from swa_avg.cli.inspect_command import inspect
 from swa_avg.cli.sweep_command import sweep
-from swa_avg.cli.terminal import say
+from swa_avg.cli.terminal import say, take_streams
 from swa_avg.cli.verify_command import verify
 from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError
 from swa_avg.interrupts import Interrupted, interrupts
@@ -48,7 +47,7 @@ class _Group(DefaultGroup):  # type: ignore[misc]
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:  # of which click makes exit code 1, without a word
-            raise SystemRefusalError(errno.EIO, "standard output was closed") from error
+            raise SystemRefusalError(errno.EIO, "a connection was closed") from error
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         command = self.commands[self.default_cmd_name]
@@ -69,11 +68,16 @@ for _command in (average, inspect, sweep, verify):
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 2 usage, 3 to 5 by the error's class, 130 or 143 interrupted."""
+    output = take_streams()
     interrupts.begin()
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, interrupts)
         code = _run()
+        if output.failure is not None:
+            _complain(f"standard output: cannot write: {output.failure.strerror}")
+            code = 5
+        interrupts.ignore()
     except Interrupted as interrupted:
         word = "interrupted" if interrupted.number == signal.SIGINT else "terminated"
         say([f"swa-avg: {word}; nothing was written"])
@@ -88,8 +92,6 @@ def _run() -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         main_group.main(prog_name="swa-avg", standalone_mode=False)
-        if sys.stdout is not None:  # closed by whoever started us
-            sys.stdout.flush()
     except MismatchError as error:
         _complain(*error.lines)
         return error.exit_code
@@ -104,9 +106,6 @@ def _run() -> int:
         return 5
     except OSError as error:
         _complain(_message(error))
-        # What standard output has not taken, since it is full, it will not take at exit either.
-        with contextlib.suppress(OSError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 5
     return 0
 

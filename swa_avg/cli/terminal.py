@@ -3,25 +3,78 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
 from swa_avg.errors import escape
+from swa_avg.interrupts import Interrupted
 from swa_avg.text import first_few
 
-__all__ = ["batchnorm_warning", "progress_bar", "say"]
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+__all__ = ["Stream", "batchnorm_warning", "progress_bar", "say", "take_streams"]
+
+
+class Stream(io.FileIO):
+    """Standard output or standard error. Writing never fails; `failure` is why something was not written.
+
+    All is written at once, whatever Python's own setting: nothing is left for the interpreter to write as it
+    exits, where an error would be its own to report. Python unbuffered also loses the rest of a write that
+    the system takes in part.
+    """
+
+    failure: OSError | None = None
+    _abandoned = False
+
+    def __init__(self, number: int, replaced: TextIO | None) -> None:
+        super().__init__(number, "w", closefd=False)
+        self._replaced = replaced  # it may close the descriptor when it goes
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while rest and not self._abandoned:
+                rest = rest[os.write(self.fileno(), rest) :]
+        except OSError as error:
+            self.failure = error
+        except Interrupted:  # while the reader is stuck: what is said of it would wait for it, too
+            self._abandoned = True
+            raise
+        return size
+
+
+def take_streams() -> Stream:
+    """Replace sys.stdout and sys.stderr for the rest of this process, and return standard output.
+
+    Results (JSON, help, the version) go to standard output: where they cannot be delivered, the run ends
+    with 5, whatever else its outcome. Messages go to standard error: where they cannot be delivered, they are
+    lost, and the outcome is what it is. Descriptors that are closed refuse what is written to them as before,
+    but no file that is opened later gets their number, and with it what others print.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    output, errors = Stream(1, sys.stdout), Stream(2, sys.stderr)
+    sys.stdout, sys.stderr = _text(output, sys.stdout), _text(errors, sys.stderr)
+    return output
+
+
+def _text(stream: Stream, replaced: TextIO | None) -> TextIO:
+    encoding = None if replaced is None else replaced.encoding
+    return io.TextIOWrapper(stream, encoding, errors="backslashreplace", write_through=True)
 
 
 def say(lines: Iterable[str]) -> None:
-    """Print lines on standard error; what comes from files is escaped.
-
-    Where it is full or closed, they are lost: what was done is done, and the exit code tells.
-    """
-    with contextlib.suppress(OSError):
-        for line in lines:
-            click.echo(escape(line), err=True)
+    """Print lines on standard error; what comes from files is escaped."""
+    for line in lines:
+        click.echo(escape(line), err=True)
 
 
 def batchnorm_warning(layers: Sequence[str]) -> str:
@@ -37,10 +90,15 @@ def progress_bar(
     quiet: bool, title: str, *, in_bytes: bool = False, unit: str = "rows"
 ) -> Iterator[Callable[[int | None, int], None] | None]:
     """Show a bar on a terminal, from the first time that there is progress."""
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_interactive:  # a dumb terminal, on which a bar cannot be drawn again
+        yield None
+        return
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -57,7 +115,7 @@ def progress_bar(
         else (MofNCompleteColumn(), TextColumn("{task.speed:.0f} " + f"{unit}/s"))
     )
     columns = (TextColumn(title), BarColumn(), *amounts, TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar = Progress(*columns, console=console, transient=True)
     task = bar.add_task(title, total=None)
 
     def advance(total: int | None, count: int) -> None:

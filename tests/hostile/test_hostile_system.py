@@ -141,52 +141,13 @@ def test_closed_standard_streams_do_no_harm(
         ["a_1.weights.h5", "a_2.weights.h5", "-o", "swa.weights.h5", *options], tmp_path, closed=closed
     )
     check_bounds(ended)
-    assert ended.code == 0
+    assert ended.code == (5 if 1 in closed and "--json" in options else 0)  # the results have nowhere to go
     written = oracle.read_arrays(tmp_path / "swa.weights.h5")
     expected = oracle.mean([makers.weights(number)["layers/dense/vars/0"] for number in (1, 2)])
     assert written["layers/dense/vars/0"].tobytes() == expected.tobytes()
     failed = isolated.run(["a_1.weights.h5", "-o", "swa.weights.h5"], tmp_path, closed=closed)
     check_bounds(failed)
     assert failed.code == 2
-
-
-RUN = "import sys; from swa_avg import cli; sys.argv[0] = 'swa-avg'; cli.main()"
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_standard_output_is_an_error_of_the_system(tmp_path: Path) -> None:
-    makers.write_weights(tmp_path / "a_1.weights.h5", makers.weights(1))
-    with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-c", RUN, "a_1.weights.h5", "-q", "--json", "-o", "swa.weights.h5"]
-        ended = subprocess.run(
-            command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
-        )
-    assert (ended.returncode, ended.stderr) == (5, "swa-avg: error: No space left on device\n")
-    assert "layers/dense/vars/0" in oracle.read_arrays(tmp_path / "swa.weights.h5")
-
-
-def test_a_standard_output_that_nobody_reads_is_an_error_of_the_system(tmp_path: Path) -> None:
-    makers.write_weights(tmp_path / "a_1.weights.h5", makers.weights(1))
-    command = [sys.executable, "-c", RUN, "a_1.weights.h5", "-q", "--json", "-o", "swa.weights.h5"]
-    read, write = os.pipe()
-    os.close(read)
-    ended = subprocess.run(
-        command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False
-    )
-    os.close(write)
-    assert (ended.returncode, ended.stderr) == (5, "swa-avg: error: standard output was closed\n")
-    assert "layers/dense/vars/0" in oracle.read_arrays(tmp_path / "swa.weights.h5")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize(("name", "code"), [("a_1.weights.h5", 0), ("gone.weights.h5", 3)])
-def test_a_full_standard_error_changes_no_exit_code(name: str, code: int, tmp_path: Path) -> None:
-    makers.write_weights(tmp_path / "a_1.weights.h5", makers.weights(1))
-    with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-c", RUN, name, "-o", "swa.weights.h5"]
-        ended = subprocess.run(command, cwd=tmp_path, stderr=full, timeout=60, check=False)
-    assert ended.returncode == code
-    assert (tmp_path / "swa.weights.h5").exists() == (code == 0)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -221,20 +182,28 @@ def test_a_full_disk_is_found_early(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which takes root")
 def test_an_unwritable_folder_is_an_error_of_the_system(tmp_path: Path) -> None:
-    makers.write_weights(tmp_path / "a_1.weights.h5", makers.weights(1))
+    folder, rehearsal = tmp_path / "folder", tmp_path / "rehearsal"
+    for place in (folder, rehearsal):
+        place.mkdir()
+        makers.write_weights(place / "a_1.weights.h5", makers.weights(1)).chmod(0o644)
+    folder.chmod(0o755)
     code = (
         "import os, sys\n"
-        "import difflib, click, h5py, swa_avg.averaging\n"
         "from swa_avg import cli\n"
-        "os.chdir(sys.argv.pop(1))\n"
+        "folder = sys.argv.pop(1)\n"
+        "try:\n"
+        "    cli.main()\n"  # all that it imports may lie where the other user may not read
+        "except SystemExit as ended:\n"
+        "    assert ended.code == 0\n"
+        "os.chdir(folder)\n"
         "os.setuid(65534)\n"
         "cli.main()\n"
     )
-    tmp_path.chmod(0o755)
-    before = snapshot(tmp_path)
+    before = snapshot(folder)
     environment = {**os.environ, "TMPDIR": "/nowhere"}
     ended = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), "a_1.weights.h5", "-q", "-o", "swa.weights.h5"],
+        [sys.executable, "-c", code, str(folder), "a_1.weights.h5", "-q", "-o", "swa.weights.h5"],
+        cwd=rehearsal,
         capture_output=True,
         text=True,
         env=environment,
@@ -245,7 +214,7 @@ def test_an_unwritable_folder_is_an_error_of_the_system(tmp_path: Path) -> None:
         pytest.skip("the other user may not read this Python")
     line = "swa-avg: error: swa.weights.h5: cannot write: Permission denied\n"
     assert (ended.returncode, ended.stderr) == (5, line)
-    assert snapshot(tmp_path) == before
+    assert snapshot(folder) == before
 
 
 def test_averaging_needs_no_temporary_folder(
