@@ -38,7 +38,8 @@ AVERAGE = (*MODULE, "a_1.keras", "a_2.keras")
 INSPECT = (*MODULE, "inspect", "a_1.keras")
 TERMINATED = """
 import os, signal
-from swa_avg import cli, publish
+from swa_avg import cli
+from swa_avg.files import publication as publish
 
 def create(self, *arguments):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -231,7 +232,8 @@ def test_a_reader_that_is_stuck_does_not_keep_an_interrupted_run(
 
 NOISY = """
 import os
-from swa_avg import cli, publish
+from swa_avg import cli
+from swa_avg.files import publication as publish
 
 create = publish.Publication.create
 
@@ -405,8 +407,8 @@ class TestModule:
         clone = tmp_path / "clone"
         shutil.copytree(inputs, clone)
         shutil.copytree(PACKAGE, clone / "swa_avg", ignore=shutil.ignore_patterns("__pycache__"))
-        source = (clone / "swa_avg" / "__init__.py").read_text()
-        (clone / "swa_avg" / "__init__.py").write_text(
+        source = (clone / "swa_avg" / "text.py").read_text()
+        (clone / "swa_avg" / "text.py").write_text(
             source.replace(f'__version__ = "{swa_avg.__version__}"', '__version__ = "of the clone"')
         )
         code, out, _, _ = _run((*MODULE, "--version"), clone)
