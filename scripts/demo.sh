@@ -3,10 +3,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/_venv.sh
+clear_environment
 export TF_CPP_MIN_LOG_LEVEL=3 CUDA_VISIBLE_DEVICES=
 
-make_venv .venv -e ".[tensorflow,test]"
-work=$(mktemp -d)
+make_venv .venv install -e ".[test]"
+use_empty_home
+work=$("$PYTHON" -c 'import tempfile; print(tempfile.mkdtemp())')
 trap 'rm -rf "$work"' EXIT
 quietly() { "$@" 2>"$work/log" || { cat "$work/log" >&2; exit 1; }; } # TensorFlow greets on standard error
 

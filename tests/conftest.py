@@ -11,9 +11,13 @@ import hypothesis
 import pytest
 
 from swa_avg import cli
+from swa_avg.interrupts import interrupts
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # machines are shared and slow at times
 hypothesis.settings.load_profile("untimed")
+
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -35,12 +39,16 @@ def swa_avg(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         capfd.readouterr()
         monkeypatch.setattr(sys, "argv", ["swa-avg", *map(str, arguments)])
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        complaints = sys.unraisablehook
         try:
             with pytest.raises(SystemExit) as exit_info:
                 cli.main()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            # An interrupted process ends; this one goes on.
+            interrupts.begin()
+            sys.unraisablehook = complaints
         out, err = capfd.readouterr()
         return Ended(int(exit_info.value.code or 0), out, err)
 

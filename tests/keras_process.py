@@ -251,7 +251,6 @@ def load(request):
 def _load(name, kind, path):
     if kind in ("keras", "legacy"):
         return keras.models.load_model(path)
-    keras.backend.clear_session()
     model = MODELS[name]()
     model.load_weights(path)
     return model

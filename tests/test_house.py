@@ -18,6 +18,7 @@ import makers
 
 PACKAGE = Path(__file__).parents[1] / "swa_avg"
 ROOMS = [
+    "__main__",
     "cli",
     "callbacks",
     "schedules",

@@ -69,9 +69,9 @@ class Run:
                     average(inputs, output, optimizer=optimizer, dtype=untagged)
                     self.cases[model, kind, optimizer] = output
         request = folder / "request.json"
-        loads = [(model, kind, str(path)) for (model, kind, _), path in self.cases.items()]
-        loads += [(model, kind, str(self.inputs(model, kind)[-1])) for model, kind, _ in self.cases]
-        request.write_text(json.dumps(loads))
+        loads = {(model, kind, str(path)) for (model, kind, _), path in self.cases.items()}
+        loads |= {(model, kind, str(self.inputs(model, kind)[-1])) for model, kind, _ in self.cases}
+        request.write_text(json.dumps(sorted(loads)))
         _keras(writer, "load", request)
 
     def inputs(self, model: str, kind: str) -> list[Path]:
