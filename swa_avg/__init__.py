@@ -9,6 +9,7 @@ from swa_avg.text import __version__
 
 __all__ = [
     "Inspection",
+    "Loading",
     "Refresh",
     "RefreshReport",
     "Report",
@@ -26,9 +27,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Report, average
-    from swa_avg.batchnorm.checkpoint import Refresh
-    from swa_avg.batchnorm.refresh import refresh_batchnorm
-    from swa_avg.batchnorm.report import RefreshReport
+    from swa_avg.batchnorm import Loading, Refresh, RefreshReport, refresh_batchnorm
     from swa_avg.errors import SwaAvgError
     from swa_avg.inspection import Inspection, inspect_checkpoints
     from swa_avg.sweeping import SweepReport, Validation, sweep
@@ -37,8 +36,9 @@ if TYPE_CHECKING:
 # `swa-avg --help` imports this package and must not wait for numpy and h5py, nor averaging for Keras.
 _HOMES = {
     "Inspection": "swa_avg.inspection",
-    "Refresh": "swa_avg.batchnorm.checkpoint",
-    "RefreshReport": "swa_avg.batchnorm.report",
+    "Loading": "swa_avg.batchnorm",
+    "Refresh": "swa_avg.batchnorm",
+    "RefreshReport": "swa_avg.batchnorm",
     "Report": "swa_avg.averaging",
     "SwaAvgError": "swa_avg.errors",
     "SweepReport": "swa_avg.sweeping",
@@ -46,7 +46,7 @@ _HOMES = {
     "Verification": "swa_avg.verification",
     "average": "swa_avg.averaging",
     "inspect_checkpoints": "swa_avg.inspection",
-    "refresh_batchnorm": "swa_avg.batchnorm.refresh",
+    "refresh_batchnorm": "swa_avg.batchnorm",
     "sweep": "swa_avg.sweeping",
     "verify": "swa_avg.verification",
 }

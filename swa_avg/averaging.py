@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_statistics
-from swa_avg.batchnorm.report import RefreshReport
+from swa_avg.batchnorm import Refresh, RefreshReport
+from swa_avg.batchnorm.checkpoint import refreshed_statistics
+from swa_avg.batchnorm.loading import check_request
 from swa_avg.combine.blocks import bytes_to_read
 from swa_avg.combine.drafts import folder_beside, write_draft
 from swa_avg.combine.workers import hired

@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 if TYPE_CHECKING:
-    from swa_avg.batchnorm.checkpoint import Loading, Refresh
+    from swa_avg.batchnorm import Loading, Refresh
 
 __all__ = [
     "Numbers",
@@ -173,7 +173,7 @@ def take_refresh(options: dict[str, Any], *, loads: bool) -> tuple[Refresh | Non
 
     `loads` says that the command loads the model without a refresh, too.
     """
-    from swa_avg.batchnorm.checkpoint import Loading, Refresh
+    from swa_avg.batchnorm import Loading, Refresh
 
     if options["bn_refresh"] is None:
         context = click.get_current_context()

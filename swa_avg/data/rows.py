@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from swa_avg.errors import SystemRefusalError, UnreadableError
 from swa_avg.files.region import Region
 
-__all__ = ["FileRows", "MemoryRows", "RowWriter", "Rows", "describe", "room_for"]
+__all__ = ["FileRows", "MemoryRows", "RowWriter", "Rows", "describe", "disk_full_named"]
 
 
 class Rows(Protocol):
@@ -99,7 +99,7 @@ class RowWriter:
             raise UnreadableError(self._path, f"expected rows {expected}; found {found}")
         if values.dtype.hasobject:
             raise UnreadableError(self._path, f"expected numbers; found {values.dtype}")
-        with room_for(self._path):
+        with disk_full_named(self._path):
             self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115
             self._file.write(np.ascontiguousarray(values).data)
         self._count += len(values)
@@ -107,7 +107,7 @@ class RowWriter:
     def rows(self) -> FileRows:
         """Return what was written."""
         assert self._file is not None
-        with room_for(self._path):
+        with disk_full_named(self._path):
             self._file.flush()
         size = self._file.tell()
         region = Region(self._path, self._file, 0, size)
@@ -120,7 +120,8 @@ class RowWriter:
 
 
 @contextmanager
-def room_for(path: Path) -> Iterator[None]:
+def disk_full_named(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write temporary files into ours, which says what was unpacked and where."""
     try:
         yield
     except OSError as error:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from swa_avg.batchnorm.report import RefreshReport
+from swa_avg.batchnorm import RefreshReport
 from swa_avg.sweeping.candidates import Candidate
 
 __all__ = ["Scored", "SweepReport", "rank"]

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from swa_avg.batchnorm.checkpoint import Loading, Refresh, check_request
+from swa_avg.batchnorm import Loading, Refresh
+from swa_avg.batchnorm.loading import check_request
 from swa_avg.batchnorm.statistics import RefreshedStatistics
 from swa_avg.combine.drafts import folder_beside
 from swa_avg.combine.workers import Crew, hired
@@ -147,7 +148,7 @@ def sweep(
 def _scoring(scorer: Scorer, crew: Crew) -> tuple[Callable[[Path], Future[Scoring]], int]:
     """Return what has a draft scored, here or by a worker of a cluster, and how many drafts at a time."""
     if crew.together:
-        distant = scorer.elsewhere()
+        distant = scorer.portable()
         return lambda draft: crew.executor.submit(distant.score, draft), crew.threads
 
     def here(draft: Path) -> Future[Scoring]:

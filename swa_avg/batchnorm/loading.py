@@ -1,0 +1,149 @@
+"""Checkpoints as live Keras models."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swa_avg.data.user_functions import import_function, import_module, names_function
+from swa_avg.errors import SwaAvgError, UsageError, first_line
+from swa_avg.files.untrusted_json import parse_json
+from swa_avg.formats import Checkpoint, open_checkpoint
+from swa_avg.formats.bare import Hdf5Checkpoint
+from swa_avg.planning.policy import has_lambda
+
+__all__ = ["Loading", "check_request", "load_model", "load_weights", "quiet_import"]
+
+_TRUST = "{} holds a Lambda layer, which is code: add --unsafe if you trust who wrote it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a checkpoint becomes a live model."""
+
+    model: Any = None
+    """For weights alone: a `.keras` file, a JSON configuration, or `MODULE:FUNCTION` that returns the model;
+    or, for a refresh alone, a live Keras model, which gets the averaged weights and their statistics."""
+    imports: Sequence[str] = ()
+    """Modules that register the model's own classes with Keras."""
+    unsafe: bool = False
+    """Load Lambda layers: run code that the checkpoint holds."""
+
+
+def check_request(
+    loading: Loading, newest: Checkpoint, purpose: str = "--bn-refresh", *, compiled: bool = False
+) -> None:
+    """Find out, before anything is read, what would keep the model from being loaded for a purpose.
+
+    `compiled` as for `load_model`.
+
+    Raises:
+        UsageError: Keras is not installed, weights alone come without a model, or the model holds code.
+    """
+    if importlib.util.find_spec("keras") is None:
+        raise UsageError(f"{purpose} needs Keras: pip install 'swa-avg[tensorflow]'")
+    if newest.config is None and loading.model is None:
+        raise UsageError(
+            f"{newest.path.name} holds weights alone: {purpose} needs --model, a .keras file, a JSON "
+            "configuration or MODULE:FUNCTION"
+        )
+    if loading.model is None and not loading.unsafe and _holds_code(newest, compiled=compiled):
+        raise UsageError(_TRUST.format(newest.path.name))
+
+
+@contextmanager
+def quiet_import() -> Iterator[None]:
+    """Keep what TensorFlow's libraries print while Keras is imported off standard error."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        import keras  # noqa: F401
+
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def load_model(checkpoint: Checkpoint, loading: Loading, *, compiled: bool = False) -> Any:
+    """Return a checkpoint of ours as a live model, by Keras with its safe mode on.
+
+    With `compiled`, as it was compiled when it was saved, if it was.
+
+    Raises:
+        UsageError: it cannot be loaded as it was asked for.
+    """
+    with quiet_import():
+        import keras
+    for module in loading.imports:
+        import_module(module)
+    with _complaints_named():
+        if checkpoint.config is not None and loading.model is None:
+            return keras.models.load_model(checkpoint.path, compile=compiled, safe_mode=not loading.unsafe)
+        model = loading.model
+        if isinstance(model, str | Path):
+            model = _build(str(model), loading, keras, compiled=compiled)
+        model.load_weights(checkpoint.path)
+    return model
+
+
+def load_weights(model: Any, checkpoint: Checkpoint) -> None:
+    """Give a live model the weights of a checkpoint of ours.
+
+    Raises:
+        UsageError: they are not this model's.
+    """
+    with _complaints_named():
+        model.load_weights(checkpoint.path)
+
+
+@contextmanager
+def _complaints_named() -> Iterator[None]:
+    """Turn Keras's complaints about what it loads into ours."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, ImportError, KeyError, OSError) as error:
+        if isinstance(error, SwaAvgError):
+            raise
+        raise UsageError(
+            f"Keras cannot load the model ({first_line(error)}); its own classes come with --import MODULE"
+        ) from error
+
+
+def _build(source: str, loading: Loading, keras: Any, *, compiled: bool) -> Any:
+    path = Path(source)
+    if not path.exists() and names_function(source):
+        return import_function(source)()
+    if path.suffix == ".json":
+        text = path.read_text("utf-8")
+        if "Lambda" in text and not loading.unsafe:
+            raise UsageError(
+                f"{path} may hold a Lambda layer, which is code: add --unsafe if you trust who wrote it"
+            )
+        return keras.models.model_from_json(text)
+    if not zipfile.is_zipfile(path):
+        with closing(open_checkpoint(path)) as checkpoint:
+            if not loading.unsafe and _holds_code(checkpoint, compiled=compiled):
+                raise UsageError(_TRUST.format(path))
+    return keras.models.load_model(path, compile=compiled, safe_mode=not loading.unsafe)
+
+
+def _holds_code(checkpoint: Checkpoint, *, compiled: bool) -> bool:
+    """Tell whether loading a model would run code of the file's, its compile settings included if asked.
+
+    In a legacy file those, like its layers, are no concern of Keras's safe mode (CVE-2025-9905); in an
+    archive they are.
+    """
+    settings = checkpoint.training_config if compiled and isinstance(checkpoint, Hdf5Checkpoint) else b""
+    parsed = parse_json(settings, checkpoint.path, "training_config") if settings else None
+    return has_lambda([checkpoint.config, parsed])
