@@ -121,7 +121,7 @@ class RowWriter:
 
 @contextmanager
 def disk_full_named(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write temporary files into ours, which says what was unpacked and where."""
+    """Turn the refusal to write a temporary file into an error that says what was unpacked, and where."""
     try:
         yield
     except OSError as error:
