@@ -44,17 +44,17 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
         directory: Folder for the checkpoints and `checkpoints.json`; created if need be.
         start_epoch: 0-based index of the first epoch to save, like Keras's `initial_epoch`: of 150 epochs,
             140 saves the last ten.
-        every: Save every so many-th epoch, counted from `start_epoch`; or every so many steps: `"500 steps"`.
+        every: Save every N-th epoch, counted from `start_epoch`; or every N steps: `"500 steps"`.
         cycle_length: Epochs in a cycle of the learning rate, counted from `start_epoch`: save at the end of
             each cycle (after epochs `start_epoch + c`, `start_epoch + 2c`, ... as `fit` prints them), where a
-            saw-tooth is lowest. With `every`, of every so many-th cycle.
+            saw-tooth is lowest. With `every`, of every N-th cycle.
         filename: A format of `epoch`, the 1-based number that `fit` prints, `step`, and metrics:
             `"ckpt_{epoch:04d}_{val_loss:.3f}.keras"`. By default `ckpt_{epoch:04d}.keras`, or for steps
             `ckpt_{epoch:04d}_{step:08d}.keras`; `.weights.h5` with `weights_only`.
         weights_only: Save as `model.save_weights` does, not as `model.save`.
         include_optimizer: Save the optimizer's state, and in a `.keras` file how the model was compiled.
-        keep_last: Keep only so many of the newest files.
-        keep_best: Keep only so many of the files with the best values of `monitor`. A file stays if either
+        keep_last: Keep only this many of the newest files.
+        keep_best: Keep only this many of the files with the best values of `monitor`. A file stays if either
             keeps it.
         monitor: A metric by the name that `fit` logs, for `keep_best` and `swa-avg --best`.
         mode: `min` or `max`: which values of `monitor` are better. `auto` goes by the compiled metric, then
@@ -257,7 +257,7 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
             self.wait()
 
     def _retry(self, task: Task) -> None:
-        """Save what a thread could not, on this one, with the values of then put back for as long."""
+        """Save on this thread what another could not, with the values that the variables had then."""
         warnings.warn(
             f"this model cannot be saved in the background ({task.error}); from now on training waits",
             stacklevel=2,

@@ -264,8 +264,8 @@ class StreamData(Data):
     def _elements(self) -> Iterator[Any]:
         """Yield the batches.
 
-        What a named function's batches raise is told as theirs; what a caller's own raise is the caller's,
-        except for the system's errors, which would be taken for the output's.
+        What the batches of a named function raise becomes an error that names it; what a caller's own raise
+        is the caller's, except for the system's errors, which would be taken for the output's.
         """
         elements: Iterator[Any] | None = None
         while True:

@@ -61,7 +61,7 @@ def import_function(name: str) -> Callable[..., Any]:
 
 
 def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Return the function such that what it raises is told as the user's: which one, and where."""
+    """Return the function; what it raises becomes an error that names it, and the line."""
 
     @wraps(function)
     def called(*arguments: Any) -> Any:
