@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swa_avg.batchnorm.complaints import keras_reason, unknown_class
 from swa_avg.data.user_functions import import_function, import_module, names_function
-from swa_avg.errors import SwaAvgError, UsageError, first_line
+from swa_avg.errors import SwaAvgError, UsageError
 from swa_avg.files.untrusted_json import parse_json
 from swa_avg.formats import Checkpoint, open_checkpoint
-from swa_avg.formats.bare import Hdf5Checkpoint
+from swa_avg.formats.bare import LEGACY_MODEL, LEGACY_WEIGHTS, Hdf5Checkpoint
 from swa_avg.planning.policy import has_lambda
 
-__all__ = ["Loading", "check_request", "load_model", "load_weights", "quiet_import"]
+__all__ = ["Loading", "check_model", "check_request", "load_model", "load_weights", "quiet_import"]
 
 _TRUST = "{} holds a Lambda layer, which is code: add --unsafe if you trust who wrote it"
 
@@ -87,13 +88,17 @@ def load_model(checkpoint: Checkpoint, loading: Loading, *, compiled: bool = Fal
         import keras
     for module in loading.imports:
         import_module(module)
-    with _complaints_named():
-        if checkpoint.config is not None and loading.model is None:
-            return keras.models.load_model(checkpoint.path, compile=compiled, safe_mode=not loading.unsafe)
+    if isinstance(loading.model, str | Path):
+        with _complaints_named(Path(loading.model).name, loading, compiled=compiled):
+            model = _build(str(loading.model), loading, keras, compiled=compiled)
+    else:
         model = loading.model
-        if isinstance(model, str | Path):
-            model = _build(str(model), loading, keras, compiled=compiled)
-        model.load_weights(checkpoint.path)
+    with _complaints_named(checkpoint.path.name, loading, compiled=compiled):
+        if checkpoint.config is not None and model is None:
+            path = _path_for_keras(checkpoint)
+            return keras.models.load_model(path, compile=compiled, safe_mode=not loading.unsafe)
+        check_model(model)
+        model.load_weights(_path_for_keras(checkpoint))
     return model
 
 
@@ -103,21 +108,53 @@ def load_weights(model: Any, checkpoint: Checkpoint) -> None:
     Raises:
         UsageError: they are not this model's.
     """
-    with _complaints_named():
-        model.load_weights(checkpoint.path)
+    with _complaints_named(checkpoint.path.name, Loading(), compiled=False):
+        model.load_weights(_path_for_keras(checkpoint))
+
+
+def check_model(model: Any) -> None:
+    """Raise UsageError unless `model` is one of Keras 3."""
+    import keras
+
+    if isinstance(model, keras.Model):
+        return
+    found = f"{type(model).__module__.partition('.')[0]}.{type(model).__name__}"
+    hint = ""
+    if any(kind.__module__.startswith(("tf_keras.", "keras.src.legacy.")) for kind in type(model).__mro__):
+        hint = "; build the model with Keras 3, and load what tf_keras saved by its load_weights"
+    raise UsageError(f"expected a model of Keras {keras.__version__}, found {found}{hint}")
+
+
+def _path_for_keras(checkpoint: Checkpoint) -> Path:
+    """Return a name from which Keras sees which format it is: it takes any `.keras` for an archive."""
+    path = checkpoint.path
+    if checkpoint.kind not in (LEGACY_MODEL, LEGACY_WEIGHTS) or path.suffix in (".h5", ".hdf5"):
+        return path
+    link = path.with_name(f"{path.name}.h5")
+    if not link.exists():
+        link.symlink_to(path.name)
+    return link
 
 
 @contextmanager
-def _complaints_named() -> Iterator[None]:
+def _complaints_named(source: str, loading: Loading, *, compiled: bool) -> Iterator[None]:
     """Turn Keras's complaints about what it loads into ours."""
     try:
         yield
-    except (ValueError, TypeError, AttributeError, ImportError, KeyError, OSError) as error:
-        if isinstance(error, SwaAvgError):
-            raise
-        raise UsageError(
-            f"Keras cannot load the model ({first_line(error)}); its own classes come with --import MODULE"
-        ) from error
+    except SwaAvgError:
+        raise
+    except Exception as error:  # which may be anything: IndexError, say, for models of Keras 2 in each other
+        reason = keras_reason(error)
+        unknown = unknown_class(reason)
+        hint = "give a model with these weights' layers by --model MODULE:FUNCTION"
+        if unknown is not None:
+            hint = f"name the module that registers {unknown} by --import MODULE"
+            if loading.imports:
+                hint = f"register {unknown} with @keras.saving.register_keras_serializable() in the module"
+            hint += ", or a function that builds the model by --model MODULE:FUNCTION"
+            if compiled:
+                hint += "; a loss or a metric is not needed with --metric MODULE:FUNCTION"
+        raise UsageError(f"Keras cannot load {source} ({reason}); {hint}") from error
 
 
 def _build(source: str, loading: Loading, keras: Any, *, compiled: bool) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swa_avg.batchnorm.backends import random_state_kept, value_of
+from swa_avg.batchnorm.loading import check_model
 from swa_avg.batchnorm.measure import Workers, measure_layers
 from swa_avg.batchnorm.moments import ESTIMATORS, LayerMoments, Statistics
 from swa_avg.batchnorm.observe import active_layers, batchnorm_layers, layer_path
@@ -81,6 +82,7 @@ def refresh_model(
     """Refresh as `refresh_batchnorm` does, with other machines' help; `purpose` names the options, if any."""
     if refresh.estimator not in ESTIMATORS:
         raise UsageError(f"the estimator is {' or '.join(ESTIMATORS)}, not {refresh.estimator}")
+    check_model(model)
     if not getattr(model, "built", False):
         raise UsageError("the model is not built: call it on one batch, or load its weights first")
     active = active_layers(model)
@@ -99,6 +101,7 @@ def check_data(model: Any, refresh: Refresh) -> None:
 
     Of arrays, all rows are looked at; of batches, the first, unless looking would use it up.
     """
+    check_model(model)
     with random_state_kept(), open_data(refresh.data, spec_of(model, refresh, ARGUMENTS)) as batches:
         if active_layers(model):
             batches.check()

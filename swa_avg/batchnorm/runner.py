@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swa_avg.batchnorm.backends import Step, compiled, leaked, seed_torch, value_of
+from swa_avg.batchnorm.complaints import keras_reason
 from swa_avg.batchnorm.observe import SEED_STATE, Outcome, make_step
 from swa_avg.batchnorm.signature import arranger
 from swa_avg.data.batches import ArrayData, Data, RowDigests, as_array
-from swa_avg.errors import UnreadableError, first_line
+from swa_avg.errors import UnreadableError
 
 __all__ = ["Measured", "Runner", "running"]
 
@@ -86,7 +87,7 @@ def _first(run: Step, step: Step, values: list[Any], inputs: Any, data: Data) ->
             )
             return step, step(values, inputs)
         if isinstance(error, ValueError | TypeError) and not data.spec.names:
-            problem = f"the model does not take this data ({first_line(error)})"
+            problem = f"the model does not take this data ({keras_reason(error)})"
             raise UnreadableError(data.source, problem) from error
         raise
 

@@ -13,14 +13,16 @@ import numpy as np
 
 from swa_avg.batchnorm import Loading, Refresh
 from swa_avg.batchnorm.checkpoint import refresh_loaded
+from swa_avg.batchnorm.complaints import keras_reason
 from swa_avg.batchnorm.loading import load_model, load_weights
+from swa_avg.batchnorm.places import Places, find_places
 from swa_avg.batchnorm.processes import Origin, PerProcess, absolute
 from swa_avg.batchnorm.signature import arranger, inputs_of
 from swa_avg.batchnorm.statistics import RefreshedStatistics
 from swa_avg.data.sources import open_data
 from swa_avg.data.spec import VALIDATION, Spec
 from swa_avg.data.user_functions import import_function
-from swa_avg.errors import SwaAvgError, UnreadableError, UsageError, first_line
+from swa_avg.errors import SwaAvgError, UnreadableError, UsageError
 from swa_avg.formats import open_checkpoint
 from swa_avg.inputs.metrics import direction, main_metric
 
@@ -135,6 +137,7 @@ class Evaluator:
         self._model = model
         self._validation = validation
         self._refresh = refresh
+        self._places: Places | None = None
         if compiled and not getattr(model, "compiled", False):
             raise UsageError(
                 "the model does not say how it was compiled: name what to go by with --metric MODULE:FUNCTION"
@@ -172,7 +175,8 @@ class Evaluator:
         with closing(open_checkpoint(draft)) as checkpoint:
             load_weights(self._model, checkpoint)
             if self._refresh is not None:
-                statistics = refresh_loaded(self._model, checkpoint, self._refresh, None)
+                self._places = self._places or find_places(self._model, checkpoint)
+                statistics = refresh_loaded(self._model, checkpoint, self._refresh, self._places)
         return Score(self._evaluate(), statistics)
 
     def monitor(self, score: Score) -> tuple[str, str]:
@@ -196,7 +200,7 @@ class Evaluator:
                 except SwaAvgError:
                     raise
                 except Exception as error:  # of whichever class the backend has for shapes and types
-                    problem = f"the model cannot be evaluated on these data ({first_line(error)})"
+                    problem = f"the model cannot be evaluated on these data ({keras_reason(error)})"
                     raise UnreadableError(data.source, problem) from error
             self.digest, self.rows, self.source = data.digest, data.samples, data.source
         metrics = meter.result()
