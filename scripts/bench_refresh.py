@@ -94,7 +94,7 @@ def eager(model: Any, batches: list[Any]) -> None:
 
 
 def speed(options: argparse.Namespace) -> None:
-    from swa_avg.batchnorm.refresh import refresh_batchnorm
+    from swa_avg.batchnorm import refresh_batchnorm
 
     rng = np.random.default_rng(0)
     shape = (options.batch_size, 32, 32, 3)
@@ -158,7 +158,7 @@ def one(options: argparse.Namespace) -> None:
     import keras
     from keras import layers
 
-    from swa_avg.batchnorm.refresh import refresh_batchnorm
+    from swa_avg.batchnorm import refresh_batchnorm
 
     start = time.perf_counter()
     parts = [keras.Input((64, 64, 3)), layers.Rescaling(1 / 255), layers.Conv2D(8, 3, strides=4)]

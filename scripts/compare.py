@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import swa_avg
-from swa_avg.batchnorm.checkpoint import Refresh
+from swa_avg.batchnorm import Refresh
 from swa_avg.callbacks import CheckpointSaver
 from swa_avg.schedules import constant, cyclic
 

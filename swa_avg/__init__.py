@@ -6,6 +6,7 @@ TYPE_CHECKING = False
 
 __all__ = [
     "Inspection",
+    "Loading",
     "Refresh",
     "RefreshReport",
     "Report",
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from swa_avg.averaging import Report, average
-    from swa_avg.batchnorm.checkpoint import Refresh
-    from swa_avg.batchnorm.refresh import refresh_batchnorm
-    from swa_avg.batchnorm.report import RefreshReport
+    from swa_avg.batchnorm import Loading, Refresh, RefreshReport, refresh_batchnorm
     from swa_avg.errors import SwaAvgError
     from swa_avg.inspection import Inspection, inspect_checkpoints
     from swa_avg.sweeping import SweepReport, Validation, sweep
@@ -37,8 +36,9 @@ if TYPE_CHECKING:
 # `swa-avg --help` imports this package and must not wait for numpy and h5py, nor averaging for Keras.
 _HOMES = {
     "Inspection": "swa_avg.inspection",
-    "Refresh": "swa_avg.batchnorm.checkpoint",
-    "RefreshReport": "swa_avg.batchnorm.report",
+    "Loading": "swa_avg.batchnorm",
+    "Refresh": "swa_avg.batchnorm",
+    "RefreshReport": "swa_avg.batchnorm",
     "Report": "swa_avg.averaging",
     "SwaAvgError": "swa_avg.errors",
     "SweepReport": "swa_avg.sweeping",
@@ -47,7 +47,7 @@ _HOMES = {
     "__version__": "swa_avg.text",
     "average": "swa_avg.averaging",
     "inspect_checkpoints": "swa_avg.inspection",
-    "refresh_batchnorm": "swa_avg.batchnorm.refresh",
+    "refresh_batchnorm": "swa_avg.batchnorm",
     "sweep": "swa_avg.sweeping",
     "verify": "swa_avg.verification",
 }

@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from swa_avg.batchnorm.checkpoint import Refresh, check_request, refreshed_statistics
-from swa_avg.batchnorm.report import RefreshReport
+from swa_avg.batchnorm import Refresh, RefreshReport
+from swa_avg.batchnorm.checkpoint import refreshed_statistics
+from swa_avg.batchnorm.loading import check_request
 from swa_avg.combine import Combiner, open_workers
 from swa_avg.combine.drafts import write_draft
 from swa_avg.files.location import Location, any_remote, local_copy, location

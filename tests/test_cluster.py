@@ -24,7 +24,7 @@ from swa_avg.errors import MismatchError, SystemRefusalError, UnreadableError, U
 
 distributed = pytest.importorskip("distributed")
 
-from swa_avg.batchnorm.checkpoint import Refresh  # noqa: E402
+from swa_avg.batchnorm import Refresh  # noqa: E402
 from swa_avg.combine import budget, combiner, workers  # noqa: E402
 from swa_avg.combine import cluster as module  # noqa: E402
 from swa_avg.planning import output  # noqa: E402
@@ -488,18 +488,18 @@ def test_data_in_memory_are_used_on_this_machine_and_the_report_says_so(
 def test_data_that_a_worker_sees_differently_are_named(
     cluster: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from swa_avg.batchnorm import elsewhere
+    from swa_avg.batchnorm import distributed
 
     data = tmp_path / "x.npz"
     data.write_bytes((trained / "x.npz").read_bytes())
-    of = elsewhere.BatchWorker.of
+    of = distributed.BatchWorker.of
 
     def then_changed(*args: Any) -> Any:
         worker = of(*args)
         os.utime(data, (1, 1))
         return worker
 
-    monkeypatch.setattr(elsewhere.BatchWorker, "of", then_changed)
+    monkeypatch.setattr(distributed.BatchWorker, "of", then_changed)
     with pytest.raises(UnreadableError) as error:
         average(
             trained / "ckpt_0.keras",

@@ -16,7 +16,7 @@ import pytest
 import oracle
 from conftest import Ended
 from swa_avg import Refresh, Validation, sweep
-from swa_avg.batchnorm.checkpoint import Loading
+from swa_avg.batchnorm import Loading
 from swa_avg.errors import UsageError
 
 keras = pytest.importorskip("keras")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["ESTIMATORS", "Moments", "Statistics"]
+__all__ = ["ESTIMATORS", "LayerMoments", "Moments", "Statistics"]
 
 Vector = NDArray[np.float64]
 
@@ -95,3 +97,53 @@ ESTIMATORS: dict[str, Callable[[Moments], Statistics]] = {
     "pooled": Moments.pooled,
     "batch-mean": Moments.batch_mean,
 }
+
+
+@dataclass
+class LayerMoments:
+    """What every layer saw over all batches, in the two halves that even and odd batches make."""
+
+    channels: Sequence[int]
+    """Of each layer."""
+    batches: int = 0
+    _halves: tuple[dict[bytes, Moments], dict[bytes, Moments]] = field(default_factory=lambda: ({}, {}))
+    """Side by side for all calls of one forward pass, by which layers were called: that can differ between
+    passes."""
+
+    def add(self, integers: NDArray[Any], floats: NDArray[Any]) -> None:
+        """Merge one batch: counts and layers, then means and biased variances, all calls side by side."""
+        counts, layers = integers
+        moments = Moments.of_batch(counts, *floats)
+        half = self._halves[self.batches % 2]
+        key = layers.astype(np.int32).tobytes()
+        half[key] = half[key].merge(moments) if key in half else moments
+        self.batches += 1
+
+    def order(self) -> list[int]:
+        """Return the layers that were reached, in the order of the forward pass."""
+        places = [np.frombuffer(key, np.int32) for half in self._halves for key in half]
+        reached = dict.fromkeys(np.concatenate([*places, np.zeros(0, np.int32)]).tolist())
+        return [index for index in reached if self.of(index).count.any()]
+
+    def calls(self, index: int) -> int:
+        """Return how often one forward pass calls a layer."""
+        return max(
+            len(list(_segments(key, index, self.channels[index]))) for half in self._halves for key in half
+        )
+
+    def of(self, index: int, halves: Sequence[int] = (0, 1)) -> Moments:
+        """Return what a layer saw in all its calls."""
+        channels = self.channels[index]
+        parts = [
+            moments.part(start, start + channels)
+            for half in halves
+            for key, moments in self._halves[half].items()
+            for start in _segments(key, index, channels)
+        ]
+        return reduce(Moments.merge, parts, Moments.empty(channels))
+
+
+def _segments(key: bytes, index: int, channels: int) -> Iterator[int]:
+    """Yield where the calls of a layer start."""
+    places = np.flatnonzero(np.frombuffer(key, np.int32) == index)
+    yield from (int(start) for start in places[::channels])

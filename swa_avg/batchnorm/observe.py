@@ -10,7 +10,7 @@ from typing import Any
 from swa_avg.batchnorm.backends import squared_difference
 from swa_avg.interrupts import interrupts_held
 
-__all__ = ["SEED_STATE", "Outcome", "batchnorm_layers", "make_step"]
+__all__ = ["SEED_STATE", "Outcome", "active_layers", "batchnorm_layers", "layer_path", "make_step"]
 
 Tensor = Any  # of the backend that Keras runs on
 SEED_STATE = "seed_generator_state"
@@ -38,6 +38,16 @@ def batchnorm_layers(model: Any) -> list[Any]:
 
     layers = {id(layer): layer for layer in model._flatten_layers(include_self=True)}
     return [layer for layer in layers.values() if isinstance(layer, keras.layers.BatchNormalization)]
+
+
+def active_layers(model: Any) -> list[Any]:
+    """Return the BatchNorm layers that are refreshed."""
+    return [layer for layer in batchnorm_layers(model) if layer.trainable]
+
+
+def layer_path(layer: Any) -> str:
+    """Return the names from the model down to a layer."""
+    return str(getattr(layer, "path", None) or layer.name)
 
 
 def make_step(model: Any, layers: Sequence[Any]) -> Callable[[list[Tensor], Any], Outcome]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import string
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -15,17 +14,16 @@ from typing import Any
 
 import keras
 
+from swa_avg.callbacks.filenames import FileNames
 from swa_avg.callbacks.model_state import is_chief, learning_rate, scalars, steps, sync
 from swa_avg.callbacks.run_folder import RunFolder, published
 from swa_avg.callbacks.snapshot import Snapshot, Task, saved_view, write_model
 from swa_avg.errors import SwaAvgError, UsageError
-from swa_avg.files.names import is_plain_name
 from swa_avg.inputs.index import MODES, Entry
 from swa_avg.inputs.metrics import direction
 
 __all__ = ["CheckpointSaver", "check_count"]
 
-_WEIGHTS_SUFFIX = ".weights.h5"
 _MISSED = (
     "{}: values of {}, which the model saves but does not list among its variables, may be a little newer "
     "than the rest; from now on training waits for each save"
@@ -46,17 +44,17 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
         directory: Folder for the checkpoints and `checkpoints.json`; created if need be.
         start_epoch: 0-based index of the first epoch to save, like Keras's `initial_epoch`: of 150 epochs,
             140 saves the last ten.
-        every: Save every so many-th epoch, counted from `start_epoch`; or every so many steps: `"500 steps"`.
+        every: Save every N-th epoch, counted from `start_epoch`; or every N steps: `"500 steps"`.
         cycle_length: Epochs in a cycle of the learning rate, counted from `start_epoch`: save at the end of
             each cycle (after epochs `start_epoch + c`, `start_epoch + 2c`, ... as `fit` prints them), where a
-            saw-tooth is lowest. With `every`, of every so many-th cycle.
+            saw-tooth is lowest. With `every`, of every N-th cycle.
         filename: A format of `epoch`, the 1-based number that `fit` prints, `step`, and metrics:
             `"ckpt_{epoch:04d}_{val_loss:.3f}.keras"`. By default `ckpt_{epoch:04d}.keras`, or for steps
             `ckpt_{epoch:04d}_{step:08d}.keras`; `.weights.h5` with `weights_only`.
         weights_only: Save as `model.save_weights` does, not as `model.save`.
         include_optimizer: Save the optimizer's state, and in a `.keras` file how the model was compiled.
-        keep_last: Keep only so many of the newest files.
-        keep_best: Keep only so many of the files with the best values of `monitor`. A file stays if either
+        keep_last: Keep only this many of the newest files.
+        keep_best: Keep only this many of the files with the best values of `monitor`. A file stays if either
             keeps it.
         monitor: A metric by the name that `fit` logs, for `keep_best` and `swa-avg --best`.
         mode: `min` or `max`: which values of `monitor` are better. `auto` goes by the compiled metric, then
@@ -108,8 +106,7 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
             )
         self._start_epoch = start_epoch
         self._period = count * (cycle_length or 1)
-        self._filename = filename or _default_name(by_step=self._by_step, weights_only=weights_only)
-        _check_filename(self._filename, by_step=self._by_step, weights_only=weights_only)
+        self._names = FileNames(filename, by_step=self._by_step, weights_only=weights_only)
         self._include_optimizer = include_optimizer
         self._monitor = monitor
         self._mode = mode
@@ -145,7 +142,7 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
             self._open()
         logged = scalars(metrics)
         step = step if step is not None else steps(model)
-        path = self._folder.path / self._name(epoch + 1, step, logged)
+        path = self._folder.path / self._names.name(epoch + 1, step, logged)
         entry = Entry(path.name, epoch + 1, step, learning_rate(model), logged, _now())
         self._resolve_mode(model, logged)
         if self._verbose and chief:
@@ -238,19 +235,6 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
         self._warn(self._folder.open())
         self._opened = True
 
-    def _name(self, epoch: int, step: int | None, metrics: Mapping[str, float]) -> str:
-        fields = {**metrics, "epoch": epoch, **({} if step is None else {"step": step})}
-        try:
-            name = self._filename.format(**fields)
-        except KeyError as error:
-            available = ", ".join(sorted(fields))
-            raise UsageError(f"filename needs {error}, which is not there; there are {available}") from None
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"filename {self._filename!r} cannot be filled in: {error}") from None
-        if not is_plain_name(name):
-            raise UsageError(f"the file name {name!r} holds characters that a name may not hold")
-        return name
-
     def _resolve_mode(self, model: Any, metrics: Mapping[str, float]) -> None:
         if self._monitor is None:
             return
@@ -273,7 +257,7 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
             self.wait()
 
     def _retry(self, task: Task) -> None:
-        """Save what a thread could not, on this one, with the values of then put back for as long."""
+        """Save on this thread what another could not, with the values that the variables had then."""
         warnings.warn(
             f"this model cannot be saved in the background ({task.error}); from now on training waits",
             stacklevel=2,
@@ -308,29 +292,6 @@ def _parse_every(every: int | str) -> tuple[int, bool]:
     if match is None or int(match.group(1)) < 1:
         raise UsageError(f"every is {every!r}; expected a number of epochs, or such as '500 steps'")
     return int(match.group(1)), match.group(2) == "step"
-
-
-def _default_name(*, by_step: bool, weights_only: bool) -> str:
-    return (
-        "ckpt_{epoch:04d}"
-        + ("_{step:08d}" if by_step else "")
-        + (_WEIGHTS_SUFFIX if weights_only else ".keras")
-    )
-
-
-def _check_filename(filename: str, *, by_step: bool, weights_only: bool) -> None:
-    suffix = _WEIGHTS_SUFFIX if weights_only else ".keras"
-    if not filename.endswith(suffix):
-        raise UsageError(f"filename {filename!r} must end with {suffix} for weights_only={weights_only}")
-    try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(filename) if name is not None]
-    except ValueError as error:
-        raise UsageError(f"filename {filename!r} is no format: {error}") from None
-    needed = "step" if by_step else "epoch"
-    if needed not in fields:
-        raise UsageError(f"filename {filename!r} needs {{{needed}}}: each checkpoint takes a name of its own")
-    if not all(name.isidentifier() for name in fields):
-        raise UsageError(f"filename {filename!r}: its fields are epoch, step and names of metrics")
 
 
 def check_count(name: str, value: int, *, least: int = 1) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from swa_avg.averaging import Report, average
-from swa_avg.batchnorm.checkpoint import Refresh
-from swa_avg.batchnorm.refresh import active_layers, check_data
+from swa_avg.batchnorm import Refresh
+from swa_avg.batchnorm.observe import active_layers
+from swa_avg.batchnorm.refresh import check_data
 from swa_avg.callbacks.model_state import is_chief
 from swa_avg.callbacks.saver import CheckpointSaver, check_count
 from swa_avg.errors import UsageError
@@ -65,9 +67,9 @@ class SWA(CheckpointSaver):
             if value is not None:
                 check_count(name, value)
         super().__init__(filepath, swa_start, cycle_length=cycle_length, verbose=verbose)
-        self._bn_data = bn_data
-        self._bn_batch_size = bn_batch_size
-        self._bn_samples = bn_samples
+        self._refresh = None
+        if bn_data is not None:
+            self._refresh = Refresh(bn_data, batch_size=bn_batch_size, samples=bn_samples)
         self._keep_checkpoints = keep_checkpoints
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
@@ -83,13 +85,8 @@ class SWA(CheckpointSaver):
         paths = [self._folder.path / entry.file for entry in entries]
         output = self._folder.path / "swa.keras"
         refresh = None
-        if self._bn_data is not None:
-            refresh = Refresh(
-                self._bn_data,
-                batch_size=self._bn_batch_size,
-                samples=self._bn_samples,
-                model=self.model,
-            )
+        if self._refresh is not None:
+            refresh = replace(self._refresh, model=self.model)
         report = average(paths, output, overwrite=True, refresh=refresh)
         if refresh is None:
             self.model.load_weights(output)
@@ -102,8 +99,8 @@ class SWA(CheckpointSaver):
     def _check_bn_data(self) -> None:
         """Say now, not after hours of training, what the refresh will say of its data."""
         to_refresh = active_layers(self.model)
-        if self._bn_data is not None:
-            check_data(self.model, self._bn_data, batch_size=self._bn_batch_size, samples=self._bn_samples)
+        if self._refresh is not None:
+            check_data(self.model, self._refresh)
             if not to_refresh:
                 self._warn(["the model has no BatchNorm to refresh: bn_data will change nothing"])
         elif to_refresh:

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from swa_avg.planning.methods import METHODS
 
 if TYPE_CHECKING:
-    from swa_avg.batchnorm.checkpoint import Loading, Refresh
+    from swa_avg.batchnorm import Loading, Refresh
 
 __all__ = [
     "CHECKPOINTS",
@@ -186,7 +186,7 @@ def values_of(group: Sequence[Option], options: Mapping[str, Any]) -> dict[str, 
 
 def loading_of(options: Mapping[str, Any]) -> Loading:
     """Return how the model is to be loaded."""
-    from swa_avg.batchnorm.checkpoint import Loading
+    from swa_avg.batchnorm import Loading
 
     return Loading(**values_of(LOADING, options))
 
@@ -199,7 +199,7 @@ def refresh_of(options: Mapping[str, Any], *, loads: bool = False) -> Refresh | 
     Raises:
         click.UsageError: options are given that have no effect without a refresh.
     """
-    from swa_avg.batchnorm.checkpoint import Refresh
+    from swa_avg.batchnorm import Refresh
 
     if options["bn_refresh"] is not None:
         return Refresh(

@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy
 
-from swa_avg.data.rows import FileRows, Rows, describe, room_for
+from swa_avg.data.rows import FileRows, Rows, describe, disk_full_named
 from swa_avg.errors import SystemRefusalError, UnreadableError
 from swa_avg.files.region import Region, RegionFile
 from swa_avg.files.sources import LocalSource, open_source
@@ -215,14 +215,14 @@ class ArrayFile:
     def _spill(self, chunks: Iterator[bytes], size: int, key: str) -> Region:
         """Write to a temporary file without a name; it goes with this object, or with the process."""
         written = 0
-        with room_for(self.path):
+        with disk_full_named(self.path):
             file = tempfile.TemporaryFile()  # noqa: SIM115
             self._files.append(file)
         for chunk in chunks:
-            with room_for(self.path):
+            with disk_full_named(self.path):
                 file.write(chunk)
             written += len(chunk)
-        with room_for(self.path):
+        with disk_full_named(self.path):
             file.flush()
         if written != size:
             raise UnreadableError(self.path, f"expected {size} bytes, found {written}", tensor=key or None)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from swa_avg.data.permutation import Permutation
 from swa_avg.data.rows import Rows, describe
 from swa_avg.data.spec import TARGET, Batch, Spec, fits
-from swa_avg.data.user_functions import names_function, told
+from swa_avg.data.user_functions import describe_error, names_function
 from swa_avg.errors import SwaAvgError, UnreadableError
 
 __all__ = ["ArrayData", "Data", "RowDigests", "StreamData", "as_array", "check_rows", "features_of", "pick"]
@@ -151,7 +151,7 @@ class ArrayData(Data):
         self._rows = rows
         self.stack = ExitStack()
         """What to close at the end."""
-        self.check_source: Callable[[], None] = _nothing
+        self.check_source: Callable[[], None] = lambda: None
         """Raises if the source has changed since it was opened."""
         for name, array in rows.items():
             shown = f"{keys[name] or Path(source).name} {describe(array.dtype, array.shape)}"
@@ -204,10 +204,6 @@ class ArrayData(Data):
 
     def close(self) -> None:
         self.stack.close()
-
-
-def _nothing() -> None:
-    pass
 
 
 def row_digests(raw: Mapping[str, Array]) -> RowDigests:
@@ -268,8 +264,8 @@ class StreamData(Data):
     def _elements(self) -> Iterator[Any]:
         """Yield the batches.
 
-        What a named function's batches raise is told as theirs; what a caller's own raise is the caller's,
-        except for the system's errors, which would be taken for the output's.
+        What the batches of a named function raise becomes an error that names it; what a caller's own raise
+        is the caller's, except for the system's errors, which would be taken for the output's.
         """
         elements: Iterator[Any] | None = None
         while True:
@@ -283,7 +279,7 @@ class StreamData(Data):
             except Exception as error:
                 if not isinstance(error, OSError) and not names_function(self.source):
                     raise
-                raise UnreadableError(self.source, f"no batch came ({told(error)})") from error
+                raise UnreadableError(self.source, f"no batch came ({describe_error(error)})") from error
             yield element
 
     def _describe(self, features: Any, picked: Mapping[str, tuple[str, Array]]) -> None:

@@ -17,7 +17,7 @@ from swa_avg.errors import SystemRefusalError, UnreadableError
 from swa_avg.files.region import Region
 from swa_avg.files.sources import LocalSource
 
-__all__ = ["FileRows", "MemoryRows", "RowWriter", "Rows", "describe", "room_for"]
+__all__ = ["FileRows", "MemoryRows", "RowWriter", "Rows", "describe", "disk_full_named"]
 
 
 class Rows(Protocol):
@@ -100,7 +100,7 @@ class RowWriter:
             raise UnreadableError(self._path, f"expected rows {expected}; found {found}")
         if values.dtype.hasobject:
             raise UnreadableError(self._path, f"expected numbers; found {values.dtype}")
-        with room_for(self._path):
+        with disk_full_named(self._path):
             self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115
             self._file.write(np.ascontiguousarray(values).data)
         self._count += len(values)
@@ -108,7 +108,7 @@ class RowWriter:
     def rows(self) -> FileRows:
         """Return what was written."""
         assert self._file is not None
-        with room_for(self._path):
+        with disk_full_named(self._path):
             self._file.flush()
         region = Region(LocalSource(self._path, self._file))
         return FileRows(region, 0, (self._count, *self._like.shape[1:]), self._like.dtype)
@@ -120,7 +120,8 @@ class RowWriter:
 
 
 @contextmanager
-def room_for(path: Path) -> Iterator[None]:
+def disk_full_named(path: Path) -> Iterator[None]:
+    """Turn the refusal to write a temporary file into an error that says what was unpacked, and where."""
     try:
         yield
     except OSError as error:

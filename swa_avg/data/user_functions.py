@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from swa_avg.errors import SwaAvgError, UsageError
 
-__all__ = ["import_function", "import_module", "names_function", "told"]
+__all__ = ["describe_error", "import_function", "import_module", "names_function"]
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -61,7 +61,7 @@ def import_function(name: str) -> Callable[..., Any]:
 
 
 def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Return the function such that what it raises is told as the user's: which one, and where."""
+    """Return the function; what it raises becomes an error that names it, and the line."""
 
     @wraps(function)
     def called(*arguments: Any) -> Any:
@@ -70,12 +70,12 @@ def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         except SwaAvgError:
             raise
         except Exception as error:
-            raise UsageError(f"{name} failed: {told(error)}") from error
+            raise UsageError(f"{name} failed: {describe_error(error)}") from error
 
     return called
 
 
-def told(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return what an error of the user's code says, and where it was raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from swa_avg.batchnorm.report import RefreshReport
+from swa_avg.batchnorm import RefreshReport
 from swa_avg.files.location import Location
 from swa_avg.sweeping.candidates import Candidate
 from swa_avg.text import finite_or_none

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from swa_avg.batchnorm.checkpoint import Loading, Refresh, load_model, load_weights, refresh_loaded
-from swa_avg.batchnorm.elsewhere import absolute, check_keras, keras_versions, make_importable
+from swa_avg.batchnorm import Loading, Refresh
+from swa_avg.batchnorm.checkpoint import refresh_loaded
+from swa_avg.batchnorm.complaints import keras_reason
+from swa_avg.batchnorm.loading import load_model, load_weights
+from swa_avg.batchnorm.places import Places, find_places
+from swa_avg.batchnorm.processes import Origin, PerProcess, absolute
+from swa_avg.batchnorm.signature import arranger, inputs_of
 from swa_avg.batchnorm.statistics import RefreshedStatistics
 from swa_avg.data.sources import open_data
 from swa_avg.data.spec import VALIDATION, Spec
 from swa_avg.data.user_functions import import_function
-from swa_avg.errors import SwaAvgError, UnreadableError, UsageError, first_line
+from swa_avg.errors import SwaAvgError, UnreadableError, UsageError
 from swa_avg.formats import open_checkpoint
 from swa_avg.inputs.metrics import direction, main_metric
 
@@ -84,26 +88,24 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores checkpoints with one model a process; it can be pickled."""
+    """Scores checkpoints with one model a process."""
 
     validation: Validation
     loading: Loading
     refresh: Refresh | None
-    _evaluators: list[Evaluator] = field(default_factory=list, compare=False)
-    """Of this process: none or one."""
-    _lock: threading.Lock = field(default_factory=threading.Lock, compare=False)
+    origin: Origin | None = None
+    """Where it comes from, if it works in other processes."""
+    _evaluator: PerProcess[Evaluator] = field(default_factory=PerProcess, compare=False)
 
-    def elsewhere(self) -> Scorer:
+    def portable(self) -> Scorer:
         """Return a scorer for processes that run in other folders."""
+        refresh = self.refresh
         return Scorer(
             replace(self.validation, data=absolute(self.validation.data)),
             replace(self.loading, model=absolute(self.loading.model)),
-            self.refresh
-            and replace(self.refresh, data=absolute(self.refresh.data), model=absolute(self.refresh.model)),
+            refresh and replace(refresh, data=absolute(refresh.data), model=absolute(refresh.model)),
+            Origin.here(),
         )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (self.validation, self.loading, self.refresh, Path.cwd(), keras_versions())
 
     @property
     def subject(self) -> str:
@@ -112,26 +114,16 @@ class Scorer:
 
     def score(self, draft: Path) -> Scoring:
         """Score a checkpoint; errors as for `Evaluator`."""
-        with self._lock:
-            if not self._evaluators:
-                self._evaluators.append(Evaluator.load(draft, self.validation, self.loading, self.refresh))
-            evaluator = self._evaluators[0]
+        with self._evaluator.use(partial(self._load, draft)) as evaluator:
             score = evaluator.score(draft)
             return Scoring(
                 score, evaluator.monitor(score), evaluator.source, evaluator.rows, evaluator.digest
             )
 
-
-def _unpickled(
-    validation: Validation,
-    loading: Loading,
-    refresh: Refresh | None,
-    folder: Path,
-    versions: tuple[str, str, str],
-) -> Scorer:
-    check_keras(versions)
-    make_importable(folder)
-    return Scorer(validation, loading, refresh)
+    def _load(self, draft: Path) -> Evaluator:
+        if self.origin is not None:
+            self.origin.adopt()
+        return Evaluator.load(draft, self.validation, self.loading, self.refresh)
 
 
 class Evaluator:
@@ -143,6 +135,7 @@ class Evaluator:
         self._model = model
         self._validation = validation
         self._refresh = refresh
+        self._places: Places | None = None
         if compiled and not getattr(model, "compiled", False):
             raise UsageError(
                 "the model does not say how it was compiled: name what to go by with --metric MODULE:FUNCTION"
@@ -180,7 +173,8 @@ class Evaluator:
         with closing(open_checkpoint(draft)) as checkpoint:
             load_weights(self._model, checkpoint)
             if self._refresh is not None:
-                statistics = refresh_loaded(self._model, checkpoint, self._refresh, None)
+                self._places = self._places or find_places(self._model, checkpoint)
+                statistics = refresh_loaded(self._model, checkpoint, self._refresh, self._places)
         return Score(self._evaluate(), statistics)
 
     def monitor(self, score: Score) -> tuple[str, str]:
@@ -195,8 +189,6 @@ class Evaluator:
         return name, self._validation.mode or direction(self._model, name.rpartition(":")[2])
 
     def _evaluate(self) -> dict[str, float]:
-        from swa_avg.batchnorm.refresh import arranger
-
         inputs = arranger(getattr(self._model, "_inputs_struct", None))
         meter = _Compiled(self._model) if self._metric is None else _Whole(self._model, self._metric)
         with open_data(self._validation.data, self._spec) as data:
@@ -206,7 +198,7 @@ class Evaluator:
                 except SwaAvgError:
                     raise
                 except Exception as error:  # of whichever class the backend has for shapes and types
-                    problem = f"the model cannot be evaluated on these data ({first_line(error)})"
+                    problem = f"the model cannot be evaluated on these data ({keras_reason(error)})"
                     raise UnreadableError(data.source, problem) from error
             self.digest, self.rows, self.source = data.digest, data.samples, data.source
         metrics = meter.result()
@@ -221,8 +213,6 @@ class Evaluator:
 
     @property
     def _spec(self) -> Spec:
-        from swa_avg.batchnorm.refresh import inputs_of
-
         validation = self._validation
         names, shapes = inputs_of(self._model)
         return Spec(
@@ -276,15 +266,11 @@ def _metrics_kept(model: Any) -> Iterator[None]:
 
     `model.evaluate` would take the batches as a generator, but loses what it raises, and lists of inputs.
     """
-    model.__dict__["reset_metrics"] = _nothing  # straight into the instance: Keras's __setattr__ tracks
+    model.__dict__["reset_metrics"] = lambda: None  # straight into the instance: Keras's __setattr__ tracks
     try:
         yield
     finally:
         del model.__dict__["reset_metrics"]
-
-
-def _nothing() -> None:
-    pass
 
 
 class _Whole:

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from swa_avg.batchnorm.checkpoint import Loading, Refresh, check_request
+from swa_avg.batchnorm import Loading, Refresh
+from swa_avg.batchnorm.loading import check_request
 from swa_avg.batchnorm.statistics import RefreshedStatistics
 from swa_avg.combine import Combiner, Workers, open_workers
 from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageError
@@ -146,7 +147,7 @@ def _scoring(scorer: Scorer, workers: Workers) -> Callable[[Iterable[Path]], Ite
     """Return what has drafts scored, each with one model a process: one after the other, or on a cluster."""
     if workers.processes is None:
         return lambda drafts: ((draft, scorer.score(draft)) for draft in drafts)
-    return partial(workers.processes.run, scorer.elsewhere().score)
+    return partial(workers.processes.run, scorer.portable().score)
 
 
 def _drawing(output: Path, *, overwrite: bool) -> Callable[[SweepReport], bytes]:

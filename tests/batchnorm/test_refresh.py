@@ -19,7 +19,7 @@ from swa_avg.errors import MismatchError, UnreadableError, UsageError
 keras = pytest.importorskip("keras")
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
 
-from swa_avg.batchnorm.refresh import refresh_batchnorm  # noqa: E402
+from swa_avg.batchnorm import refresh_batchnorm  # noqa: E402
 
 pytestmark = [
     pytest.mark.keras,

@@ -90,7 +90,7 @@ def _limited(
             refused += 1
             assert ended.err.startswith("swa-avg: error: "), (value, ended)
             assert len(ended.err.splitlines()) == 1
-        assert snapshot(tmp_path) == before
+        assert snapshot(folder) == before
     return refused, done
 
 

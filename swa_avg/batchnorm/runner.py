@@ -1,0 +1,114 @@
+"""Runs a live model over batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swa_avg.batchnorm.backends import Step, compiled, leaked, seed_torch, value_of
+from swa_avg.batchnorm.complaints import keras_reason
+from swa_avg.batchnorm.observe import SEED_STATE, Outcome, make_step
+from swa_avg.batchnorm.signature import arranger
+from swa_avg.data.batches import ArrayData, Data, RowDigests, as_array
+from swa_avg.errors import UnreadableError
+
+__all__ = ["Measured", "Runner", "running"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the layers saw of one batch that was run elsewhere."""
+
+    integers: NDArray[Any]
+    floats: NDArray[Any]
+    """As in `Outcome`."""
+    rows: int
+    digests: RowDigests
+
+
+@contextmanager
+def running(model: Any, layers: Sequence[Any], data: Data) -> Iterator[Runner]:
+    """Yield what runs a model over batches, compiled."""
+    step = make_step(model, layers)
+    with compiled(step, model, eager=bool(getattr(model, "run_eagerly", False))) as fast:
+        yield Runner(model, data, step, fast)
+
+
+class Runner:
+    """Runs a model over batches and hands its state from one to the next."""
+
+    def __init__(self, model: Any, data: Data, step: Step, fast: Step) -> None:
+        self._variables = model.variables
+        self._values = [value_of(variable) for variable in self._variables]
+        self._arrange = arranger(getattr(model, "_inputs_struct", None))
+        self._data = data
+        self._step, self._fast = step, fast
+        self._begun = False
+        self.carries_state = False
+        """Whether state other than random generators' went from a batch to the next: its order matters."""
+
+    def run(self, number: int, batch: Any) -> tuple[Any, Any]:
+        """Return what the layers saw of a batch, as the integers and floats of an `Outcome`."""
+        inputs = self._arrange(batch)
+        values = _seeded(self._values, self._variables, self._data.spec.seed, number)
+        if self._begun:
+            outcome = self._fast(values, inputs)
+        else:
+            self._fast, outcome = _first(self._fast, self._step, values, inputs, self._data)
+            self._begun = True
+        integers, floats, carried = outcome
+        self._values = [old if new is None else new for old, new in zip(values, carried, strict=True)]
+        self.carries_state = getattr(self._fast, "assigns", False) or any(
+            new is not None and variable.name != SEED_STATE
+            for variable, new in zip(self._variables, carried, strict=True)
+        )
+        return integers, floats
+
+    def measure(self, number: int, data: ArrayData) -> Measured:
+        """Run one batch, and return what travels."""
+        batch, rows, digests = data.batch(number)
+        integers, floats = self.run(number, batch)
+        return Measured(as_array(integers), as_array(floats), rows, digests)
+
+
+def _first(run: Step, step: Step, values: list[Any], inputs: Any, data: Data) -> tuple[Step, Outcome]:
+    """Run the first batch, on which it shows whether the model can be compiled and takes the data."""
+    try:
+        return run, run(values, inputs)
+    except Exception as error:
+        if leaked(error):
+            data.notes.append(
+                "a BatchNorm layer is called inside a loop of the graph, so the model runs uncompiled, slowly"
+            )
+            return step, step(values, inputs)
+        if isinstance(error, ValueError | TypeError) and not data.spec.names:
+            problem = f"the model does not take this data ({keras_reason(error)})"
+            raise UnreadableError(data.source, problem) from error
+        raise
+
+
+def _seeded(values: Sequence[Any], variables: Sequence[Any], seed: int, batch: int) -> list[Any]:
+    """Return the values of a model's variables with its random generators set for a batch.
+
+    Files do not store the state of generators, so that a loaded model would drop other units in each
+    process; and what is dropped in a batch must not depend on who ran the batches before it. For batch b,
+    counted from 0, the k-th generator gets the first word of NumPy's SeedSequence([seed, k, b]), without its
+    top bit, and counter 0; torch's own generators get that of the number after the last k.
+    """
+    from keras import ops
+
+    def word(k: int) -> int:
+        return int(np.random.SeedSequence([seed, k, batch]).generate_state(1)[0]) & 0x7FFFFFFF
+
+    values = list(values)
+    generators = [number for number, variable in enumerate(variables) if variable.name == SEED_STATE]
+    for k, number in enumerate(generators):
+        state = np.array([word(k), 0])
+        values[number] = ops.cast(ops.convert_to_tensor(state), variables[number].dtype)
+    seed_torch(word(len(generators)))
+    return values
