@@ -24,7 +24,7 @@ from swa_avg.planning.policy import has_lambda
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm.elsewhere import Elsewhere
-    from swa_avg.combine.workers import Processes
+    from swa_avg.combine.cluster import Cluster
     from swa_avg.text import Progress
 
 __all__ = [
@@ -91,7 +91,7 @@ def check_request(
 
 
 def refreshed_statistics(
-    draft: Checkpoint, refresh: Refresh, progress: Progress | None, processes: Processes | None
+    draft: Checkpoint, refresh: Refresh, progress: Progress | None, processes: Cluster | None
 ) -> RefreshedStatistics:
     """Return the re-estimated BatchNorm statistics of the average `draft`.
 

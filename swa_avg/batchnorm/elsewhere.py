@@ -20,7 +20,7 @@ from swa_avg.formats import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm.refresh import Measured
-    from swa_avg.combine.workers import Processes
+    from swa_avg.combine.cluster import Cluster
 
 __all__ = [
     "BatchWorker",
@@ -39,7 +39,7 @@ _State = tuple[int, int]
 class Elsewhere:
     """Where batches are run."""
 
-    processes: Processes
+    processes: Cluster
     worker: BatchWorker
 
     def measure(self, runs: Iterable[range]) -> Iterator[Measured]:
