@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swa_avg.batchnorm.distributed import BatchWorker, Distributed
 from swa_avg.batchnorm.loading import load_model
@@ -13,16 +13,18 @@ from swa_avg.batchnorm.places import Places, find_places
 from swa_avg.batchnorm.refresh import refresh_model
 from swa_avg.batchnorm.request import Refresh
 from swa_avg.batchnorm.statistics import RefreshedStatistics
-from swa_avg.combine import Processes
 from swa_avg.data.spec import ARGUMENTS, TRAINING
 from swa_avg.formats import Checkpoint
 from swa_avg.text import Progress
+
+if TYPE_CHECKING:
+    from swa_avg.combine.cluster import Cluster
 
 __all__ = ["refresh_loaded", "refreshed_statistics"]
 
 
 def refreshed_statistics(
-    draft: Checkpoint, refresh: Refresh, progress: Progress | None, processes: Processes | None
+    draft: Checkpoint, refresh: Refresh, progress: Progress | None, processes: Cluster | None
 ) -> RefreshedStatistics:
     """Return the re-estimated BatchNorm statistics of the average `draft`.
 

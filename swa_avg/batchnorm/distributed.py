@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from swa_avg.batchnorm.loading import load_model
 from swa_avg.batchnorm.observe import active_layers
@@ -13,12 +14,14 @@ from swa_avg.batchnorm.processes import Origin, PerProcess, absolute
 from swa_avg.batchnorm.request import Refresh
 from swa_avg.batchnorm.runner import Measured, Runner, running
 from swa_avg.batchnorm.signature import spec_of
-from swa_avg.combine import Processes
 from swa_avg.data.batches import ArrayData
 from swa_avg.data.sources import open_data
 from swa_avg.errors import UnreadableError
 from swa_avg.files.location import local_copy
 from swa_avg.formats import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    from swa_avg.combine.cluster import Cluster
 
 __all__ = ["BatchWorker", "Distributed"]
 
@@ -30,7 +33,7 @@ _State = tuple[int, int]
 class Distributed:
     """The processes that run batches."""
 
-    processes: Processes
+    processes: Cluster
     worker: BatchWorker
 
     @property

@@ -2,6 +2,6 @@
 
 from swa_avg.combine.combiner import Combiner
 from swa_avg.combine.spill import Spill
-from swa_avg.combine.workers import Processes, Workers, open_workers
+from swa_avg.combine.workers import Workers, open_workers
 
-__all__ = ["Combiner", "Processes", "Spill", "Workers", "open_workers"]
+__all__ = ["Combiner", "Spill", "Workers", "open_workers"]

@@ -58,6 +58,8 @@ class Cluster:
         return self
 
     def average(self, kernel: Kernel, blocks: Iterable[Block]) -> Iterator[tuple[Block, Averaged]]:
+        """Yield each block and its averages, in order."""
+
         def submit(task: tuple[Block, ...]) -> Future[list[Averaged]]:
             return self._connection.submit(kernel.averages, task)
 
@@ -67,10 +69,16 @@ class Cluster:
             yield from zip(task, averaged, strict=True)
 
     def run(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+        """Yield each item and what `function`, a method of an object, returns for it, in order.
+
+        The object, items and results are pickled. An item is taken once there is room for it: `at_once` are
+        under way at most.
+        """
         return in_order(lambda item: self._connection.submit(function, item), items, self.at_once)
 
     @contextmanager
     def scratch(self, publication: Publication) -> Iterator[Callable[[], IO[bytes]]]:
+        """Return what opens temporary files with names, by which workers see them."""
         numbers = count()
         with temporary_folder(publication.output) as folder, ExitStack() as stack:
             yield lambda: stack.enter_context((folder / f"scratch_{next(numbers)}").open("w+b"))

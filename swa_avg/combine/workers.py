@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
-from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from swa_avg.combine.blocks import Block
 from swa_avg.combine.budget import CLUSTER, LOCAL, PENDING, REMOTE, REMOTE_CLUSTER, Budget
@@ -22,51 +22,21 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Processes", "Threads", "Workers", "open_workers"]
+    from swa_avg.combine.cluster import Cluster
+
+__all__ = ["Threads", "Workers", "open_workers"]
+
+Workers: TypeAlias = "Threads | Cluster"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Processes(Protocol):
-    """Processes with memory of their own, possibly on other machines, which call methods of objects."""
-
-    @property
-    def at_once(self) -> int:
-        """Calls that are under way at a time."""
-
-    def run(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
-        """Yield each item and what `function`, a method of an object, returns for it, in order.
-
-        The object, items and results are pickled; an item is taken once there is a process for it.
-        """
-
-
-class Workers(Protocol):
-    """Who averages."""
-
-    @property
-    def budget(self) -> Budget:
-        """Block size and memory."""
-
-    @property
-    def processes(self) -> Processes | None:
-        """Other processes than this one, each of which can load a model, where there are any."""
-
-    def average(self, kernel: Kernel, blocks: Iterable[Block]) -> Iterator[tuple[Block, Averaged]]:
-        """Yield each block and its averages, in order; these are good until the next are asked for."""
-
-    def run(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
-        """Yield each item and what `function`, a method of a `Kernel`, returns for it, in order."""
-
-    def scratch(self, publication: Publication) -> AbstractContextManager[Callable[[], IO[bytes]]]:
-        """Return what opens temporary files that workers can read, as long as the context lasts."""
-
-
 class Threads:
     """Threads of this process."""
 
-    processes: Processes | None = None
+    processes: Cluster | None = None
+    """Other processes than this one, each of which can load a model."""
 
     def __init__(self, executor: Executor, budget: Budget) -> None:
         self.budget: Budget = budget
@@ -74,6 +44,8 @@ class Threads:
         self._most = PENDING * budget.threads
 
     def average(self, kernel: Kernel, blocks: Iterable[Block]) -> Iterator[tuple[Block, Averaged]]:
+        """Yield each block and its averages, in order; these are good until the next are asked for."""
+
         def submit(pair: tuple[Block, NDArray[np.uint8]]) -> Future[Averaged]:
             return self._submit(kernel.average, *pair)
 
@@ -82,10 +54,12 @@ class Threads:
             yield block, averaged
 
     def run(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+        """Yield each item and what `function` returns for it, in order."""
         return in_order(partial(self._submit, function), items, self._most)
 
     @contextmanager
     def scratch(self, publication: Publication) -> Iterator[Callable[[], IO[bytes]]]:
+        """Return what opens temporary files."""
         yield publication.scratch
 
     def _submit(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
