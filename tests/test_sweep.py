@@ -651,7 +651,8 @@ def test_a_picture_that_cannot_be_drawn_is_known_beforehand(
     for name in [
         name
         for name in sys.modules
-        if name.partition(".")[0] == "matplotlib" or name.startswith("swa_avg.pages")
+        if name.partition(".")[0] == "matplotlib"
+        or name.startswith(("swa_avg.pages", "swa_avg.sweeping.page"))
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
