@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import makers
 from swa_avg.callbacks.run_folder import RunFolder, published, write_index
 from swa_avg.errors import SystemRefusalError, UnreadableError
 from swa_avg.inputs.index import Entry, Index, is_plain_name, read_index
@@ -206,7 +207,7 @@ def test_only_the_temporaries_of_dead_runs_are_removed(tmp_path):
 
 
 def save(folder: RunFolder, item: Entry) -> list[str]:
-    (folder.path / item.file).touch()
+    makers.write_weights(folder.path / item.file, makers.weights(item.epoch))
     return folder.record(item, None, None)
 
 

@@ -41,6 +41,10 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
     The learning rate is never touched. Runs are continued: the index of the folder is read at the start, and
     epochs that are trained again replace their checkpoints. Two runs need two folders.
 
+    Only checkpoints whose content is as this class recorded it in the index, in this run or an earlier one,
+    are deleted or replaced. Any other file stays, with a warning; if it has the name of a checkpoint to be
+    saved, that one is saved as `..-again.keras`.
+
     Args:
         directory: Folder for the checkpoints and `checkpoints.json`; created if need be.
         start_epoch: 0-based index of the first epoch to save, like Keras's `initial_epoch`: of 150 epochs,
@@ -144,7 +148,9 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
             self._open()
         logged = scalars(metrics)
         step = step if step is not None else steps(model)
-        path = self._folder.path / self._name(epoch + 1, step, logged)
+        path, findings = self._folder.place(self._name(epoch + 1, step, logged))
+        if chief:
+            self._warn(findings)
         entry = Entry(path.name, epoch + 1, step, learning_rate(model), logged, _now())
         self._resolve_mode(model, logged)
         if self._verbose and chief:

@@ -17,6 +17,8 @@ from swa_avg.inputs.index import Entry
 
 __all__ = ["SWA"]
 
+_AVERAGE = "swa.keras"
+
 
 class SWA(CheckpointSaver):
     """Save the last epochs, average them when training ends, and give the model their mean.
@@ -40,7 +42,7 @@ class SWA(CheckpointSaver):
         verbose: 1 prints what is done.
 
     Raises:
-        UsageError: an argument has no meaning.
+        UsageError: an argument has no meaning; (in `fit`) a `swa.keras` is there that SWA did not write.
         UnreadableError: (in `fit`) `bn_data` cannot be read, do not fit the model, or hold NaN.
         MismatchError: (at the end of `fit`) the weights cannot be averaged: quantized, or not finite.
         SystemRefusalError: (in `fit`) disk full, permission denied, input/output error.
@@ -74,6 +76,11 @@ class SWA(CheckpointSaver):
         if is_chief(self.model):
             self._check_bn_data()
         super().on_train_begin(logs)
+        if is_chief(self.model) and (reason := self._folder.why_taken(_AVERAGE)) is not None:
+            output = self._folder.path / _AVERAGE
+            raise UsageError(
+                f"{output} would be replaced, but {reason}: move it away, or name another folder"
+            )
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         super().on_train_end(logs)
@@ -81,7 +88,8 @@ class SWA(CheckpointSaver):
             return
         entries = [entry for entry in self._folder.entries() if self._is_captured(entry)]
         paths = [self._folder.path / entry.file for entry in entries]
-        output = self._folder.path / "swa.keras"
+        output, findings = self._folder.place(_AVERAGE)
+        self._warn(findings)
         refresh = None
         if self._bn_data is not None:
             refresh = Refresh(
@@ -91,13 +99,14 @@ class SWA(CheckpointSaver):
                 model=self.model,
             )
         report = average(paths, output, overwrite=True, refresh=refresh)
+        self._folder.record_average(output)
         if refresh is None:
             self.model.load_weights(output)
         self._warn(self._findings(report))
         if self._verbose:
             print(f"\nThe model has the mean of {len(paths)} epochs, and is saved as {output}")
         if not self._keep_checkpoints:
-            self._warn(self._folder.forget([entry.file for entry in entries]))
+            self._warn(self._folder.forget(entries))
 
     def _check_bn_data(self) -> None:
         """Say now, not after hours of training, what the refresh will say of its data."""
