@@ -229,7 +229,7 @@ class RunFolder:
     def _remove_stale(self) -> None:
         """Remove temporaries of runs on this machine that no longer live: of a killed one, say."""
         for path in self.path.glob(f".tmp-{_host()}-*"):
-            match = re.match(r"(\d+)-", path.name.removeprefix(f".tmp-{_host()}-"))
+            match = re.match(r"([0-9]+)-[0-9a-f]{8}-", path.name.removeprefix(f".tmp-{_host()}-"))
             if match and not _alive(int(match.group(1))):
                 with suppress(OSError):
                     path.unlink()

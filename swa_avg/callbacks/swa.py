@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from swa_avg.averaging import Report, average
 from swa_avg.batchnorm.checkpoint import Refresh
 from swa_avg.batchnorm.refresh import active_layers, check_data
+from swa_avg.callbacks.last import after_all_callbacks
 from swa_avg.callbacks.model_state import is_chief
 from swa_avg.callbacks.saver import CheckpointSaver, check_count
 from swa_avg.errors import UsageError
@@ -27,6 +30,10 @@ class SWA(CheckpointSaver):
     sum runs in float64, and the checkpoints stay for any other choice. A run that ends early by an error has
     lost nothing: `swa-avg` averages what there is. Source: Izmailov et al. 2018 (arXiv:1803.05407),
     algorithm 1.
+
+    The model ends with the average wherever SWA is in the list: where a callback after it puts other weights
+    back as training ends, such as `EarlyStopping(restore_best_weights=True)`, SWA loads the average again,
+    with a warning.
 
     Args:
         filepath: Folder for the checkpoints and, in the end, `swa.keras`.
@@ -107,6 +114,23 @@ class SWA(CheckpointSaver):
             print(f"\nThe model has the mean of {len(paths)} epochs, and is saved as {output}")
         if not self._keep_checkpoints:
             self._warn(self._folder.forget(entries))
+        weights = list(self.model.trainable_weights)
+        after_all_callbacks(self.model, partial(self._hold, weights, _checksum(weights), output))
+
+    def _hold(self, weights: Sequence[Any], checksum: int, output: Path) -> None:
+        """Load the average again if the trained weights, as they were then, are no longer its.
+
+        A callback that sets nothing else, such as the statistics of BatchNorm, is let alone.
+        """
+        if _checksum(weights) != checksum:
+            self.model.load_weights(output)
+            self._warn(
+                [
+                    "another callback put other weights into the model after SWA, as training ended; SWA has "
+                    f"put the average, {output}, back: leave out one of the two callbacks, such as "
+                    "restore_best_weights=True, to choose"
+                ]
+            )
 
     def _check_bn_data(self) -> None:
         """Say now, not after hours of training, what the refresh will say of its data."""
@@ -138,3 +162,11 @@ class SWA(CheckpointSaver):
                 "those of the averaged weights: pass bn_data, or refresh them, before you trust it"
             )
         return findings
+
+
+def _checksum(weights: Sequence[Any]) -> int:
+    """Return the CRC-32 of the values of variables."""
+    checksum = 0
+    for variable in weights:
+        checksum = zlib.crc32(variable.numpy().tobytes(), checksum)
+    return checksum
