@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
@@ -61,14 +63,17 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
         keep_last: Keep only so many of the newest files.
         keep_best: Keep only so many of the files with the best values of `monitor`. A file stays if either
             keeps it.
-        monitor: A metric by the name that `fit` logs, for `keep_best` and `swa-avg --best`.
+        monitor: A metric by the name that `fit` logs, for `keep_best` and `swa-avg --best`. A checkpoint
+            whose epoch did not log it, as with `validation_freq`, is worse than any that has it; until one
+            has it, `keep_best` keeps all.
         mode: `min` or `max`: which values of `monitor` are better. `auto` goes by the compiled metric, then
             by the name (accuracy, AUC, precision, recall, F1 up; losses, errors down), and refuses others.
         background: Write on a thread of its own.
         verbose: 1 prints each file's name.
 
     Raises:
-        UsageError: (here) an argument has no meaning; (at the first save) a metric is not logged.
+        UsageError: (here) an argument has no meaning; (at the first save) which values of `monitor` are
+            better, or how to fill in `filename`, is not clear.
         SystemRefusalError: (in `fit`) disk full, permission denied, input/output error.
         UnreadableError: (in `fit`) the folder holds a damaged index.
     """
@@ -122,6 +127,7 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
         self._opened = False
         self._task: Task | None = None
         self._saved = 0
+        self._missed: set[str] = set()
         self._epoch: int | None = None
         self._step = 0
         self._batch = -1
@@ -150,7 +156,7 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
         step = step if step is not None else steps(model)
         path, findings = self._folder.place(self._name(epoch + 1, step, logged))
         if chief:
-            self._warn(findings)
+            self._warn([*findings, *self._missing(epoch + 1, logged)])
         entry = Entry(path.name, epoch + 1, step, learning_rate(model), logged, _now())
         self._resolve_mode(model, logged)
         if self._verbose and chief:
@@ -201,6 +207,7 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         self.wait()
         self._saved = 0
+        self._missed = set()
         self._epoch = None
         if is_chief(self.model):
             self._open()
@@ -244,12 +251,10 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
         self._opened = True
 
     def _name(self, epoch: int, step: int | None, metrics: Mapping[str, float]) -> str:
-        fields = {**metrics, "epoch": epoch, **({} if step is None else {"step": step})}
+        fields = defaultdict(lambda: math.nan, metrics)
+        fields.update(epoch=epoch, **({} if step is None else {"step": step}))
         try:
-            name = self._filename.format(**fields)
-        except KeyError as error:
-            available = ", ".join(sorted(fields))
-            raise UsageError(f"filename needs {error}, which is not there; there are {available}") from None
+            name = self._filename.format_map(fields)
         except (ValueError, TypeError) as error:
             raise UsageError(f"filename {self._filename!r} cannot be filled in: {error}") from None
         if not is_plain_name(name):
@@ -261,9 +266,26 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
             return
         if self._mode == "auto":
             self._mode = direction(model, self._monitor)
-        if self._saved == 0 and self._monitor not in metrics:
-            available = ", ".join(sorted(metrics)) or "none"
-            raise UsageError(f"monitor={self._monitor!r} is not among the logged metrics: {available}")
+
+    def _missing(self, epoch: int, metrics: Mapping[str, float]) -> list[str]:
+        """Return a warning if a metric that is asked for was not logged, the first time in a training.
+
+        With `validation_freq`, some epochs have none of `val_...`: no reason to end training.
+        """
+        fields = {*_fields(self._filename)} - {"epoch", "step"}
+        wanted = fields if self._monitor is None else {*fields, self._monitor}
+        missing = sorted(wanted - metrics.keys() - self._missed)
+        self._missed.update(missing)
+        if not missing:
+            return []
+        effects = []
+        if self._monitor in missing:
+            effects.append("rank last")
+        if not fields.isdisjoint(missing):
+            effects.append("have nan in their names")
+        logged = ", ".join(sorted(metrics)) or "no metrics"
+        without = f"checkpoints without {'it' if len(missing) == 1 else 'them'} {' and '.join(effects)}"
+        return [f"epoch {epoch} logged {logged}, but not {', '.join(missing)}; {without}"]
 
     def _write(self, model: Any, temporary: Path) -> None:
         """Write the values that the variables have on this thread."""
@@ -328,7 +350,7 @@ def _check_filename(filename: str, *, by_step: bool, weights_only: bool) -> None
     if not filename.endswith(suffix):
         raise UsageError(f"filename {filename!r} must end with {suffix} for weights_only={weights_only}")
     try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(filename) if name is not None]
+        fields = _fields(filename)
     except ValueError as error:
         raise UsageError(f"filename {filename!r} is no format: {error}") from None
     needed = "step" if by_step else "epoch"
@@ -336,6 +358,11 @@ def _check_filename(filename: str, *, by_step: bool, weights_only: bool) -> None
         raise UsageError(f"filename {filename!r} needs {{{needed}}}: each checkpoint takes a name of its own")
     if not all(name.isidentifier() for name in fields):
         raise UsageError(f"filename {filename!r}: its fields are epoch, step and names of metrics")
+
+
+def _fields(filename: str) -> list[str]:
+    """Return the names in a format; raise ValueError if it is none."""
+    return [name for _, name, _, _ in string.Formatter().parse(filename) if name is not None]
 
 
 def check_count(name: str, value: int, *, least: int = 1) -> None:
