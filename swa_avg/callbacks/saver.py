@@ -17,7 +17,7 @@ from typing import Any
 
 import keras
 
-from swa_avg.callbacks.model_state import is_chief, learning_rate, scalars, steps, sync
+from swa_avg.callbacks.model_state import check_model, is_chief, learning_rate, scalars, steps, sync
 from swa_avg.callbacks.run_folder import RunFolder, published
 from swa_avg.callbacks.snapshot import Snapshot, Task, saved_view, write_model
 from swa_avg.errors import SwaAvgError, UsageError
@@ -146,6 +146,7 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
             metrics: By name, scalars.
             step: Steps trained so far; by default what the optimizer has counted.
         """
+        check_model(model)
         sync(model)
         self.wait()
         chief = is_chief(model)
@@ -203,6 +204,10 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
             self.wait()
         elif self._task is not None:
             self._task.join()
+
+    def set_model(self, model: Any) -> None:
+        super().set_model(model)
+        check_model(self.model)
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         self.wait()

@@ -118,17 +118,16 @@ class SWA(CheckpointSaver):
         after_all_callbacks(self.model, partial(self._hold, weights, _checksum(weights), output))
 
     def _hold(self, weights: Sequence[Any], checksum: int, output: Path) -> None:
-        """Load the average again if the trained weights, as they were then, are no longer its.
+        """Load the average again if `weights`, the trained ones, no longer have this checksum.
 
-        A callback that sets nothing else, such as the statistics of BatchNorm, is let alone.
+        A callback that sets other variables alone, such as BatchNorm's statistics, keeps what it did.
         """
         if _checksum(weights) != checksum:
             self.model.load_weights(output)
             self._warn(
                 [
-                    "another callback put other weights into the model after SWA, as training ended; SWA has "
-                    f"put the average, {output}, back: leave out one of the two callbacks, such as "
-                    "restore_best_weights=True, to choose"
+                    "another callback, such as EarlyStopping(restore_best_weights=True), replaced the average "
+                    f"as training ended; SWA has loaded it again from {output}: leave one of the two out"
                 ]
             )
 

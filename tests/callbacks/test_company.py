@@ -24,7 +24,7 @@ pytestmark = [
 L = keras.layers
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(24, 4)).astype("f"), RNG.normal(size=(24, 1)).astype("f")
-PUT_BACK = "put other weights into the model after SWA"
+PUT_BACK = "replaced the average as training ended; SWA has loaded it again from "
 
 
 def small(*extra, **options):
