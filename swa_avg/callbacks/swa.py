@@ -126,8 +126,9 @@ class SWA(CheckpointSaver):
             self.model.load_weights(output)
             self._warn(
                 [
-                    "another callback, such as EarlyStopping(restore_best_weights=True), replaced the average "
-                    f"as training ended; SWA has loaded it again from {output}: leave one of the two out"
+                    "another callback, such as EarlyStopping(restore_best_weights=True), replaced the "
+                    "average as training ended; SWA has loaded it again from "
+                    f"{output}: leave one of the two out"
                 ]
             )
 
