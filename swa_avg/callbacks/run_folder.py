@@ -155,10 +155,9 @@ class RunFolder:
         replaced |= {e.file for e in index.entries if e.position == entry.position} - {entry.file}
         left = sorted({e.file for e in again} - replaced)
         if left:
-            names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
             warnings.append(
                 f"{self.path}: {len(left)} checkpoints of an earlier run of these epochs left the index "
-                f"but stay on disk ({names}); move them away before you average by pattern"
+                f"but stay on disk ({_few(left)}); move them away before you average by pattern"
             )
         gone = [e for e in index.entries if e.file in replaced]
         index = replace(index, monitor=monitor, mode=mode).without({*left, *replaced}).with_entry(entry)
@@ -213,10 +212,8 @@ class RunFolder:
             except OSError as error:
                 warnings.append(f"{path} cannot be deleted: {error.strerror or error}")
         for reason, files in left.items():
-            names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
-            warnings.extend(
-                self._once(reason, f"{self.path}: {names} left the index, but not deleted: {reason}")
-            )
+            said = f"{self.path}: {_few(files)} left the index, but stayed on disk: {reason}"
+            warnings.extend(self._once(reason, said))
         return warnings
 
     def _once(self, reason: str, warning: str) -> list[str]:
@@ -233,6 +230,10 @@ class RunFolder:
             if match and not _alive(int(match.group(1))):
                 with suppress(OSError):
                     path.unlink()
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _fingerprint(path: Path) -> str:

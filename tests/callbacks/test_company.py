@@ -231,7 +231,7 @@ def test_what_the_index_names_outlives_a_run_that_keeps_few(tmp_path):
                 '"checkpoints": [', f'"checkpoints": [{{"file": "{name}", "epoch": 1, "step": {len(name)}}},'
             )
         )
-    with pytest.warns(UserWarning, match=r"notes\.txt, train\.py left the index, but not deleted"):
+    with pytest.warns(UserWarning, match=r"notes\.txt, train\.py left the index, but stayed on disk"):
         fit(small(), [CheckpointSaver(tmp_path, keep_last=2)], epochs=5, initial_epoch=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "checkpoints.json", "ckpt_0004.keras", "ckpt_0005.keras", "notes.txt", "train.py"

@@ -103,7 +103,7 @@ class TestDeleting:
         gone = {"mine.keras", "mine.weights.h5"} if recorded == "its own" else set()
         assert set(names(tmp_path)) == there - gone - {"ckpt_0005.keras"} | {"ckpt_0006.keras"}
         assert epochs(tmp_path) == [6]
-        assert all("left the index, but not deleted" in warning for warning in warnings)
+        assert all("left the index, but stayed on disk" in warning for warning in warnings)
         assert len(warnings) == {"nothing": 1, "another file's": 2, "its own": 2}[recorded]
 
     @pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
@@ -154,7 +154,9 @@ class TestDeleting:
         assert epochs(tmp_path) == [1, 2, 3]
         folder = opened(tmp_path, keep_last=1)
         (warning,) = save(folder, 4)
-        assert "ckpt_0001.keras, ckpt_0002.keras, ckpt_0003.keras left the index, but not deleted" in warning
+        assert (
+            "ckpt_0001.keras, ckpt_0002.keras, ckpt_0003.keras left the index, but stayed on disk" in warning
+        )
         assert "has no fingerprint" in warning
         assert save(folder, 5) == []
         assert names(tmp_path) == [f"ckpt_000{n}.keras" for n in (1, 2, 3, 5)]
@@ -166,7 +168,7 @@ class TestDeleting:
         save(folder, 2)
         write(tmp_path / "ckpt_0001.keras", 50)
         (warning,) = folder.forget(folder.entries())
-        assert "ckpt_0001.keras left the index, but not deleted" in warning
+        assert "ckpt_0001.keras left the index, but stayed on disk" in warning
         assert names(tmp_path) == ["ckpt_0001.keras"]
         assert epochs(tmp_path) == []
 
