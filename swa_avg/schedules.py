@@ -129,7 +129,10 @@ def keras_schedule_class() -> Any:
             self.kind = kind
             self.parameters = dict(parameters)
 
-        def __call__(self, step: Any) -> Any:
+        def __call__(self, step: Any = None) -> Any:
+            if step is None:  # as tf_keras calls what it does not know as a schedule
+                raise UsageError("by_step is for optimizers of Keras 3: import keras, not tf_keras")
+
             def to_float(value: Any) -> Any:
                 return keras.ops.cast(value, "float32")
 

@@ -439,12 +439,6 @@ class TestKeeping:
         with pytest.raises(UsageError, match="with mode min or max"):
             CheckpointSaver(tmp_path, monitor="quality").save(small(), 0, {"quality": 1})
 
-    def test_a_metric_that_is_not_logged_is_refused_with_those_that_are(self, tmp_path):
-        with pytest.raises(UsageError, match="'val_loss' is not among the logged metrics: loss, mae"):
-            fit(small(), CheckpointSaver(tmp_path, monitor="val_loss"))
-        with pytest.raises(UsageError, match="there are epoch, loss, mae, step"):
-            fit(small(), CheckpointSaver(tmp_path, filename="{epoch}_{val_loss}.keras"))
-
 
 class TestResuming:
     def test_a_run_goes_on_where_it_stopped(self, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import string
+from collections import defaultdict
 from collections.abc import Mapping
 
 from swa_avg.errors import UsageError
@@ -37,19 +39,19 @@ class FileNames:
             raise UsageError(f"{named} needs {{{needed}}}: each checkpoint takes a name of its own")
         if not all(name.isidentifier() for name in fields):
             raise UsageError(f"{named}: its fields are epoch, step and names of metrics")
+        self.metrics = frozenset(fields) - {"epoch", "step"}
+        """Those that the format names."""
 
     def name(self, epoch: int, step: int | None, metrics: Mapping[str, float]) -> str:
-        """Return the name of the checkpoint of an epoch, counted from 1.
+        """Return the name of the checkpoint of an epoch, counted from 1; a metric that is missing is `nan`.
 
         Raises:
-            UsageError: a metric that it names is not there, or the name is not a plain one.
+            UsageError: the format cannot be filled in, or the name is not a plain one.
         """
-        fields = {**metrics, "epoch": epoch, **({} if step is None else {"step": step})}
+        fields = defaultdict(lambda: math.nan, metrics)
+        fields.update(epoch=epoch, **({} if step is None else {"step": step}))
         try:
-            name = self._template.format(**fields)
-        except KeyError as error:
-            available = ", ".join(sorted(fields))
-            raise UsageError(f"filename needs {error}, which is not there; there are {available}") from None
+            name = self._template.format_map(fields)
         except (ValueError, TypeError) as error:
             raise UsageError(f"filename {self._template!r} cannot be filled in: {error}") from None
         if not is_plain_name(name):

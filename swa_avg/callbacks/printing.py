@@ -7,13 +7,17 @@ from typing import Any
 
 import keras
 
-from swa_avg.callbacks.model_state import learning_rate
+from swa_avg.callbacks.model_state import check_model, learning_rate
 
 __all__ = ["PrintLearningRate"]
 
 
 class PrintLearningRate(keras.callbacks.Callback):  # type: ignore[misc]
     """Print the learning rate that each epoch ended with."""
+
+    def set_model(self, model: Any) -> None:
+        super().set_model(model)
+        check_model(self.model)
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         rate = learning_rate(self.model)

@@ -7,12 +7,14 @@ import os
 import platform
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
-from swa_avg.errors import SystemRefusalError
+from swa_avg.callbacks.ownership import SUFFIXES, fingerprint, why_not_ours
+from swa_avg.errors import SwaAvgError, SystemRefusalError
 from swa_avg.files.publication import cannot_write, sync_folder
 from swa_avg.inputs.index import INDEX_NAME, Entry, Index, index_as_json, read_index
 from swa_avg.text import first_few
@@ -89,6 +91,7 @@ class RunFolder:
         self._earlier: set[str] = set()
         self._own: set[str] = set()
         self._foreign: set[str] = set()
+        self._told: set[str] = set()
 
     @property
     def index_path(self) -> Path:
@@ -105,8 +108,33 @@ class RunFolder:
         self._remove_stale()
         index, warnings = self._read()
         self._earlier = {entry.file for entry in index.entries}
-        self._own, self._foreign = set(), set()
+        self._own, self._foreign, self._told = set(), set(), set()
         return warnings
+
+    def place(self, name: str) -> tuple[Path, list[str]]:
+        """Return the path under which a file may be saved as `name`, and warnings.
+
+        That is another one, such as `ckpt_0001-again.keras`, where the name is taken by a file that this tool
+        is not known to have written: hours of training must not end for a name, and no such file is replaced.
+        """
+        path = self.path / name
+        reason = self.why_taken(name)
+        if reason is None:
+            return path, []
+        suffix = next(suffix for suffix in SUFFIXES if name.endswith(suffix))
+        stem = name.removesuffix(suffix)
+        others = (f"{stem}-again{'' if number == 1 else number}{suffix}" for number in count(1))
+        other = self.path / next(other for other in others if self.why_taken(other) is None)
+        return other, self._once(reason, f"{path} is not replaced, since {reason}; saved as {other.name}")
+
+    def why_taken(self, name: str) -> str | None:
+        """Return why no file may be saved as `name`; None if none is there, or one that this tool wrote."""
+        path = self.path / name
+        if not os.path.lexists(path):
+            return None
+        index, _ = self._read()
+        known = {**index.averages, **{entry.file: entry.fingerprint for entry in index.entries}}
+        return why_not_ours(path, known.get(name))
 
     def record(self, entry: Entry, monitor: str | None, mode: str | None) -> list[str]:
         """Add a file that is in place to the index, then delete what need not be kept; return warnings.
@@ -119,6 +147,7 @@ class RunFolder:
             self._foreign |= foreign
             warnings.append(f"another run saves in {self.path} too; give each run a folder of its own")
         self._own.add(entry.file)
+        entry = replace(entry, fingerprint=_fingerprint(self.path / entry.file))
         again = [
             e for e in index.entries if e.file in self._earlier - self._own and self._trained_again(e, entry)
         ]
@@ -130,21 +159,28 @@ class RunFolder:
                 f"{self.path}: {len(left)} checkpoints of an earlier run of these epochs left the index "
                 f"but stay on disk ({first_few(left, 3)}); move them away before you average by pattern"
             )
+        gone = [e for e in index.entries if e.file in replaced]
         index = replace(index, monitor=monitor, mode=mode).without({*left, *replaced}).with_entry(entry)
-        pruned = index.pruned(self._keep_last, self._keep_best)
+        pruned = index.pruned(self._keep_last, self._keep_best, entry)
         write_index(self.index_path, pruned)
-        gone = replaced | ({e.file for e in index.entries} - {e.file for e in pruned.entries})
-        return warnings + [problem for file in sorted(gone) for problem in self._delete(file)]
+        gone.extend(e for e in index.entries if e not in pruned.entries)
+        return warnings + self._delete(gone)
+
+    def record_average(self, path: Path) -> None:
+        """Note in the index that this tool wrote the average at `path`."""
+        index, _ = self._read()
+        averages = {**index.averages, path.name: _fingerprint(path)}
+        write_index(self.index_path, replace(index, averages=averages))
 
     def entries(self) -> tuple[Entry, ...]:
         """Return what the index names and is there, in training order."""
         return self._read()[0].entries
 
-    def forget(self, files: Sequence[str]) -> list[str]:
-        """Take files out of the index, and then delete them; return warnings."""
+    def forget(self, entries: Sequence[Entry]) -> list[str]:
+        """Take entries out of the index, and then delete their files; return warnings."""
         index, warnings = self._read()
-        write_index(self.index_path, index.without(set(files)))
-        return warnings + [problem for file in files for problem in self._delete(file)]
+        write_index(self.index_path, index.without({entry.file for entry in entries}))
+        return warnings + self._delete(entries)
 
     def _trained_again(self, old: Entry, new: Entry) -> bool:
         passed = old.position <= new.position if self._by_step else old.epoch <= new.epoch
@@ -159,20 +195,49 @@ class RunFolder:
         warnings = [f"{self.path / file} is gone; it leaves the index" for file in sorted(missing)]
         return index.without(missing), warnings
 
-    def _delete(self, file: str) -> list[str]:
-        try:
-            (self.path / file).unlink(missing_ok=True)
-        except OSError as error:
-            return [f"{self.path / file} cannot be deleted: {error.strerror or error}"]
-        return []
+    def _delete(self, entries: Iterable[Entry]) -> list[str]:
+        """Delete those files that this tool wrote, leave any other, and return warnings."""
+        warnings = []
+        left: dict[str, list[str]] = {}
+        for entry in sorted(entries, key=lambda e: e.file):
+            path = self.path / entry.file
+            if not os.path.lexists(path):
+                continue
+            reason = why_not_ours(path, entry.fingerprint)
+            if reason is not None:
+                left.setdefault(reason, []).append(entry.file)
+                continue
+            try:
+                path.unlink()
+            except OSError as error:
+                warnings.append(f"{path} cannot be deleted: {error.strerror or error}")
+        for reason, files in left.items():
+            said = f"{self.path}: {first_few(files, 3)} left the index, but stayed on disk: {reason}"
+            warnings.extend(self._once(reason, said))
+        return warnings
+
+    def _once(self, reason: str, warning: str) -> list[str]:
+        """Return the warning the first time that it is given for this reason."""
+        if reason in self._told:
+            return []
+        self._told.add(reason)
+        return [warning]
 
     def _remove_stale(self) -> None:
         """Remove temporaries of runs on this machine that no longer live: of a killed one, say."""
         for path in self.path.glob(f".tmp-{_host()}-*"):
-            match = re.match(r"(\d+)-", path.name.removeprefix(f".tmp-{_host()}-"))
+            match = re.match(r"([0-9]+)-[0-9a-f]{8}-", path.name.removeprefix(f".tmp-{_host()}-"))
             if match and not _alive(int(match.group(1))):
                 with suppress(OSError):
                     path.unlink()
+
+
+def _fingerprint(path: Path) -> str:
+    """Return the fingerprint of a file that was just saved; none if another program took it away already."""
+    try:
+        return fingerprint(path)
+    except SwaAvgError:
+        return ""
 
 
 def _host() -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import keras
 
 from swa_avg.callbacks.filenames import FileNames
-from swa_avg.callbacks.model_state import is_chief, learning_rate, scalars, steps, sync
+from swa_avg.callbacks.model_state import check_model, is_chief, learning_rate, scalars, steps, sync
 from swa_avg.callbacks.run_folder import RunFolder, published
 from swa_avg.callbacks.snapshot import Snapshot, Task, saved_view, write_model
 from swa_avg.errors import SwaAvgError, UsageError
@@ -40,6 +40,10 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
     The learning rate is never touched. Runs are continued: the index of the folder is read at the start, and
     epochs that are trained again replace their checkpoints. Two runs need two folders.
 
+    Only checkpoints whose content is as this class recorded it in the index, in this run or an earlier one,
+    are deleted or replaced. Any other file stays, with a warning; if it has the name of a checkpoint to be
+    saved, that one is saved as `..-again.keras`.
+
     Args:
         directory: Folder for the checkpoints and `checkpoints.json`; created if need be.
         start_epoch: 0-based index of the first epoch to save, like Keras's `initial_epoch`: of 150 epochs,
@@ -56,14 +60,17 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
         keep_last: Keep only this many of the newest files.
         keep_best: Keep only this many of the files with the best values of `monitor`. A file stays if either
             keeps it.
-        monitor: A metric by the name that `fit` logs, for `keep_best` and `swa-avg --best`.
+        monitor: A metric by the name that `fit` logs, for `keep_best` and `swa-avg --best`. A checkpoint
+            whose epoch did not log it, as with `validation_freq`, is worse than any that has it; until one
+            has it, `keep_best` keeps all.
         mode: `min` or `max`: which values of `monitor` are better. `auto` goes by the compiled metric, then
             by the name (accuracy, AUC, precision, recall, F1 up; losses, errors down), and refuses others.
         background: Write on a thread of its own.
         verbose: 1 prints each file's name.
 
     Raises:
-        UsageError: (here) an argument has no meaning; (at the first save) a metric is not logged.
+        UsageError: (here) an argument has no meaning; (at the first save) which values of `monitor` are
+            better, or how to fill in `filename`, is not clear.
         SystemRefusalError: (in `fit`) disk full, permission denied, input/output error.
         UnreadableError: (in `fit`) the folder holds a damaged index.
     """
@@ -116,6 +123,7 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
         self._opened = False
         self._task: Task | None = None
         self._saved = 0
+        self._missed: set[str] = set()
         self._epoch: int | None = None
         self._step = 0
         self._batch = -1
@@ -134,6 +142,7 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
             metrics: By name, scalars.
             step: Steps trained so far; by default what the optimizer has counted.
         """
+        check_model(model)
         sync(model)
         self.wait()
         chief = is_chief(model)
@@ -142,7 +151,9 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
             self._open()
         logged = scalars(metrics)
         step = step if step is not None else steps(model)
-        path = self._folder.path / self._names.name(epoch + 1, step, logged)
+        path, findings = self._folder.place(self._names.name(epoch + 1, step, logged))
+        if chief:
+            self._warn([*findings, *self._missing(epoch + 1, logged)])
         entry = Entry(path.name, epoch + 1, step, learning_rate(model), logged, _now())
         self._resolve_mode(model, logged)
         if self._verbose and chief:
@@ -190,9 +201,14 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
         elif self._task is not None:
             self._task.join()
 
+    def set_model(self, model: Any) -> None:
+        super().set_model(model)
+        check_model(self.model)
+
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         self.wait()
         self._saved = 0
+        self._missed = set()
         self._epoch = None
         if is_chief(self.model):
             self._open()
@@ -240,9 +256,26 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
             return
         if self._mode == "auto":
             self._mode = direction(model, self._monitor)
-        if self._saved == 0 and self._monitor not in metrics:
-            available = ", ".join(sorted(metrics)) or "none"
-            raise UsageError(f"monitor={self._monitor!r} is not among the logged metrics: {available}")
+
+    def _missing(self, epoch: int, metrics: Mapping[str, float]) -> list[str]:
+        """Return a warning if a metric that is asked for was not logged, the first time in a training.
+
+        With `validation_freq`, some epochs have none of `val_...`: no reason to end training.
+        """
+        fields = self._names.metrics
+        wanted = fields if self._monitor is None else {*fields, self._monitor}
+        missing = sorted(wanted - metrics.keys() - self._missed)
+        self._missed.update(missing)
+        if not missing:
+            return []
+        effects = []
+        if self._monitor in missing:
+            effects.append("rank last")
+        if not fields.isdisjoint(missing):
+            effects.append("have nan in their names")
+        logged = ", ".join(sorted(metrics)) or "no metrics"
+        without = f"checkpoints without {'it' if len(missing) == 1 else 'them'} {' and '.join(effects)}"
+        return [f"epoch {epoch} logged {logged}, but not {', '.join(missing)}; {without}"]
 
     def _write(self, model: Any, temporary: Path) -> None:
         """Write the values that the variables have on this thread."""

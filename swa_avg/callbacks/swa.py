@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,15 @@ from swa_avg.averaging import Report, average
 from swa_avg.batchnorm import Refresh
 from swa_avg.batchnorm.observe import active_layers
 from swa_avg.batchnorm.refresh import check_data
+from swa_avg.callbacks.last import after_all_callbacks
 from swa_avg.callbacks.model_state import is_chief
 from swa_avg.callbacks.saver import CheckpointSaver, check_count
 from swa_avg.errors import UsageError
 from swa_avg.inputs.index import Entry
 
 __all__ = ["SWA"]
+
+_AVERAGE = "swa.keras"
 
 
 class SWA(CheckpointSaver):
@@ -27,6 +32,10 @@ class SWA(CheckpointSaver):
     sum runs in float64, and the checkpoints stay for any other choice. A run that ends early by an error has
     lost nothing: `swa-avg` averages what there is. Source: Izmailov et al. 2018 (arXiv:1803.05407),
     algorithm 1.
+
+    The model ends with the average wherever SWA is in the list: where a callback after it puts other weights
+    back as training ends, such as `EarlyStopping(restore_best_weights=True)`, SWA loads the average again,
+    with a warning.
 
     Args:
         filepath: Folder for the checkpoints and, in the end, `swa.keras`.
@@ -42,7 +51,7 @@ class SWA(CheckpointSaver):
         verbose: 1 prints what is done.
 
     Raises:
-        UsageError: an argument has no meaning.
+        UsageError: an argument has no meaning; (in `fit`) a `swa.keras` is there that SWA did not write.
         UnreadableError: (in `fit`) `bn_data` cannot be read, do not fit the model, or hold NaN.
         MismatchError: (at the end of `fit`) the weights cannot be averaged: quantized, or not finite.
         SystemRefusalError: (in `fit`) disk full, permission denied, input/output error.
@@ -76,6 +85,11 @@ class SWA(CheckpointSaver):
         if is_chief(self.model):
             self._check_bn_data()
         super().on_train_begin(logs)
+        if is_chief(self.model) and (reason := self._folder.why_taken(_AVERAGE)) is not None:
+            output = self._folder.path / _AVERAGE
+            raise UsageError(
+                f"{output} would be replaced, but {reason}: move it away, or name another folder"
+            )
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         super().on_train_end(logs)
@@ -83,18 +97,37 @@ class SWA(CheckpointSaver):
             return
         entries = [entry for entry in self._folder.entries() if self._is_captured(entry)]
         paths = [self._folder.path / entry.file for entry in entries]
-        output = self._folder.path / "swa.keras"
+        output, findings = self._folder.place(_AVERAGE)
+        self._warn(findings)
         refresh = None
         if self._refresh is not None:
             refresh = replace(self._refresh, model=self.model)
         report = average(paths, output, overwrite=True, refresh=refresh)
+        self._folder.record_average(output)
         if refresh is None:
             self.model.load_weights(output)
         self._warn(self._findings(report))
         if self._verbose:
             print(f"\nThe model has the mean of {len(paths)} epochs, and is saved as {output}")
         if not self._keep_checkpoints:
-            self._warn(self._folder.forget([entry.file for entry in entries]))
+            self._warn(self._folder.forget(entries))
+        weights = list(self.model.trainable_weights)
+        after_all_callbacks(self.model, partial(self._hold, weights, _checksum(weights), output))
+
+    def _hold(self, weights: Sequence[Any], checksum: int, output: Path) -> None:
+        """Load the average again if `weights`, the trained ones, no longer have this checksum.
+
+        A callback that sets other variables alone, such as BatchNorm's statistics, keeps what it did.
+        """
+        if _checksum(weights) != checksum:
+            self.model.load_weights(output)
+            self._warn(
+                [
+                    "another callback, such as EarlyStopping(restore_best_weights=True), replaced the "
+                    "average as training ended; SWA has loaded it again from "
+                    f"{output}: leave one of the two out"
+                ]
+            )
 
     def _check_bn_data(self) -> None:
         """Say now, not after hours of training, what the refresh will say of its data."""
@@ -126,3 +159,11 @@ class SWA(CheckpointSaver):
                 "those of the averaged weights: pass bn_data, or refresh them, before you trust it"
             )
         return findings
+
+
+def _checksum(weights: Sequence[Any]) -> int:
+    """Return the CRC-32 of the values of variables."""
+    checksum = 0
+    for variable in weights:
+        checksum = zlib.crc32(variable.numpy().tobytes(), checksum)
+    return checksum

@@ -52,6 +52,8 @@ class Entry:
     """As Keras logged them; may hold NaN and infinities."""
     time: str = ""
     """When it was saved, ISO 8601 with the offset from UTC."""
+    fingerprint: str = ""
+    """Digest of the file as it was saved; empty where none was recorded."""
 
     @property
     def position(self) -> tuple[int, int]:
@@ -68,6 +70,8 @@ class Index:
     """The metric that ranks them."""
     mode: str | None = None
     """`min` or `max`: which values of the monitored metric are the better ones."""
+    averages: Mapping[str, str] = field(default_factory=dict)
+    """Averages that a callback wrote beside the checkpoints: the fingerprint by the name of the file."""
 
     def with_entry(self, entry: Entry) -> Index:
         """Return the index with one more entry, in the place of any of the same file or position."""
@@ -81,22 +85,35 @@ class Index:
     def best(self, count: int) -> tuple[Entry, ...]:
         """Return the best `count` entries by the monitored metric, in training order.
 
-        The newer of two equals is the better one; a metric that is missing or NaN counts as infinitely bad.
+        The newer of two equals is the better one; NaN counts as infinitely bad, and an entry without the
+        metric is worse than any that has it.
         """
         if self.monitor is None or self.mode is None:
             raise ValueError("the index monitors no metric")
         monitor, mode = self.monitor, self.mode
         newest_first = self.entries[::-1]
-        ranked = sorted(newest_first, key=lambda e: badness(e.metrics.get(monitor, math.nan), mode))
+        ranked = sorted(
+            newest_first,
+            key=lambda e: (monitor not in e.metrics, badness(e.metrics.get(monitor, math.nan), mode)),
+        )
         return tuple(sorted(ranked[:count], key=lambda e: e.position))
 
-    def pruned(self, keep_last: int | None, keep_best: int | None) -> Index:
-        """Return the index with only the entries that `keep_last` or `keep_best` keeps; with neither, all."""
+    def pruned(self, keep_last: int | None, keep_best: int | None, newest: Entry | None = None) -> Index:
+        """Return the index with only the entries that `keep_last` or `keep_best` keeps; with neither, all.
+
+        The last are counted back from `newest`: what comes after it was saved by an earlier, longer run, and
+        stays. As long as no entry has the monitored metric, there is nothing to rank by, and `keep_best`
+        keeps all.
+        """
         if keep_last is None and keep_best is None:
             return self
-        kept = list(self.entries[-keep_last:]) if keep_last else []
+        kept: list[Entry] = []
+        if keep_last:
+            done = [e for e in self.entries if newest is None or e.position <= newest.position]
+            kept.extend([*done[-keep_last:], *self.entries[len(done) :]])
         if keep_best:
-            kept.extend(self.best(keep_best))
+            ranked = any(self.monitor in e.metrics for e in self.entries)
+            kept.extend(self.best(keep_best) if ranked else self.entries)
         return self.without({e.file for e in self.entries} - {e.file for e in kept})
 
 
@@ -128,6 +145,7 @@ def index_as_json(index: Index) -> str:
         "monitor": index.monitor,
         "mode": index.mode,
         "checkpoints": [_as_json(entry) for entry in index.entries],
+        "averages": dict(index.averages),
     }
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
@@ -140,6 +158,7 @@ def _as_json(entry: Entry) -> dict[str, Any]:
         "learning_rate": None if entry.learning_rate is None else _number_as_json(entry.learning_rate),
         "metrics": {name: _number_as_json(value) for name, value in entry.metrics.items()},
         "time": entry.time,
+        "fingerprint": entry.fingerprint,
     }
 
 
@@ -160,8 +179,11 @@ def _index(value: dict[str, Any]) -> Index:
     monitor, mode = value.get("monitor"), value.get("mode")
     if monitor is not None and (not isinstance(monitor, str) or mode not in MODES):
         raise ValueError("`monitor` is not a name with a `mode` of min or max")
+    averages = value.get("averages", {})
+    if not isinstance(averages, dict) or not all(isinstance(text, str) for text in averages.values()):
+        raise TypeError("`averages` does not give a text for each file")
     ordered = tuple(sorted(entries, key=lambda e: e.position))
-    return Index(ordered, monitor, mode if monitor is not None else None)
+    return Index(ordered, monitor, mode if monitor is not None else None, averages)
 
 
 def _entry(item: object, where: str) -> Entry:
@@ -176,6 +198,9 @@ def _entry(item: object, where: str) -> Entry:
     time = item.get("time", "")
     if not isinstance(time, str):
         raise TypeError(f"{where}: `time` is not a text")
+    fingerprint = item.get("fingerprint", "")
+    if not isinstance(fingerprint, str):
+        raise TypeError(f"{where}: `fingerprint` is not a text")
     return Entry(
         name,
         _count(item.get("epoch"), f"{where}: `epoch`", least=1),
@@ -183,6 +208,7 @@ def _entry(item: object, where: str) -> Entry:
         None if rate is None else _number(rate, f"{where}: `learning_rate`"),
         {key: _number(number, f"{where}: `metrics`: {key}") for key, number in metrics.items()},
         time,
+        fingerprint,
     )
 
 

@@ -80,7 +80,8 @@ def select(listing: Listing, wanted: Selection) -> Listing:
             shown = ", ".join(map(str, there)) if len(there) < 6 else f"{there[0]} to {there[-1]}"
             raise UsageError(f"--epochs {wanted.epochs}: none of the checkpoints; their epochs are {shown}")
     if wanted.best is not None:
-        chosen = _best(replace(listing, files=tuple(chosen)), wanted)
+        listing = _best(replace(listing, files=tuple(chosen)), wanted)
+        chosen = list(listing.files)
     if wanted.last is not None:
         listing.check_order("--last")
         if wanted.last > len(chosen):
@@ -109,30 +110,45 @@ def _check_one_run(chosen: Sequence[Listed]) -> None:
             )
 
 
-def _best(listing: Listing, wanted: Selection) -> list[Listed]:
-    """Return the best files by a metric, in training order; of equals the newer."""
+def _best(listing: Listing, wanted: Selection) -> Listing:
+    """Return the best of the files by a metric, in training order; of equals the newer.
+
+    Those whose epoch did not log it, as with `validation_freq`, are left out, with a note.
+    """
     assert wanted.best is not None
     listing.check_indices()
-    missing = [listed.path.name for listed in listing.files if listed.index is None]
-    if missing:
-        raise UsageError(f"--best goes by the metrics in {INDEX_NAME}, which does not name {missing[0]}")
+    unknown = [listed.path.name for listed in listing.files if listed.index is None]
+    if unknown:
+        raise UsageError(f"--best goes by the metrics in {INDEX_NAME}, which does not name {unknown[0]}")
     if wanted.best > len(listing.files):
         found = counted(len(listing.files), "checkpoint")
         raise UsageError(f"--best {wanted.best}, but found only {found}")
-    values = []
-    for listed in listing.files:
+    ranked = []
+    lacking = []
+    for position, listed in enumerate(listing.files):
         assert listed.index is not None
         index = listing.indices[listed.index]
         name = wanted.monitor or index.monitor
-        there = ", ".join(listed.metrics) or "none"
         if name is None:
+            there = ", ".join(listed.metrics) or "none"
             raise UsageError(f"--best needs --monitor NAME, a metric in the index: {there}")
         if name not in listed.metrics:
-            raise UsageError(f"{listed.path.name} has no metric {name!r} in the index, but {there}")
+            lacking.append((listed, name))
+            continue
         better = wanted.mode or (index.mode if name == index.monitor else None) or direction(None, name)
-        values.append(badness(listed.metrics[name], better))
-    ranked = sorted(range(len(values)), key=lambda position: (values[position], -position))
-    return [listing.files[position] for position in sorted(ranked[: wanted.best])]
+        ranked.append((badness(listed.metrics[name], better), -position))
+    if lacking:
+        first, name = lacking[0]
+        if not ranked:
+            there = ", ".join(dict.fromkeys(key for listed in listing.files for key in listed.metrics))
+            raise UsageError(f"{first.path.name} has no metric {name!r} in the index, but {there or 'none'}")
+        of = f"{len(lacking)} of {len(listing.files)} have none, such as {first.path.name}"
+        having = f"{counted(len(ranked), 'checkpoint')} with the metric {name!r} in the index; {of}"
+        if wanted.best > len(ranked):
+            raise UsageError(f"--best {wanted.best}, but found only {having}")
+        listing = replace(listing, notes=(*listing.notes, f"the best {wanted.best} of {having}"))
+    chosen = sorted(-position for _, position in sorted(ranked)[: wanted.best])
+    return replace(listing, files=tuple(listing.files[position] for position in chosen))
 
 
 def _check_distinct(paths: Sequence[Location]) -> None:

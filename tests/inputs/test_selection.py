@@ -196,3 +196,54 @@ def test_one_training_of_two_in_a_folder_can_be_selected(tmp_path: Path) -> None
         select(listing, Selection())
     assert select(listing, Selection(epochs="4:6")).paths == paths[3:]
     assert select(listing, Selection(epochs="1:3")).paths == paths[:3]
+
+
+def _run(folder: Path, losses: list[float | str | None], monitor: str | None = "val_loss") -> Path:
+    """Write the index of a run in which some epochs, those of None, were not validated."""
+    folder.mkdir()
+    checkpoints = []
+    for epoch, loss in enumerate(losses, 1):
+        (folder / f"ckpt_{epoch:02d}.keras").touch()
+        metrics = {"loss": 9 - epoch} | ({} if loss is None else {"val_loss": loss})
+        checkpoints.append({"file": f"ckpt_{epoch:02d}.keras", "epoch": epoch, "metrics": metrics})
+    mode = "min" if monitor else None
+    index = {"version": 1, "monitor": monitor, "mode": mode, "checkpoints": checkpoints}
+    (folder / "checkpoints.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "epochs", "note"),
+    [
+        ([None, 3, None, 1, None, 2], 2, [4, 6], "the best 2 of 3 checkpoints with the metric 'val_loss' in the index; 3 of 6 have none, such as ckpt_01.keras"),
+        ([5, 3, 1, None], 1, [3], "the best 1 of 3 checkpoints with the metric 'val_loss' in the index; 1 of 4 have none, such as ckpt_04.keras"),
+        ([None, "nan", 2], 2, [2, 3], "the best 2 of 2 checkpoints with the metric 'val_loss' in the index; 1 of 3 have none, such as ckpt_01.keras"),
+        ([None, 2, 2, None], 1, [3], "the best 1 of 2 checkpoints with the metric 'val_loss' in the index; 2 of 4 have none, such as ckpt_01.keras"),
+        ([5, 3, 1, 4], 2, [2, 3], None),
+    ],
+)  # fmt: skip
+def test_the_best_are_of_those_that_have_the_metric_and_that_is_said(
+    tmp_path: Path, losses: list[float | str | None], best: int, epochs: list[int], note: str | None
+) -> None:
+    listing = select(list_checkpoints(_run(tmp_path / "run", losses)), Selection(best=best))
+    assert [listed.epoch for listed in listing.files] == epochs
+    assert listing.notes == (() if note is None else (note,))
+
+
+def test_more_than_have_the_metric_or_one_that_none_has_are_refused(tmp_path: Path) -> None:
+    listing = list_checkpoints(_run(tmp_path / "run", [None, 3, None, 1]))
+    for wanted, problem in (
+        (Selection(best=3), "--best 3, but found only 2 checkpoints with the metric 'val_loss' in the index; 2 of 4 have none, such as ckpt_01.keras"),
+        (Selection(best=1, monitor="val_los"), "ckpt_01.keras has no metric 'val_los' in the index, but loss, val_loss"),
+        (Selection(epochs="1:3", best=2), "--best 2, but found only 1 checkpoint with the metric 'val_loss' in the index; 2 of 3 have none, such as ckpt_01.keras"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError) as caught:
+            select(listing, wanted)
+        assert str(caught.value) == problem
+
+
+def test_of_two_folders_each_is_ranked_by_its_own_metrics(tmp_path: Path) -> None:
+    one, two = _run(tmp_path / "one", [None, 1]), _run(tmp_path / "two", [3, None], monitor=None)
+    listing = select(list_checkpoints([one, two]), Selection(best=2, monitor="val_loss"))
+    assert listing.paths == [one / "ckpt_02.keras", two / "ckpt_01.keras"]
+    assert len(listing.notes) == 1
