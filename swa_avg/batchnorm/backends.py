@@ -11,7 +11,16 @@ import numpy as np
 
 from swa_avg.interrupts import interrupts_held
 
-__all__ = ["Step", "compiled", "leaked", "random_state_kept", "seed_torch", "squared_difference", "value_of"]
+__all__ = [
+    "Step",
+    "compiled",
+    "functions_inlined",
+    "leaked",
+    "random_state_kept",
+    "seed_torch",
+    "squared_difference",
+    "value_of",
+]
 
 Step = Callable[[list[Any], Any], Any]
 
@@ -56,8 +65,10 @@ class _TensorFlowStep:
     def __call__(self, values: list[Any], inputs: Any) -> Any:
         import tensorflow as tf
 
-        inputs = tf.nest.map_structure(tf.convert_to_tensor, inputs)
-        signature = tuple((tensor.dtype, tensor.shape[1:]) for tensor in tf.nest.flatten(inputs))
+        inputs = tf.nest.map_structure(_as_tensor, inputs)
+        signature = tuple(
+            (tensor.dtype, tensor.shape[1:]) for tensor in tf.nest.flatten(inputs) if tensor is not None
+        )
         if signature not in self._signatures:
             self._trace(values, inputs)
             self._signatures.add(signature)
@@ -71,9 +82,7 @@ class _TensorFlowStep:
     def _trace(self, values: list[Any], inputs: Any) -> None:
         import tensorflow as tf
 
-        free = tf.nest.map_structure(
-            lambda tensor: tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype), inputs
-        )
+        free = tf.nest.map_structure(_of_any_size, inputs)
         concrete = self._function.get_concrete_function(values, free)
         for variable in concrete.graph.variables:
             self._kept.setdefault(id(variable), (variable, tf.identity(variable)))
@@ -83,6 +92,47 @@ class _TensorFlowStep:
         with interrupts_held():
             for variable, value in self._kept.values():
                 variable.assign(value)
+
+
+def _as_tensor(part: Any) -> Any:
+    """Return a tensor; an optional input that was left out stays None, and a ragged tensor what it is."""
+    import tensorflow as tf
+
+    return part if part is None or tf.is_tensor(part) else tf.convert_to_tensor(part)
+
+
+def _of_any_size(tensor: Any) -> Any:
+    """Return the type of a batch with as many rows as it likes."""
+    import tensorflow as tf
+
+    if tensor is None:
+        return None
+    shape = [None, *tensor.shape[1:]]
+    if isinstance(tensor, tf.RaggedTensor):
+        return tf.RaggedTensorSpec(shape, tensor.dtype, tensor.ragged_rank)
+    return tf.TensorSpec(shape, tensor.dtype)
+
+
+@contextmanager
+def functions_inlined() -> Iterator[None]:
+    """Let functions that are compiled on their own be part of what is traced, or run as plain Python.
+
+    A `tf.function` around a layer keeps what the layer saw to itself, and one that was traced before does not
+    even ask the layer.
+    """
+    from keras import backend
+
+    if backend.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf
+
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from swa_avg.batchnorm.backends import squared_difference
+from swa_avg.batchnorm.backends import functions_inlined, squared_difference
 from swa_avg.interrupts import interrupts_held
 
 __all__ = ["SEED_STATE", "Outcome", "active_layers", "batchnorm_layers", "layer_path", "make_step"]
@@ -69,7 +69,7 @@ def make_step(model: Any, layers: Sequence[Any]) -> Callable[[list[Tensor], Any]
         mapping = list(zip(variables, values, strict=True))
         with keras.StatelessScope(state_mapping=mapping) as scope:
             before = [scope.get_current_value(variable) for variable in variables]
-            with _observing(layers, scope) as calls:
+            with functions_inlined(), _observing(layers, scope) as calls:
                 model(inputs, training=True)
             after = [scope.get_current_value(variable) for variable in variables]
         carried = [

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from swa_avg.batchnorm.backends import Step, compiled, leaked, seed_torch, value_of
 from swa_avg.batchnorm.complaints import keras_reason
 from swa_avg.batchnorm.observe import SEED_STATE, Outcome, make_step
-from swa_avg.batchnorm.signature import arranger
 from swa_avg.data.batches import ArrayData, Data, RowDigests, as_array
 from swa_avg.errors import UnreadableError
 
@@ -45,7 +44,6 @@ class Runner:
     def __init__(self, model: Any, data: Data, step: Step, fast: Step) -> None:
         self._variables = model.variables
         self._values = [value_of(variable) for variable in self._variables]
-        self._arrange = arranger(getattr(model, "_inputs_struct", None))
         self._data = data
         self._step, self._fast = step, fast
         self._begun = False
@@ -54,12 +52,11 @@ class Runner:
 
     def run(self, number: int, batch: Any) -> tuple[Any, Any]:
         """Return what the layers saw of a batch, as the integers and floats of an `Outcome`."""
-        inputs = self._arrange(batch)
         values = _seeded(self._values, self._variables, self._data.spec.seed, number)
         if self._begun:
-            outcome = self._fast(values, inputs)
+            outcome = self._fast(values, batch)
         else:
-            self._fast, outcome = _first(self._fast, self._step, values, inputs, self._data)
+            self._fast, outcome = _first(self._fast, self._step, values, batch, self._data)
             self._begun = True
         integers, floats, carried = outcome
         self._values = [old if new is None else new for old, new in zip(values, carried, strict=True)]

@@ -13,19 +13,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from swa_avg.data.binding import RESHAPE, described, pick, unpack, usable
 from swa_avg.data.permutation import Permutation
 from swa_avg.data.rows import Rows, describe
 from swa_avg.data.spec import TARGET, Batch, Spec, fits
+from swa_avg.data.structure import Tree, fill
 from swa_avg.data.user_functions import describe_error, names_function
-from swa_avg.errors import SwaAvgError, UnreadableError
+from swa_avg.errors import SwaAvgError, UnreadableError, UsageError
 
-__all__ = ["ArrayData", "Data", "RowDigests", "StreamData", "as_array", "check_rows", "features_of", "pick"]
+__all__ = ["ArrayData", "Data", "RowDigests", "StreamData", "as_array"]
 
 Array = NDArray[Any]
 RowDigests = dict[str, tuple[str, bytes]]
 """Of each input: type and shape of a row, in words, and the BLAKE2b-256 of each row, one after the other."""
+_REMEMBERED = 8  # batches
 _NONE = "expected at least one row; found none"
-_RESHAPE = "choose the array with {0}-input, or reshape it with {0}-preprocess"
 
 
 class Data(ABC):
@@ -37,6 +39,9 @@ class Data(ABC):
         self.used: dict[str, str] = {}
         """Array, with type and shape -> input of the model, in words."""
         self._keys: dict[str, str] = {}
+        self.structure: Tree = spec.structure
+        """Names of inputs in the structure in which the model takes them; None where it takes a mapping, or a
+        single tensor."""
         """Input -> array."""
         self.ignored: tuple[str, ...] = ()
         self.notes: list[str] = []
@@ -76,12 +81,23 @@ class Data(ABC):
     def _prepared(self, raw: dict[str, Array], numbers: Array | None) -> tuple[Batch, Batch, int]:
         """Check a raw batch, and make it what the model and its loss take."""
         rows = self._check(raw, numbers)
-        batch = _alone({name: values for name, values in raw.items() if name[:1] != TARGET})
+        inputs = {name: values for name, values in raw.items() if name[:1] != TARGET}
         targets = _alone({name[1:]: values for name, values in raw.items() if name[:1] == TARGET})
+        batch = _alone(inputs) if self.spec.names or self.structure is None else fill(self.structure, inputs)
         if self.spec.preprocess is not None:
             batch = self.spec.preprocess(batch)
-        self._check_shapes(batch)
+        if self.spec.names or self.structure is None:
+            self._check_shapes(batch)
+            batch = self._arranged(batch)
         return batch, targets, rows
+
+    def _arranged(self, batch: Batch) -> Batch:
+        """Put arrays by name, or the only one, into the structure of the model's inputs."""
+        if self.structure is None or isinstance(batch, list | tuple):
+            return batch
+        if not isinstance(batch, Mapping):
+            return fill(self.structure, dict.fromkeys(self.spec.names[:1] or [""], batch))
+        return fill(self.structure, batch)
 
     def count(self, rows: int, digests: RowDigests) -> None:
         """Take note of rows that have been used, here or elsewhere."""
@@ -95,7 +111,7 @@ class Data(ABC):
         if len(set(sizes.values())) != 1:
             raise UnreadableError(self.source, f"expected equal numbers of rows; found {sizes}")
         for name, values in raw.items():
-            if values.dtype.kind not in "fiubV" or values.dtype.hasobject:
+            if not usable(self.spec, name, values.dtype):
                 raise UnreadableError(
                     self.source, f"expected numbers; found {values.dtype}", tensor=name or None
                 )
@@ -116,7 +132,7 @@ class Data(ABC):
             if expected is not None and not fits(tuple(shape), expected):
                 key = self._keys.get(name, name)
                 problem = f"expected rows of shape {list(expected[1:])}; found {list(shape[1:])}"
-                raise UnreadableError(self.source, problem, tensor=key or None, hint=self.spec.hint(_RESHAPE))
+                raise UnreadableError(self.source, problem, tensor=key or None, hint=self.spec.hint(RESHAPE))
 
     @property
     def digest(self) -> str:
@@ -210,19 +226,37 @@ def row_digests(raw: Mapping[str, Array]) -> RowDigests:
     """Return the digests of a raw batch's rows: they can be computed anywhere, and put together in order."""
     digests = {}
     for name, values in raw.items():
-        data = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8) if len(values) else ()
-        each = b"".join(hashlib.blake2b(row.data, digest_size=32).digest() for row in data)
+        each = b"".join(hashlib.blake2b(row, digest_size=32).digest() for row in _row_bytes(values))
         digests[name] = str((values.dtype.str, values.shape[1:])), each
     return digests
+
+
+def _row_bytes(values: Array) -> Iterable[Any]:
+    if values.dtype.hasobject:  # strings of any length
+        return (repr(row.tolist() if isinstance(row, np.ndarray) else row).encode() for row in values)
+    if not len(values):
+        return ()
+    return (row.data for row in np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8))
 
 
 class StreamData(Data):
     """Batches as somebody else makes them, in their order."""
 
-    def __init__(self, source: str, spec: Spec, batches: Iterable[Any]) -> None:
+    def __init__(
+        self, source: str, spec: Spec, batches: Iterable[Any], *, of_known_length: bool = True
+    ) -> None:
         super().__init__(source, spec)
         self._source = batches
         self.batch_size = None
+        self._repeats = None if of_known_length else _Repeats()
+
+    def count(self, rows: int, digests: RowDigests) -> None:
+        super().count(rows, digests)
+        if self._repeats is not None and self._repeats.found(digests, rows):
+            raise UsageError(
+                f"{self.source} begins again after {self._repeats.period} samples, and so never ends; "
+                f"say how many samples to use{self.spec.hint(' with {}-samples')}"
+            )
 
     def _batches(self) -> Iterator[tuple[dict[str, Array], Array | None]]:
         left = self.spec.samples
@@ -248,17 +282,16 @@ class StreamData(Data):
         for element in self._elements():
             if isinstance(element, tuple | list) and not element:
                 raise UnreadableError(self.source, "expected batches; found an empty tuple")
-            picked = {
-                name: (key, as_array(part))
-                for name, (key, part) in pick(self.source, self.spec, element).items()
-            }
+            parts, tree = pick(self.source, self.spec, element)
+            self.structure = tree or self.structure
+            picked = {name: (key, as_array(part)) for name, (key, part) in parts.items()}
             for key, values in picked.values():
                 if values.ndim == 0:
                     raise UnreadableError(
                         self.source, "expected an array of rows; found a single value", tensor=key or None
                     )
             if not self.used:
-                self._describe(features_of(element, len(self.spec.names)), picked)
+                self._describe(unpack(self.spec, element)[0], picked)
             yield picked
 
     def _elements(self) -> Iterator[Any]:
@@ -289,7 +322,31 @@ class StreamData(Data):
             self._keys[name] = key
         if isinstance(features, Mapping):
             taken = set(self._keys.values())
-            self.ignored = tuple(_shown(key, part) for key, part in features.items() if key not in taken)
+            self.ignored = tuple(described(key, part) for key, part in features.items() if key not in taken)
+
+
+class _Repeats:
+    """Notices that batches are the first ones again."""
+
+    def __init__(self) -> None:
+        self._first: list[RowDigests] = []
+        self._same = 0
+        self._samples = 0
+        self.period = 0
+        """Samples before the repetition."""
+
+    def found(self, batch: RowDigests, rows: int) -> bool:
+        """Take note of a batch, and tell whether as many as are remembered came a second time, in order."""
+        if len(self._first) < _REMEMBERED:
+            self._first.append(batch)
+        else:
+            if batch != self._first[self._same]:
+                self._same = 0
+            if batch == self._first[self._same] and any(other != batch for other in self._first):
+                self.period = self.period if self._same else self._samples
+                self._same += 1
+        self._samples += rows
+        return self._same == _REMEMBERED
 
 
 def _alone(parts: dict[str, Array]) -> Batch:
@@ -300,67 +357,6 @@ def _title(name: str) -> str:
     if name.startswith(TARGET):
         return f"the target {name[1:]}".rstrip()
     return name or "the input"
-
-
-def pick(source: str, spec: Spec, element: Any) -> dict[str, tuple[str, Any]]:
-    """Return input of the model, and target where targets are wanted, -> (key, tensor) from a batch.
-
-    Raises:
-        UnreadableError: there are more or fewer tensors than inputs, or it is not clear which to take.
-    """
-    features = features_of(element, len(spec.names))
-    if not spec.purpose.targets:
-        return _pick(source, spec.names, features, spec.choose_inputs, "inputs")
-    if features is element:
-        if isinstance(element, Mapping):
-            return _pick(source, [], element, spec.choose, "inputs")
-        raise UnreadableError(source, "expected batches (x, y); found x alone")
-    labels = _pick(source, spec.outputs, element[1], spec.choose_targets, "outputs")
-    targets = {TARGET + name.removeprefix(TARGET): part for name, part in labels.items()}
-    return {**_pick(source, spec.names, features, spec.choose_inputs, "inputs"), **targets}
-
-
-def _pick(
-    source: str,
-    names: Sequence[str],
-    features: Any,
-    choose: Callable[[str, Mapping[str, object]], dict[str, str]],
-    what: str,
-) -> dict[str, tuple[str, Any]]:
-    if isinstance(features, Mapping):
-        known = {str(key): _shown(key, part) for key, part in features.items() if part is not None}
-        return {name: (key, features[key]) for name, key in choose(source, known).items()}
-    parts = list(features) if isinstance(features, list | tuple) else [features]
-    names = names or ([""] if len(parts) == 1 else [str(number) for number in range(len(parts))])
-    if len(names) != len(parts):
-        raise UnreadableError(source, f"expected batches of {len(names)} {what}; found {len(parts)}")
-    return {name: (name or "batches", part) for name, part in zip(names, parts, strict=True)}
-
-
-def _shown(key: object, part: Any) -> str:
-    shape = ", ".join(map(str, getattr(part, "shape", ())))
-    return f"{key} {getattr(part, 'dtype', type(part).__name__)}[{shape}]"
-
-
-def check_rows(source: str, spec: Spec, rows: Mapping[str, tuple[str, Rows]]) -> None:
-    for name, (key, array) in rows.items():
-        if not array.shape or not array.shape[0]:
-            problem = f"expected at least one row; found {describe(array.dtype, array.shape)}"
-            raise UnreadableError(source, problem, tensor=key or None)
-        if 0 in array.shape or array.dtype.kind not in "fiubV":
-            problem = f"expected numbers; found {describe(array.dtype, array.shape)}"
-            raise UnreadableError(source, problem, tensor=key or None)
-        expected = spec.shape_of(name)
-        if spec.preprocess is None and expected is not None and not fits(array.shape, expected):
-            problem = f"expected rows of shape {list(expected[1:])}; found {list(array.shape[1:])}"
-            raise UnreadableError(source, problem, tensor=key or None, hint=spec.hint(_RESHAPE))
-
-
-def features_of(element: Any, inputs: int) -> Any:
-    """Return x of a batch x, (x, y) or (x, y, weights); torch loaders make lists of what should be tuples."""
-    if isinstance(element, list) and len(element) == inputs > 1:
-        return element
-    return element[0] if isinstance(element, tuple | list) else element
 
 
 def as_array(values: Any) -> Array:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import dis
+import itertools
 import os
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from swa_avg.data.array_files import open_arrays
-from swa_avg.data.batches import ArrayData, Data, StreamData, as_array, check_rows
+from swa_avg.data.batches import ArrayData, Data, StreamData, as_array
+from swa_avg.data.binding import check_rows, has_structure, pick, unpack
 from swa_avg.data.permutation import Permutation
 from swa_avg.data.rows import MemoryRows, Rows, describe
-from swa_avg.data.spec import Spec
+from swa_avg.data.spec import TARGET, Spec
+from swa_avg.data.structure import flatten
 from swa_avg.data.tfdata import open_saved
 from swa_avg.data.user_functions import import_function, names_function
 from swa_avg.errors import UnreadableError, UsageError
 
 __all__ = ["open_data"]
-
-_PARTS = ("x", "y", "weights")
 
 
 def open_data(source: Any, spec: Spec) -> Data:
@@ -83,27 +86,57 @@ def _chosen(source: str, spec: Spec, arrays: Mapping[str, object]) -> dict[str, 
 
 
 def _from_object(made: Any, source: str, spec: Spec) -> Data:
-    if isinstance(made, tuple) and made and all(hasattr(part, "shape") or part is None for part in made):
-        made = dict(zip(_PARTS, made, strict=False)) if spec.purpose.targets else made[0]
-    if hasattr(made, "shape") and hasattr(made, "__array__"):
-        made = {"array": made}
-    if isinstance(made, Mapping):
-        arrays: dict[str, Rows] = {str(key): MemoryRows(as_array(values)) for key, values in made.items()}
-        shown = {key: f"{key} {describe(rows.dtype, rows.shape)}" for key, rows in arrays.items()}
-        chosen = spec.choose(source, shown)
-        rows = {name: arrays[key] for name, key in chosen.items()}
-        check_rows(source, spec, {name: (chosen[name], array) for name, array in rows.items()})
-        data = ArrayData(source, spec, rows, chosen)
-        data.ignored = tuple(text for key, text in shown.items() if key not in chosen.values())
-        return data
-    if not hasattr(made, "__iter__") and hasattr(made, "__getitem__") and hasattr(made, "__len__"):
+    if _is_arrays(made, spec):
+        return _from_arrays(made, source, spec)
+    if spec.samples is None and _endless(made):
+        raise UsageError(
+            f"{source} never ends; say how many samples to use"
+            + (spec.hint(" with {}-samples") or " (samples, or bn_samples of SWA)")
+        )
+    if _has_length(made) and hasattr(made, "__getitem__") and not isinstance(made, list | tuple):
         return StreamData(source, spec, _Indexed(made, spec))
     if not isinstance(made, Iterable):
         found = type(made).__name__
         raise UnreadableError(source, f"expected arrays or an iterable of batches; found {found}")
-    if spec.samples is None and _endless(made):
-        raise UsageError(f"{source} never ends; say how many samples to use" + spec.hint(" with {}-samples"))
-    return StreamData(source, spec, made)
+    known = _has_length(made) or spec.samples is not None
+    return StreamData(source, spec, made, of_known_length=known)
+
+
+def _is_arrays(made: Any, spec: Spec) -> bool:
+    """Tell whether something is arrays, to be drawn from by rows, rather than batches.
+
+    A tuple is (x,), (x, y) or (x, y, weights); a list is several inputs where it has their structure.
+    """
+    if isinstance(made, list) and not has_structure(spec, made):
+        return False
+    x, rest = unpack(spec, made)
+    return all(
+        part is None or (hasattr(part, "shape") and hasattr(part, "__array__"))
+        for part in (*flatten(x).values(), *flatten(list(rest)).values())
+    )
+
+
+def _from_arrays(made: Any, source: str, spec: Spec) -> Data:
+    picked, tree = pick(source, spec, made, "")
+    alone = {"": "x" if spec.purpose.targets else "array", TARGET: "y"}
+    keys = {name: key or alone.get(name, name) for name, (key, _) in picked.items()}
+    rows: dict[str, Rows] = {name: MemoryRows(as_array(values)) for name, (_, values) in picked.items()}
+    check_rows(source, spec, {name: (keys[name], array) for name, array in rows.items()})
+    data = ArrayData(source, spec, rows, keys)
+    data.structure = tree or data.structure
+    x, _ = unpack(spec, made)
+    if isinstance(x, Mapping) and tree is None:
+        others = {str(key): as_array(part) for key, part in x.items() if str(key) not in keys.values()}
+        data.ignored = tuple(f"{key} {describe(part.dtype, part.shape)}" for key, part in others.items())
+    return data
+
+
+def _has_length(batches: Any) -> bool:
+    try:
+        len(batches)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
 
 
 class _Indexed:
@@ -120,5 +153,22 @@ class _Indexed:
 
 
 def _endless(batches: Any) -> bool:
+    """Tell whether it is certain that batches never end.
+
+    A dataset says so; a Keras dataset without a length counts as infinite, there too; the code of a generator
+    that loops for ever has no place that returns.
+    """
     cardinality = getattr(batches, "cardinality", None)
-    return callable(cardinality) and int(cardinality()) == -1
+    if callable(cardinality):
+        return int(cardinality()) == -1
+    if hasattr(batches, "__getitem__"):
+        return not _has_length(batches)
+    if isinstance(batches, itertools.cycle | itertools.count):
+        return True
+    if isinstance(batches, types.GeneratorType):
+        operations = dis.get_instructions(batches.gi_code)
+        return not any(
+            operation.opname.startswith("RETURN_") and operation.opname != "RETURN_GENERATOR"
+            for operation in operations
+        )
+    return False

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from swa_avg.data.structure import Tree
 from swa_avg.errors import UnreadableError, UsageError
 
 __all__ = ["ARGUMENTS", "TARGET", "TRAINING", "VALIDATION", "Batch", "Purpose", "Shape", "Spec", "fits"]
@@ -58,7 +59,30 @@ class Spec:
         purpose: Purpose = TRAINING,
         bind_targets: Sequence[str] = (),
         output_names: Sequence[str] = (),
+        structure: Tree | None = None,
+        optional: Collection[str] = (),
+        text: Collection[str] | None = (),
     ) -> None:
+        """Take what is known; errors name the options of `purpose`.
+
+        Args:
+            bind: `KEY` or `KEY=NAME`, and likewise `bind_targets`.
+            input_names: Of the model's inputs; none where they are not known.
+            input_shapes: As Keras gives them, batch dimension first.
+            batch_size: Rows a batch, where the data do not come in batches.
+            samples: Rows to use.
+            seed: Of the order of rows.
+            preprocess: Applied to each batch.
+            purpose: What the data are for.
+            bind_targets: As `bind`.
+            output_names: Of the model's outputs, where there are several.
+            structure: Of the model's inputs, with names as leaves; None where it is not known.
+            optional: Inputs that may be left out.
+            text: Inputs that take strings; None where that is not known.
+
+        Raises:
+            UsageError: a number is too small, or a name is none of the model's.
+        """
         if samples is not None and samples < 1:
             raise UsageError(f"the number of samples must be at least 1, not {samples}")
         if batch_size is not None and batch_size < 1:
@@ -66,6 +90,9 @@ class Spec:
         if seed < 0:
             raise UsageError(f"the seed must be at least 0, not {seed}")
         self.names = list(input_names)
+        self.structure = structure
+        self.optional = optional
+        self.text = text
         self.shapes = list(input_shapes) or [None] * max(1, len(self.names))
         fixed = next((shape[0] for shape in self.shapes if shape and shape[0]), None)
         if fixed and batch_size and fixed != batch_size:
@@ -87,8 +114,10 @@ class Spec:
             key, _, name = entry.rpartition("=") if "=" in entry else (entry, "", "")
             if not name:
                 name = names[0] if len(names) == 1 else key if key in names else ""
+                if not name and all(other.isdigit() for other in names):  # positions, which have no names
+                    name = next((other for other in names if other not in bound), "")
             if not key or (names and name not in names) or name in bound:
-                expected = ", ".join(f"{key or 'KEY'}={name}" for name in names)
+                expected = ", ".join(f"{key or 'KEY'}={name}" for name in names) or "KEY=INPUT for each input"
                 side = {"input": "input", "target": "output"}[what]
                 option = f"{self.purpose.option}-{what}" if self.purpose.option else f"{what}s:"
                 raise UsageError(
@@ -140,7 +169,7 @@ class Spec:
             found = [key for key in usual if key in arrays] or [key for key in arrays if key not in taken]
             if len(found) == 1 or (found and found[0] in usual):
                 chosen[names[0]] = found[0]
-        missing = [name for name in names if name not in chosen]
+        missing = [name for name in names if name not in chosen and name not in self.optional]
         unknown = [key for key in chosen.values() if key not in arrays]
         if missing or unknown:
             expected = unknown[0] if unknown else " and ".join(missing) or f"one array for the model's {what}"
@@ -148,11 +177,15 @@ class Spec:
             side = {"input": "INPUT", "target": "OUTPUT"}[what]
             hint = self.hint(f"choose with {{}}-{what} KEY" + (f"={side}" if len(names) > 1 else ""))
             raise UnreadableError(source, f"expected {expected or 'one array'}; found {shown}", hint=hint)
-        return {name: chosen[name] for name in names}
+        return {name: chosen[name] for name in names if name in chosen}
 
     def hint(self, text: str) -> str:
         """Return what to do by options, with how they start in the place of `{}`; nothing in Python."""
         return text.format(self.purpose.option) if self.purpose.option else ""
+
+    def takes_text(self, name: str) -> bool:
+        """Tell whether an input, or what makes it of the data, may take strings."""
+        return self.text is None or name in self.text or self.preprocess is not None or name[:1] == TARGET
 
     def shape_of(self, name: str) -> Shape | None:
         if name.startswith(TARGET):

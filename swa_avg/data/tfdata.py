@@ -7,7 +7,8 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from swa_avg.data.batches import ArrayData, Data, StreamData, check_rows, pick
+from swa_avg.data.batches import ArrayData, Data, StreamData
+from swa_avg.data.binding import check_rows, pick
 from swa_avg.data.rows import Rows, RowWriter
 from swa_avg.data.spec import Spec, fits
 from swa_avg.errors import UnreadableError, UsageError, first_line
@@ -36,15 +37,17 @@ def open_saved(path: Path, spec: Spec) -> Data:
         raise UsageError(f"reading the dataset in {path} needs TensorFlow: pip install tensorflow") from error
     with _readable(path):
         dataset = tf.data.Dataset.load(str(path))
-        parts = pick(str(path), spec, dataset.element_spec)
+        parts, _ = pick(str(path), spec, dataset.element_spec)
         if _holds_rows(parts, spec):
             row_shapes = [part.shape for _, part in parts.values()]
             dataset = dataset.batch(_TOGETHER if _fixed(row_shapes) else 1)
         else:
             row_shapes = [part.shape[1:] for _, part in parts.values()]
     source = StreamData(str(path), spec, _elements(path, dataset))
-    if not _fixed(row_shapes):
-        source.notes.append("rows of several shapes are used in the order in which they were saved")
+    text = any(part.dtype == tf.string for _, part in parts.values())
+    if text or not _fixed(row_shapes):
+        what = "rows of text" if text else "rows of several shapes"
+        source.notes.append(f"{what} are used in the order in which they were saved")
         return source
     return _copied(path, spec, source)
 
@@ -85,6 +88,7 @@ def _copied(path: Path, spec: Spec, source: StreamData) -> Data:
         data = ArrayData(str(path), spec, rows, keys)
         data.stack = stack.pop_all()
     data.ignored = source.ignored
+    data.structure = source.structure
     return data
 
 

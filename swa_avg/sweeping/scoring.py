@@ -17,7 +17,7 @@ from swa_avg.batchnorm.complaints import keras_reason
 from swa_avg.batchnorm.loading import load_model, load_weights
 from swa_avg.batchnorm.places import Places, find_places
 from swa_avg.batchnorm.processes import Origin, PerProcess, absolute
-from swa_avg.batchnorm.signature import arranger, inputs_of
+from swa_avg.batchnorm.signature import inputs_of
 from swa_avg.batchnorm.statistics import RefreshedStatistics
 from swa_avg.data.sources import open_data
 from swa_avg.data.spec import VALIDATION, Spec
@@ -189,12 +189,11 @@ class Evaluator:
         return name, self._validation.mode or direction(self._model, name.rpartition(":")[2])
 
     def _evaluate(self) -> dict[str, float]:
-        inputs = arranger(getattr(self._model, "_inputs_struct", None))
         meter = _Compiled(self._model) if self._metric is None else _Whole(self._model, self._metric)
         with open_data(self._validation.data, self._spec) as data:
             for x, y, _ in data.labelled():
                 try:
-                    meter.add(inputs(x), _arranged(self._model, y))
+                    meter.add(x, _arranged(self._model, y))
                 except SwaAvgError:
                     raise
                 except Exception as error:  # of whichever class the backend has for shapes and types
@@ -214,11 +213,9 @@ class Evaluator:
     @property
     def _spec(self) -> Spec:
         validation = self._validation
-        names, shapes = inputs_of(self._model)
         return Spec(
+            **inputs_of(self._model),
             bind=validation.inputs,
-            input_names=names,
-            input_shapes=shapes,
             batch_size=validation.batch_size,
             samples=validation.samples,
             preprocess=import_function(validation.preprocess) if validation.preprocess else None,
