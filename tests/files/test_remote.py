@@ -415,7 +415,7 @@ def test_a_pattern_over_http_gives_the_urls_of_the_files(tmp_path: Path) -> None
 
 
 def _show() -> Any:
-    path = Path(__file__).parents[1] / "scripts" / "remote_bytes.py"
+    path = Path(__file__).parents[2] / "scripts" / "remote_bytes.py"
     spec = importlib.util.spec_from_file_location("remote_bytes", path)
     assert spec is not None
     assert spec.loader is not None
