@@ -17,7 +17,6 @@ from swa_avg.callbacks.run_folder import published
 __all__ = ["Snapshot", "Task", "saved_view", "write_model"]
 
 _WEIGHTS_SUFFIX = ".weights.h5"
-_KERAS = tuple(map(int, keras.__version__.split(".")[:2]))
 
 
 class Task(threading.Thread):
@@ -141,8 +140,6 @@ class _Buffer(io.BytesIO):
 def write_model(model: Any, temporary: Path) -> None:
     if not temporary.name.endswith(_WEIGHTS_SUFFIX):
         model.save(temporary)
-    elif _KERAS < (3, 10):  # which wants a path
-        model.save_weights(temporary)
     else:
         weights = _Buffer()
         model.save_weights(weights)

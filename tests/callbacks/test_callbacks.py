@@ -19,7 +19,6 @@ from swa_avg import refresh_batchnorm  # noqa: E402
 from swa_avg.callbacks import (  # noqa: E402
     SWA,
     CheckpointSaver,
-    snapshot,
 )
 from swa_avg.errors import MismatchError, SystemRefusalError, UnreadableError, UsageError  # noqa: E402
 from swa_avg.inputs.index import read_index  # noqa: E402
@@ -193,9 +192,8 @@ class TestWhatIsSaved:
             *(f"e{n}_{loss:.3f}.keras" for n, loss in enumerate(history["loss"], 1)),
         ]
 
-    @pytest.mark.parametrize(("background", "version"), [(True, (3, 10)), (False, (3, 10)), (True, (3, 9))])
-    def test_weights_alone_are_what_save_weights_writes(self, tmp_path, background, version, monkeypatch):
-        monkeypatch.setattr(snapshot, "_KERAS", version)
+    @pytest.mark.parametrize("background", [True, False])
+    def test_weights_alone_are_what_save_weights_writes(self, tmp_path, background):
         model = small()
         fit(model, CheckpointSaver(tmp_path / "run", weights_only=True, background=background), epochs=1)
         model.save_weights(tmp_path / "reference.weights.h5")
@@ -606,8 +604,7 @@ model.fit(np.ones((4, 4)), np.ones((4, 1)), epochs=9, verbose=0, callbacks=[Full
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
-@pytest.mark.parametrize("weights_only", [False, True])
-@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize(("background", "weights_only"), [(True, False), (False, True)])
 def test_a_full_disk_ends_the_process_with_an_error_not_a_crash(
     tmp_path, run_python, background, weights_only
 ):
@@ -678,12 +675,10 @@ def assert_weights(model, expected):
 
 
 class TestSWA:
-    @pytest.mark.parametrize(
-        ("usage", "training_epochs"),
-        [("cyclic", 150), ("descent", 20), ("constant", 20), ("no schedule", 20)],
-    )
-    def test_the_old_usages_average_the_last_ten_epochs(self, tmp_path, monkeypatch, usage, training_epochs):
+    @pytest.mark.parametrize("usage", ["cyclic", "descent", "constant", "no schedule"])
+    def test_the_old_usages_average_the_last_ten_epochs(self, tmp_path, monkeypatch, usage):
         monkeypatch.chdir(tmp_path)
+        training_epochs = 20
         swa_start, lr_start, lr_end, c = training_epochs - 10, 0.05, 0.01, 5
         schedules = {
             "cyclic": lambda epoch: LR_schedule(

@@ -550,7 +550,6 @@ class TestS3:
         [
             (("s3://bucket/none.keras", "-o", "x.keras"), "s3://bucket/none.keras: no such file or bucket"),
             (("s3://none/a.keras", "-o", "x.keras"), "s3://none/a.keras: no such file or bucket"),
-            (("s3://none/a*.keras", "-o", "x.keras"), "s3://none/a*.keras: no such file or bucket"),
             (("in.keras", "-o", "s3://none/x.keras"), "s3://none/x.keras: no such file or bucket"),
         ],
     )
@@ -567,6 +566,15 @@ class TestS3:
         makers.write_archive(tmp_path / "in.keras", makers.weights())
         ended = swa_avg(*arguments)
         assert (ended.code, ended.err) == (5, f"swa-avg: error: {line}\n")
+
+    def test_a_pattern_in_a_missing_bucket_is_one_line(self, s3: Any, swa_avg: Cli) -> None:
+        ended = swa_avg("s3://none/a*.keras", "-o", "x.keras")
+        found = "s3://none/a*.keras: no such file or bucket"
+        nothing = "no file matches 's3://none/a*.keras'"  # where s3fs is older than 2026.4
+        assert (ended.code, ended.err) in [
+            (5, f"swa-avg: error: {found}\n"),
+            (2, f"swa-avg: error: {nothing}\n"),
+        ]
 
     @pytest.mark.parametrize("name", ["ckpt_1.keras", "ckpt_*.keras"])
     def test_wrong_credentials_are_one_line(
