@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 
+from swa_avg.batchnorm.loading import check_model
 from swa_avg.callbacks.filenames import FileNames
 from swa_avg.callbacks.model_state import is_chief, learning_rate, scalars, steps, sync
 from swa_avg.callbacks.run_folder import RunFolder, published
@@ -134,6 +135,7 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
             metrics: By name, scalars.
             step: Steps trained so far; by default what the optimizer has counted.
         """
+        check_model(model)
         sync(model)
         self.wait()
         chief = is_chief(model)
@@ -189,6 +191,10 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
             self.wait()
         elif self._task is not None:
             self._task.join()
+
+    def set_model(self, model: Any) -> None:
+        check_model(model)
+        super().set_model(model)
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         self.wait()

@@ -278,7 +278,11 @@ def _parse_header(
         raise refuse("expected a .npy header; found a damaged one") from error
     if dtype.hasobject:
         raise refuse("expected numbers; found pickled objects, which are never read", "store a plain array")
-    if not isinstance(descr, str) or dtype.kind not in "fiub" or dtype.itemsize > 8:
+    if (
+        not isinstance(descr, str)
+        or dtype.kind not in "fiubSU"
+        or (dtype.kind in "fiub" and dtype.itemsize > 8)
+    ):
         raise refuse(f"expected numbers; found {_type_name(descr, dtype)}")
     if not all(type(size) is int and size >= 0 for size in shape):
         raise refuse("expected a shape; found one that is not of whole numbers from 0")
