@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 
 from swa_avg.batchnorm.complaints import keras_reason, unknown_class
 from swa_avg.data.user_functions import import_function, import_module, names_function
-from swa_avg.errors import SwaAvgError, UsageError
+from swa_avg.errors import SwaAvgError, UsageError, escape
 from swa_avg.files.location import local_copy
+from swa_avg.files.untrusted_json import parse_json
 from swa_avg.formats import Checkpoint, open_checkpoint
 from swa_avg.planning.policy import has_lambda
 
@@ -88,11 +90,11 @@ def load_model(checkpoint: Checkpoint, loading: Loading, *, compiled: bool = Fal
     for module in loading.imports:
         import_module(module)
     if isinstance(loading.model, str | Path):
-        with _complaints_named(Path(loading.model).name, loading, compiled=compiled):
+        with _complaints_named(Path(loading.model).name, _hints(loading, _writer(loading.model), compiled)):
             model = _build(str(loading.model), loading, keras, compiled=compiled)
     else:
         model = loading.model
-    with _complaints_named(checkpoint.path.name, loading, compiled=compiled):
+    with _complaints_named(checkpoint.path.name, _hints(loading, checkpoint.writer, compiled)):
         if checkpoint.config is not None and model is None:
             path = _path_for_keras(checkpoint)
             return keras.models.load_model(path, compile=compiled, safe_mode=not loading.unsafe)
@@ -107,7 +109,7 @@ def load_weights(model: Any, checkpoint: Checkpoint) -> None:
     Raises:
         UsageError: they are not this model's.
     """
-    with _complaints_named(checkpoint.path.name, Loading(), compiled=False):
+    with _complaints_named(checkpoint.path.name, _hints(Loading(), None, False)):
         model.load_weights(_path_for_keras(checkpoint))
 
 
@@ -120,7 +122,10 @@ def check_model(model: Any) -> None:
     found = f"{type(model).__module__.partition('.')[0]}.{type(model).__name__}"
     hint = ""
     if any(kind.__module__.startswith(("tf_keras.", "keras.src.legacy.")) for kind in type(model).__mro__):
-        hint = "; build the model with Keras 3, and load what tf_keras saved by its load_weights"
+        hint = (
+            "; import keras, not tf_keras, unset TF_USE_LEGACY_KERAS, and load what tf_keras saved by "
+            "load_weights; files that it saved can be averaged"
+        )
     raise UsageError(f"expected a model of Keras {keras.__version__}, found {found}{hint}")
 
 
@@ -136,24 +141,43 @@ def _path_for_keras(checkpoint: Checkpoint) -> Path:
 
 
 @contextmanager
-def _complaints_named(source: str, loading: Loading, *, compiled: bool) -> Iterator[None]:
-    """Turn Keras's complaints about what it loads into ours."""
+def _complaints_named(source: str, hint: Callable[[str], str]) -> Iterator[None]:
+    """Turn Keras's complaints about what it loads into ours; `hint` says what to do about a reason."""
     try:
         yield
     except SwaAvgError:
         raise
     except Exception as error:  # which may be anything: IndexError, say, for models of Keras 2 in each other
         reason = keras_reason(error)
+        raise UsageError(escape(f"Keras cannot load {source} ({reason}); {hint(reason)}")) from error
+
+
+def _hints(loading: Loading, writer: str | None, compiled: bool) -> Callable[[str], str]:
+    """Return what says what to do about a reason for which Keras cannot load something."""
+
+    def hint(reason: str) -> str:
+        if writer is not None and re.match(r"(tf_)?keras 2\.", writer, re.IGNORECASE):
+            return f"{writer} wrote it: build the model with Keras 3 in a function, --model MODULE:FUNCTION"
         unknown = unknown_class(reason)
-        hint = "give a model with these weights' layers by --model MODULE:FUNCTION"
-        if unknown is not None:
-            hint = f"name the module that registers {unknown} by --import MODULE"
-            if loading.imports:
-                hint = f"register {unknown} with @keras.saving.register_keras_serializable() in the module"
-            hint += ", or a function that builds the model by --model MODULE:FUNCTION"
-            if compiled:
-                hint += "; a loss or a metric is not needed with --metric MODULE:FUNCTION"
-        raise UsageError(f"Keras cannot load {source} ({reason}); {hint}") from error
+        if unknown is None:
+            return "name a function that builds a model with these layers, --model MODULE:FUNCTION"
+        first = f"name the module that registers {unknown}, --import MODULE"
+        if loading.imports:
+            first = f"register {unknown} in it by @keras.saving.register_keras_serializable()"
+        last = "or a function that builds the model, --model MODULE:FUNCTION"
+        metric = "; for a loss or a metric, --metric MODULE:FUNCTION" if compiled else ""
+        return f"{first}, {last}{metric}"
+
+    return hint
+
+
+def _writer(source: str | Path) -> str | None:
+    """Return what wrote a JSON configuration."""
+    path = Path(source)
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    version = parse_json(path.read_bytes(), path, "the configuration").get("keras_version")
+    return f"Keras {version}" if isinstance(version, str) else None
 
 
 def _build(source: str, loading: Loading, keras: Any, *, compiled: bool) -> Any:

@@ -9,22 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from swa_avg.errors import UsageError
-
-__all__ = ["check_model", "is_chief", "learning_rate", "scalars", "steps", "sync"]
-
-
-def check_model(model: Any) -> None:
-    """Raise UsageError if `model` is not one of Keras 3."""
-    if isinstance(model, keras.Model):
-        return
-    if any(base.__module__.split(".")[0] == "tf_keras" for base in type(model).__mro__):
-        raise UsageError(
-            "the model is one of tf_keras, that is Keras 2, and the callbacks take models of Keras 3: import "
-            "keras, not tf_keras, and unset TF_USE_LEGACY_KERAS; or save with "
-            "tf_keras.callbacks.ModelCheckpoint, and average its files with swa-avg"
-        )
-    raise UsageError(f"model is a {type(model).__qualname__}; expected a keras.Model")
+__all__ = ["is_chief", "learning_rate", "scalars", "steps", "sync"]
 
 
 def sync(model: Any) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import keras
 
-from swa_avg.callbacks.model_state import check_model, learning_rate
+from swa_avg.batchnorm.loading import check_model
+from swa_avg.callbacks.model_state import learning_rate
 
 __all__ = ["PrintLearningRate"]
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import keras
 
+from swa_avg.batchnorm.loading import check_model
 from swa_avg.callbacks.filenames import FileNames
-from swa_avg.callbacks.model_state import check_model, is_chief, learning_rate, scalars, steps, sync
+from swa_avg.callbacks.model_state import is_chief, learning_rate, scalars, steps, sync
 from swa_avg.callbacks.run_folder import RunFolder, published
 from swa_avg.callbacks.snapshot import Snapshot, Task, saved_view, write_model
 from swa_avg.errors import SwaAvgError, UsageError

@@ -270,7 +270,11 @@ def _parse_header(path: Path, key: str, data: bytes) -> tuple[np.dtype[Any], tup
         raise refuse("expected a .npy header; found a damaged or a very long one") from error
     if dtype.hasobject:
         raise refuse("expected numbers; found pickled objects, which are never read", "store a plain array")
-    if dtype.fields is not None or dtype.kind not in "fiub" or dtype.itemsize > 8:
+    if (
+        dtype.fields is not None
+        or dtype.kind not in "fiubSU"
+        or (dtype.kind in "fiub" and dtype.itemsize > 8)
+    ):
         raise refuse(f"expected numbers; found {_type_name(dtype)}")
     if len(shape) > _MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
         raise refuse("expected a shape; found sizes that no array has")

@@ -132,7 +132,10 @@ class Data(ABC):
             if expected is not None and not fits(tuple(shape), expected):
                 key = self._keys.get(name, name)
                 problem = f"expected rows of shape {list(expected[1:])}; found {list(shape[1:])}"
-                raise UnreadableError(self.source, problem, tensor=key or None, hint=self.spec.hint(RESHAPE))
+                hint = self.spec.hint(RESHAPE)
+                if fits((1, *shape), expected):
+                    hint = "these are single rows: put them together, as dataset.batch(32) does"
+                raise UnreadableError(self.source, problem, tensor=key or None, hint=hint)
 
     @property
     def digest(self) -> str:

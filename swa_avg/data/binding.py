@@ -11,6 +11,7 @@ from swa_avg.data.rows import Rows, describe
 from swa_avg.data.spec import TARGET, Spec, fits
 from swa_avg.data.structure import Tree, flatten, matched, named
 from swa_avg.errors import UnreadableError
+from swa_avg.text import counted
 
 __all__ = ["RESHAPE", "check_rows", "described", "has_structure", "pick", "unpack", "usable"]
 
@@ -89,7 +90,7 @@ def _known(source: str, spec: Spec, x: Any) -> dict[str, Any]:
         return dict(zip(spec.names, leaves, strict=True))
     found = str(len(leaves)) if len(leaves) != len(spec.names) else "another structure"
     hint = f"give them as {spec.structure}" if len(spec.names) > 1 and spec.structure is not None else ""
-    problem = f"expected batches of {len(spec.names)} inputs; found {found}"
+    problem = f"expected batches of {counted(len(spec.names), 'input')}; found {found}"
     raise UnreadableError(source, problem, hint=hint)
 
 

@@ -339,7 +339,7 @@ BAD_NPY = {
         "expected a shape",
     ),
     "unknown version": (npy(header(), DATA, 9), "expected an array in .npy format"),
-    "text": (npy(header("'<U6'"), DATA), "expected numbers; found <U6"),
+    "text": (npy(header("'<U1'"), DATA), "expected numbers; found <U1"),
     "complex": (npy(header("'<c8'", "(3,)"), DATA), "expected numbers; found complex64"),
     "time": (npy(header("'<M8[ns]'", "(3,)"), DATA), "expected numbers; found datetime64[ns]"),
     "fields": (npy(header("[('a', '<f4'), ('b', '<i4')]", "(3,)"), DATA), "found a structure of fields"),
