@@ -282,7 +282,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--count", type=int, default=10, help="checkpoints")
-    parser.add_argument("--variables", type=int, help="synthetic checkpoints of so many variables")
+    parser.add_argument("--variables", type=int, help="synthetic checkpoints of this many variables")
     parser.add_argument("--kilobytes", type=float, default=1.0, help="size of each of these")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--only", choices=["fast", "no-keras", "all"], default="all")

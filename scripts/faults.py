@@ -214,7 +214,7 @@ class Bench:
         return outcome
 
     def interrupt(self, setting: Setting, signals: Sequence[tuple[float, int]]) -> str:
-        """Send signals after so many seconds; return how the run ended, or raise AssertionError."""
+        """Send signals after this many seconds; return how the run ended, or raise AssertionError."""
         ended, after = self.fresh_run(setting, signals=signals)
         names = "+".join(f"signal={signal.Signals(number).name[3:]}" for _, number in signals)
         return self._judge(Fault(setting, "any", 0, names), after, ended)
@@ -225,7 +225,7 @@ class Bench:
         return self._judge(Fault(setting, "RLIMIT_FSIZE", size, "limit"), after, ended)
 
     def fill(self, setting: Setting, disk: Path, free: int) -> str:
-        """Leave so many bytes of a disk free; return how the run ended, or raise AssertionError."""
+        """Leave this many bytes of a disk free; return how the run ended, or raise AssertionError."""
         filler = disk / "filler"
         with self.folder(setting, disk) as folder:
             status = os.statvfs(disk)
@@ -323,7 +323,7 @@ def kinds(bench: Bench) -> dict[str, list[Fault]]:
 
 
 def chosen(faults: Sequence[Fault], count: int, seed: int) -> list[Fault]:
-    """Return so many of the faults; all of them, again and again, where there are fewer."""
+    """Return this many of the faults; all of them, again and again, where there are fewer."""
     rng = random.Random(seed)
     found: list[Fault] = []
     while len(found) < count and faults:
@@ -370,7 +370,7 @@ def moments(bench: Bench, count: int, seed: int) -> dict[str, Callable[[], str]]
 
 
 def limits(bench: Bench, count: int) -> dict[str, Callable[[], str]]:
-    """Return runs whose files may not grow beyond so many sizes."""
+    """Return runs whose files may not grow beyond the given sizes."""
     return {
         f"{setting}: RLIMIT_FSIZE {size}": partial(bench.limit, setting, size)
         for setting in SETTINGS
@@ -379,7 +379,7 @@ def limits(bench: Bench, count: int) -> dict[str, Callable[[], str]]:
 
 
 def disks(bench: Bench, disk: Path, count: int) -> dict[str, Callable[[], str]]:
-    """Return runs on a disk with so many sizes of what is free."""
+    """Return runs on a disk with the given sizes of free space."""
     return {
         f"{setting}: {free} bytes free": partial(bench.fill, setting, disk, free)
         for setting in SETTINGS

@@ -100,7 +100,7 @@ def main() -> None:
 def fuzz(
     cases: int, seed: int, workers: int, folder: Path, keep: Path | None = None
 ) -> tuple[Counter[tuple[str, str]], list[str], float, int]:
-    """Run so many cases; return the counts, what went wrong, the longest run and the most memory."""
+    """Run this many cases; return the counts, what went wrong, the longest run and the most memory."""
     table: Counter[tuple[str, str]] = Counter()
     wrong: list[str] = []
     slowest, largest = 0.0, 0

@@ -293,8 +293,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoints", nargs="+", help="files, or a pattern, in quotes")
-    parser.add_argument("--inputs", type=int, help="as if there were so many checkpoints")
-    parser.add_argument("--repeat", type=int, default=1, help="as if each were so many times as large")
+    parser.add_argument("--inputs", type=int, help="as if there were this many checkpoints")
+    parser.add_argument("--repeat", type=int, default=1, help="as if each were this many times as large")
     parser.add_argument("--stream", type=float, default=1.0, help="GB/s that one worker reads  [1]")
     parser.add_argument("--storage", type=float, default=40.0, help="GB/s that all of them read  [40]")
     parser.add_argument("--latency", type=float, default=0.5, help="ms of one request  [0.5]")

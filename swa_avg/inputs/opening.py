@@ -125,7 +125,7 @@ def check_contents(checkpoints: Sequence[Checkpoint], checksums: Sequence[Sequen
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise the soft limit of open files for so many checkpoints, each of which may be a set of shards: all
+    """Raise the soft limit of open files for this many checkpoints, each possibly a set of shards: all
     stay open for the run."""
     try:
         import resource

@@ -52,7 +52,7 @@ def inspect_checkpoints(
     Distances, norms and angles are those of the rows of all values that `average` would average, BatchNorm's
     moving statistics among them, in float64, from one streamed pass in bounded memory. They do not depend on
     `method`, except for what is said of the mean. See `geometry_of` for what counts as an outlier. Bytes are
-    not held against the checksums that archives declare.
+    not checked against the checksums that archives declare.
 
     Args:
         inputs, epochs, best, monitor, mode, last, every: Which checkpoints, as for `average`.
