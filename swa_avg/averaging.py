@@ -7,11 +7,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from swa_avg.batchnorm import Refresh, RefreshReport
-from swa_avg.batchnorm.checkpoint import refreshed_statistics
-from swa_avg.batchnorm.loading import check_request
 from swa_avg.combine import Combiner, open_workers
 from swa_avg.combine.drafts import write_draft
 from swa_avg.files.location import Location, any_remote, local_copy, location
@@ -29,6 +26,9 @@ from swa_avg.planning.plan import Plan, coefficients_of
 from swa_avg.planning.policy import batchnorm_layers
 from swa_avg.planning.record import describe
 from swa_avg.text import Progress
+
+if TYPE_CHECKING:
+    from swa_avg.batchnorm import Refresh, RefreshReport
 
 __all__ = ["Report", "average"]
 
@@ -186,6 +186,8 @@ def average(
             check_shared_files(checkpoints)
             check_contents(checkpoints, combiner.checksums)
             if refresh is not None:
+                from swa_avg.batchnorm.loading import check_request
+
                 refresh = _with_model(refresh, plan, dry_run)
                 check_request(refresh, plan.template)
             report = Report(
@@ -202,6 +204,8 @@ def average(
             stream: Stream = combiner.stream
             further: dict[str, Any] = {}  # that the output's record says
             if refresh is not None:
+                from swa_avg.batchnorm.checkpoint import refreshed_statistics
+
                 path = stack.enter_context(temporary_folder(publication.output)) / publication.output.name
                 write_draft(path, plan.template, combiner.stream)
                 draft = stack.enter_context(closing(open_checkpoint(path)))

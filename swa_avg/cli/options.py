@@ -199,9 +199,9 @@ def refresh_of(options: Mapping[str, Any], *, loads: bool = False) -> Refresh | 
     Raises:
         click.UsageError: options are given that have no effect without a refresh.
     """
-    from swa_avg.batchnorm import Refresh
-
     if options["bn_refresh"] is not None:
+        from swa_avg.batchnorm import Refresh
+
         return Refresh(
             options["bn_refresh"],
             inputs=options["bn_input"],
