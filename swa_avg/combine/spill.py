@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from swa_avg.combine.blocks import Block, Piece, blocks_of
 from swa_avg.combine.combiner import Combiner
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["Spill"]
 
