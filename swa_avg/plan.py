@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,13 +57,14 @@ def make_plan(
     findings = list(refusals(newest))
     for checkpoint in inputs[:-1]:
         findings.extend(_differences(checkpoint, newest))
+    dropped = {
+        name for name, tensor in newest.tensors.items() if drop_optimizer and is_model_optimizer(tensor)
+    }
+    findings.extend(_damaged_state(newest, inputs[:-1], dropped))
     if findings:
         raise MismatchError(_limited(findings))
     by_treatment: dict[str, list[Tensor]] = {"average": [], "compare": [], "copy": []}
     seen = set()
-    dropped = {
-        name for name, tensor in newest.tensors.items() if drop_optimizer and is_model_optimizer(tensor)
-    }
     for tensor in sorted(template.tensors.values(), key=lambda t: (t.image, t.offset, t.name)):
         if tensor.name in dropped:
             continue
@@ -96,12 +98,8 @@ def _differences(checkpoint: Checkpoint, newest: Checkpoint) -> Iterator[Finding
         return
     for where, expected, found in config_differences(newest.config, checkpoint.config):
         yield Finding(path, where, f"expected {expected} as in {newest.path.name}, found {found}")
-    for group, name in newest.layer_names.items():
-        theirs_name = checkpoint.layer_names.get(group, name)
-        if _stem(theirs_name) != _stem(name):
-            yield Finding(
-                path, group, f"expected layer {name!r} as in {newest.path.name}, found {theirs_name!r}"
-            )
+    for group, expected, found in _renamed(checkpoint, newest):
+        yield Finding(path, group, f"expected layer {expected!r} as in {newest.path.name}, found {found!r}")
     if checkpoint.tensors is newest.tensors:
         return
     for names in sorted(map(sorted, _tied(newest) ^ _tied(checkpoint))):
@@ -125,13 +123,116 @@ def _differences(checkpoint: Checkpoint, newest: Checkpoint) -> Iterator[Finding
             yield Finding(path, name, f"extra {tensor}; {newest.path.name} does not have it{hint}")
 
 
+def _renamed(checkpoint: Checkpoint, newest: Checkpoint) -> Iterator[tuple[str, str, str]]:
+    """Yield (group, expected, found) of layers: a run may go on with another optimizer or model's name."""
+    state = {name.rpartition("/vars/")[0] for name, t in newest.tensors.items() if t.role != "weight"}
+    for group, name in newest.layer_names.items():
+        theirs = checkpoint.layer_names.get(group, name)
+        if group and group not in state and _stem(theirs) != _stem(name):
+            yield group, name, theirs
+
+
+def _damaged_state(
+    newest: Checkpoint, older: Sequence[Checkpoint], dropped: Collection[str]
+) -> Iterator[Finding]:
+    """Yield what is not as Keras writes it in the state that an output takes from the newest checkpoint.
+
+    HDF5 keeps no checksum of names and types, and state is not compared with that of other checkpoints: a run
+    may go on with another optimizer, or have built it only later.
+    """
+    others = [checkpoint for checkpoint in older if checkpoint.kind == newest.kind]
+    if any(checkpoint.tensors is newest.tensors for checkpoint in others):
+        return
+    state = [t for name, t in newest.tensors.items() if t.role != "weight" and name not in dropped]
+    state.sort(key=lambda tensor: tensor.name)
+    findings = list(_unlike_twins(newest, others, state))
+    yield from findings or _misnumbered(newest, others, state)
+
+
+def _unlike_twins(
+    newest: Checkpoint, others: Sequence[Checkpoint], state: Sequence[Tensor]
+) -> Iterator[Finding]:
+    """Yield state with another name, shape or type than what lies in its place in files of one layout.
+
+    Where all tensors of two files lie in the same places, they are of one model and one optimizer. Then the
+    groups of layers without weights have the same names, too. Legacy files list the names of their tensors,
+    which hold the optimizer's own.
+    """
+    places = _by_place(newest)
+    twins = [(other, found) for other in others if (found := _by_place(other)).keys() == places.keys()]
+    if not twins:
+        return
+    legacy = newest.kind.startswith("legacy")
+    for tensor in state:
+        there = [(other, t) for other, found in twins for t in found.get(_place(tensor), ())]
+        if there and not any(
+            (t.shape, t.dtype) == (tensor.shape, tensor.dtype) and (legacy or t.name == tensor.name)
+            for _, t in there
+        ):
+            other, t = there[-1]
+            problem = f"expected {t.name}, {t}, which lies there in {other.path.name}, found {tensor}"
+            yield Finding(newest.path, tensor.name, f"{problem}: one of the two is damaged{_way_out(tensor)}")
+    other = twins[-1][0]
+    if all(twin.empty_groups != newest.empty_groups for twin, _ in twins):
+        ours, theirs = newest.empty_groups, other.empty_groups
+        for group, expected in zip(sorted(ours - theirs), sorted(theirs - ours), strict=False):
+            problem = f"expected {expected} as in {other.path.name}: one of the two is damaged"
+            yield Finding(newest.path, group, f"{problem}; leave it out")
+    if all(twin.layer_names.keys() != newest.layer_names.keys() for twin, _ in twins):
+        for group in sorted(other.layer_names.keys() - newest.layer_names.keys()):
+            problem = f"expected the name {other.layer_names[group]!r} as in {other.path.name}, found none"
+            problem += ": one of the two is damaged; leave it out"
+            yield Finding(newest.path, f"{group}/vars".lstrip("/"), problem)
+
+
+def _misnumbered(
+    newest: Checkpoint, others: Sequence[Checkpoint], state: Sequence[Tensor]
+) -> Iterator[Finding]:
+    """Yield the first variable that is missing from the numbered state of an optimizer or a metric.
+
+    Keras numbers them from 0. One that numbers its own in another way does so in every checkpoint.
+    """
+    groups: dict[str, dict[str, Tensor]] = {}
+    for tensor in state:
+        group, _, own = tensor.name.rpartition("/")
+        groups.setdefault(group, {})[own] = tensor
+    for group, members in groups.items():
+        missing = next(number for number in itertools.count() if str(number) not in members)
+        if not group.endswith("/vars") or missing == sum(map(str.isdecimal, members)):
+            continue
+        if not any(_members(other, group) == members.keys() for other in others):
+            found = ", ".join(sorted(members))
+            problem = f"is missing, and {found[:80]} are there: a name is damaged"
+            way_out = _way_out(next(iter(members.values())))
+            yield Finding(newest.path, f"{group}/{missing}", problem + way_out)
+
+
+def _way_out(tensor: Tensor) -> str:
+    drop = ", or use --optimizer drop" if is_model_optimizer(tensor) else ""
+    return f"; leave this file out{drop}"
+
+
+def _members(checkpoint: Checkpoint, group: str) -> set[str]:
+    return {n.removeprefix(f"{group}/") for n in checkpoint.tensors if n.rpartition("/")[0] == group}
+
+
+def _place(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.image, tensor.offset, tensor.nbytes
+
+
+def _by_place(checkpoint: Checkpoint) -> dict[tuple[int, int, int], list[Tensor]]:
+    """Return the tensors by where they lie; those without bytes lie nowhere."""
+    found: dict[tuple[int, int, int], list[Tensor]] = {}
+    for tensor in checkpoint.tensors.values():
+        if tensor.nbytes:
+            found.setdefault(_place(tensor), []).append(tensor)
+    return found
+
+
 def _tied(checkpoint: Checkpoint) -> set[frozenset[str]]:
     """Return the sets of names under which one stored weight is found."""
-    names: dict[tuple[int, int, int], list[str]] = {}
-    for tensor in checkpoint.tensors.values():
-        if tensor.role == "weight" and tensor.nbytes:
-            names.setdefault((tensor.image, tensor.offset, tensor.nbytes), []).append(tensor.name)
-    return {frozenset(same) for same in names.values() if len(same) > 1}
+    weights = ([t.name for t in same if t.role == "weight"] for same in _by_place(checkpoint).values())
+    return {frozenset(names) for names in weights if len(names) > 1}
 
 
 def _stems(name: str) -> tuple[str, ...]:

@@ -168,6 +168,7 @@ def sweep(
             folder,
             *_scoring(Scorer(validation, loading, refresh), crew),
             score_progress and partial(score_progress, steps),
+            drop_optimizer=optimizer == "drop",
         )
         scored = trials.scored(rows, verify=verify, progress=progress)
         singles, averages = scored[: len(paths)], scored[len(paths) :]

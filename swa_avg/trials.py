@@ -67,6 +67,8 @@ class Trials:
     at_once: int
     """Drafts on disk."""
     progress: Callable[[int], None] | None
+    drop_optimizer: bool = False
+    """Whether the output will be without the optimizer's state, so that it need not be in order."""
     last: Scoring | None = None
     decides: tuple[str, str] | None = None
     """The metric that decides and its mode, once the first score is known."""
@@ -85,7 +87,7 @@ class Trials:
         used = sorted({number for row in rows for number in row.used})
         inputs = [self.checkpoints[number] for number in used]
         matrix = [[row.coefficients[number] for number in used] for row in rows]
-        plan = make_plan(inputs, inputs[-1], matrix[0])
+        plan = make_plan(inputs, inputs[-1], matrix[0], drop_optimizer=self.drop_optimizer)
         advance = progress and partial(progress, bytes_to_read(plan, verify))
         return self.crew.combiner(plan, matrix, verify, advance)
 

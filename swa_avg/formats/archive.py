@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from swa_avg.errors import SwaAvgError, UnreadableError
 from swa_avg.formats.base import PROVENANCE, Checkpoint, Chunk, Provenance, Stage
-from swa_avg.formats.hdf5 import WEIGHTS, Hdf5Checkpoint, is_keras_store, layer_names
+from swa_avg.formats.hdf5 import WEIGHTS, Hdf5Checkpoint, check_store, is_keras_store, layer_names
 from swa_avg.formats.image import Image, ImageFile
 from swa_avg.formats.layout import read_layout
 from swa_avg.formats.stored_zip import StoredZip
@@ -163,6 +163,7 @@ def _checkpoint(
         suffixes=(".keras",),
         tensors=layout.tensors,
         layer_names=layer_names(image, layout),
+        empty_groups=check_store(path, layout),
         **own,
     )
 

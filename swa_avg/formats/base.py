@@ -95,11 +95,14 @@ class Checkpoint(ABC):
     config: Mapping[str, Any] | None = None
     """The model's configuration, without compile settings, where the checkpoint stores one."""
     layer_names: Mapping[str, str] = field(default_factory=dict)
-    """Path of a layer's group -> the name that the model gives the layer, where the checkpoint says so."""
+    """Path of a layer's group -> the name that the model gives the layer, where the checkpoint says so; the
+    empty path -> the model's own."""
     is_average: bool = False
     """Whether swa-avg wrote it."""
     writer: str | None = None
     """What wrote it, such as `Keras 3.15.1`, where the checkpoint says so."""
+    empty_groups: frozenset[str] = frozenset()
+    """Paths of groups without a tensor: those of layers without weights."""
 
     @property
     def size(self) -> int:

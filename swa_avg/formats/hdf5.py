@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -20,6 +21,7 @@ __all__ = [
     "SIGNATURE",
     "WEIGHTS",
     "Hdf5Checkpoint",
+    "check_store",
     "is_keras_store",
     "layer_names",
     "open_hdf5",
@@ -28,6 +30,7 @@ __all__ = [
 WEIGHTS = "Keras weights"
 LEGACY_MODEL = "legacy HDF5 model"
 LEGACY_WEIGHTS = "legacy HDF5 weights"
+_TOP_LEVEL, _OPTIMIZER = "top_level_model_weights", "optimizer_weights"
 
 
 @dataclass(frozen=True)
@@ -90,17 +93,21 @@ def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoin
     )
     kind, suffixes = WEIGHTS, [".weights.h5"]
     tensors, names, config = layout.tensors, dict[str, str](), None
+    empty_groups: frozenset[str] = frozenset()
     if "model_weights" in layout.groups:
         kind, suffixes = LEGACY_MODEL, [".h5", ".hdf5"]
         _check_legacy_groups(reader, layout, "model_weights")
         if "model_config" in root:
             config = parse_json(b"".join(root["model_config"]), path, "model_config")
+        if "training_config" in root:
+            parse_json(b"".join(root["training_config"]), path, "training_config")
     elif "layer_names" in root:
         kind, suffixes = LEGACY_WEIGHTS, [".h5", ".hdf5"]
         _check_legacy_groups(reader, layout, "")
         # The top level holds layers, whatever they are called.
         tensors = {name: replace(tensor, role="weight") for name, tensor in tensors.items()}
     elif is_keras_store(layout.groups):
+        empty_groups = check_store(path, layout)
         names = layer_names(image, layout)
     else:
         raise UnreadableError(
@@ -115,10 +122,11 @@ def _keras_checkpoint(path: Path, image: Image, layout: Layout) -> Hdf5Checkpoin
         tensors,
         config,
         names,
-        PROVENANCE in root,
-        _writer(root.get("keras_version"), root.get("backend")),
-        record,
-        b"".join(root.get("training_config", [])),
+        is_average=PROVENANCE in root,
+        writer=_writer(root.get("keras_version"), root.get("backend")),
+        empty_groups=empty_groups,
+        record=record,
+        training_config=b"".join(root.get("training_config", [])),
     )
 
 
@@ -134,55 +142,79 @@ def is_keras_store(groups: Iterable[str]) -> bool:
     return any(path == "vars" or path.endswith("/vars") for path in groups)
 
 
+def check_store(path: Path, layout: Layout) -> frozenset[str]:
+    """Return those `vars` groups of a file of Keras's saving library that hold no tensor.
+
+    Whatever a layer or an optimizer calls its variables, the library puts them into such a group. HDF5 keeps
+    no checksum of names: damage to one shows here, or where checkpoints are compared.
+
+    Raises:
+        UnreadableError: there is something outside these groups.
+    """
+    tensors = [name for name in layout.tensors if "/vars/" in f"/{name}"]
+    groups = [group for group in layout.groups if "/vars/" in f"/{group}/"]
+    _check_explained(path, layout, tensors, groups, "in a group `vars`, where Keras puts every variable")
+    return frozenset(groups).difference(name.rpartition("/")[0] for name in tensors)
+
+
 def layer_names(image: Image, layout: Layout) -> dict[str, str]:
-    """Return path of a layer's group -> the layer's name, where the writer stored names (Keras 3.10 on)."""
+    """Return path of a layer's group -> the layer's name, where the writer stored names (Keras 3.10 on).
+
+    The empty path is the model itself.
+    """
     names = {}
     reader = AttributeReader(image)
     for path, messages in layout.groups.items():
-        if path.endswith("/vars"):
+        if path == "vars" or path.endswith("/vars"):
             value = _strings(reader, messages, "name").get("name")
             if value:
-                names[path.removesuffix("/vars")] = value[0].decode("utf-8", "backslashreplace")
+                names[path.removesuffix("vars").removesuffix("/")] = value[0].decode(
+                    "utf-8", "backslashreplace"
+                )
     return names
 
 
 def _check_legacy_groups(reader: AttributeReader, layout: Layout, parent: str) -> None:
-    """Hold the layer and weight names of a legacy file against its groups and datasets.
+    """Raise UnreadableError unless a legacy file stores the layers and weights that it lists, and no others.
 
     Some versions of Keras leave a file that opens cleanly when a save crashed half way.
     """
     path = reader.image.path
     prefix = f"{parent}/" if parent else ""
-    listed = _names(reader, layout.groups[parent], "layer_names")
-    stored = {
-        group.removeprefix(prefix).split("/")[0]
-        for group in layout.groups
-        if group.startswith(prefix) and group
-    }
     hint = "the save that wrote it did not finish: leave this file out"
-    for layer in listed:
-        if layer not in stored:
+    layers = _names(reader, layout.groups[parent], "layer_names")
+    for layer in layers:
+        if prefix + layer not in layout.groups:
             raise UnreadableError(path, "layer listed, but not stored", tensor=layer, hint=hint)
-    for layer in sorted(stored & {*listed, "top_level_model_weights"}):
+    listed: set[str] = set()
+    top = [_TOP_LEVEL] if prefix + _TOP_LEVEL in layout.groups else []
+    for layer in sorted({*layers, *top}):
         weights = _names(reader, layout.groups[prefix + layer], "weight_names", layer)
         if len(set(weights)) < len(weights):
             raise UnreadableError(path, "the same weight listed twice", tensor=layer, hint=hint)
-        _check_stored(path, layout, prefix + layer, weights, hint)
-    if parent and "optimizer_weights" in layout.groups:
-        weights = [
-            name.decode("utf-8", "backslashreplace")
-            for name in _strings(reader, layout.groups["optimizer_weights"], "weight_names").get(
-                "weight_names", []
-            )
-        ]
-        _check_stored(path, layout, "optimizer_weights", weights, hint)
+        listed.update(f"{prefix}{layer}/{weight}" for weight in weights)
+    groups = {prefix + layer for layer in (*layers, *top)}
+    if parent and _OPTIMIZER in layout.groups:
+        found = _strings(reader, layout.groups[_OPTIMIZER], "weight_names").get("weight_names", [])
+        listed.update(f"{_OPTIMIZER}/{weight.decode('utf-8', 'backslashreplace')}" for weight in found)
+        groups.add(_OPTIMIZER)
+    for name in sorted(listed - layout.tensors.keys()):
+        shown = name.removeprefix("model_weights/")
+        raise UnreadableError(path, "weight listed, but not stored", tensor=shown, hint=hint)
+    _check_explained(path, layout, listed, groups, "in a list of layers or weights")
 
 
-def _check_stored(path: Path, layout: Layout, group: str, weights: Iterable[str], hint: str) -> None:
-    for weight in weights:
-        if f"{group}/{weight}" not in layout.tensors:
-            name = f"{group.removeprefix('model_weights/')}/{weight}"
-            raise UnreadableError(path, "weight listed, but not stored", tensor=name, hint=hint)
+def _check_explained(
+    path: Path, layout: Layout, tensors: Collection[str], groups: Collection[str], expected: str
+) -> None:
+    """Raise UnreadableError if anything is stored but these, and the groups that lead to them."""
+    known = {*tensors, *groups, ""}
+    for name in (*tensors, *groups):
+        known.update(name[: match.start()] for match in re.finditer("/", name))
+    for stored in (layout.tensors, layout.groups):
+        for name in sorted(stored.keys() - known):
+            problem = f"is not {expected}: a name is damaged, or another program added it"
+            raise UnreadableError(path, problem, tensor=name, hint="leave this file out")
 
 
 def _names(

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from swa_avg.errors import UnreadableError
-from swa_avg.formats.attributes import DamagedStructureError, decode, number_of, shape_of
-from swa_avg.formats.base import Role, Tensor
+from swa_avg.formats.attributes import (
+    AttributeReader,
+    DamagedStructureError,
+    decode,
+    number_of,
+    shape_of,
+)
+from swa_avg.formats.base import PROVENANCE, Role, Tensor
 from swa_avg.formats.image import Image
 from swa_avg.formats.structure import Extent, Message, NewerStructureError, Structures
 
@@ -24,9 +32,16 @@ _MAX_NAME = 1_000
 _ROLES: dict[str, Role] = {"optimizer": "optimizer", "optimizer_weights": "optimizer", "metrics": "metric"}
 
 _DATASPACE, _DATATYPE, _EXTERNAL, _STORAGE, _FILTERS = 0x0001, 0x0003, 0x0007, 0x0008, 0x000B
+_ATTRIBUTES = {
+    *(b"name", b"dtype", b"layer_names", b"weight_names", b"keras_version", b"backend"),
+    *(b"model_config", b"training_config", PROVENANCE.encode()),
+}
 _SHARED = 2
 _CONTIGUOUS = 1
-_OPAQUE, _ENUMERATION = 5, 8
+_OPAQUE = 5
+_BOOL = (  # h5py's: an enumeration of int8
+    bytes.fromhex("18 020000 01000000 10 080000 01000000 00000800") + b"FALSE\0\0\0TRUE\0\0\0\0\0\1"
+)
 _UNALLOCATED = 2**64 - 1
 
 
@@ -62,6 +77,7 @@ def read_layout(image: Image, index: int = 0) -> Layout:
 
             walk, structures = Walk(image, index), Structures(image)
             walk_newer(walk, structures)
+        _check_attributes(walk)
     except (DamagedStructureError, struct.error, IndexError, MemoryError) as error:
         problem = f"damaged HDF5 file ({error or 'a structure is too large'})"
         raise UnreadableError(image.path, problem, tensor=walk.at) from error
@@ -229,9 +245,34 @@ def _type(datatype: bytes, attributes: Iterable[bytes]) -> tuple[str, int] | Non
         # Keras 3 tags bfloat16 with an attribute; that it is there is enough.
         tagged = any(decode(body).name == b"dtype" for body in attributes)
         return ("bfloat16" if tagged else "opaque16"), size
-    if kind == _ENUMERATION and size == 1 and datatype[1:3] == b"\2\0":
+    if datatype.rstrip(b"\0") == _BOOL:
         return "bool", size
     return None
+
+
+def _check_attributes(walk: Walk) -> None:
+    """Raise UnreadableError if an attribute is called almost like one of Keras's, or is another `dtype`.
+
+    Others may be there: people add their own, such as the names of classes.
+
+    Raises:
+        DamagedStructureError: an attribute is malformed.
+    """
+    reader = AttributeReader(walk.image)
+    for path, messages in (*walk.groups.items(), *walk.datasets.items()):
+        attributes = {found.name.rstrip(b"0123456789"): found for found in map(decode, messages)}
+        names = attributes.keys()
+        for own, known in itertools.product(names - _ATTRIBUTES, _ATTRIBUTES - names):
+            if len(own) == len(known) and sum(map(operator.ne, own, known)) == 1:
+                shown = own.decode("utf-8", "backslashreplace")
+                problem = f"has no attribute `{known.decode()}`, and one `{shown}`: its name is damaged"
+                raise UnreadableError(
+                    walk.image.path, problem, tensor=path or None, hint="leave this file out"
+                )
+        if not all(attributes[name].is_text for name in names & _ATTRIBUTES):
+            raise DamagedStructureError("an attribute is no text")
+        if b"dtype" in names and reader.strings(messages, ["dtype"]).get("dtype") != [b"bfloat16"]:
+            raise walk.refuse_type(path)
 
 
 def _check_extents(image: Image, tensors: Iterable[Tensor], structures: Structures) -> None:

@@ -21,7 +21,7 @@ from swa_avg.formats.base import (
     write_chunks,
     write_image,
 )
-from swa_avg.formats.hdf5 import layer_names
+from swa_avg.formats.hdf5 import check_store, layer_names
 from swa_avg.formats.image import Image, open_file
 from swa_avg.formats.layout import Layout, read_layout
 from swa_avg.strict_json import MAX_JSON, parse_json
@@ -121,15 +121,22 @@ def open_sharded(path: Path, file: IO[bytes], like: Checkpoint | None = None) ->
             return replace(like, **own)
         layouts = [read_layout(image, index) for index, image in enumerate(images)]
         tensors = _join(path, layouts, weight_map, shards)
-        names = {}
+        names: dict[str, str] = {}
+        empty_groups: set[str] = set()
         for image, layout in zip(images, layouts, strict=True):
             names.update(layer_names(image, layout))
+            empty_groups |= check_store(image.path, layout)
     except BaseException:
         for image in images:
             image.close()
         raise
     return ShardedCheckpoint(
-        kind="sharded Keras weights", suffixes=(".weights.json",), tensors=tensors, layer_names=names, **own
+        kind="sharded Keras weights",
+        suffixes=(".weights.json",),
+        tensors=tensors,
+        layer_names=names,
+        empty_groups=frozenset(empty_groups).difference(name.rpartition("/")[0] for name in tensors),
+        **own,
     )
 
 
