@@ -55,8 +55,8 @@ def test_tensors_are_sorted_by_where_they_lie_and_split_by_treatment() -> None:
 
 
 def test_dropped_optimizer_state_is_the_models_own() -> None:
-    own = _tensor("optimizer/vars/2", offset=700, role="optimizer")
-    inner = _tensor("g_optimizer/vars/2", offset=800, role="optimizer")
+    own = _tensor("optimizer/vars/0", offset=700, role="optimizer")
+    inner = _tensor("g_optimizer/vars/0", offset=800, role="optimizer")
     newest = _fake("one", _tensor("a"), own, inner)
     plan = make_plan([newest], newest, [1.0], drop_optimizer=True)
     assert plan.dropped == (own,)
