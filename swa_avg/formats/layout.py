@@ -32,10 +32,12 @@ _MAX_NAME = 1_000
 _ROLES: dict[str, Role] = {"optimizer": "optimizer", "optimizer_weights": "optimizer", "metrics": "metric"}
 
 _DATASPACE, _DATATYPE, _EXTERNAL, _STORAGE, _FILTERS = 0x0001, 0x0003, 0x0007, 0x0008, 0x000B
-_ATTRIBUTES = {
-    *(b"name", b"dtype", b"layer_names", b"weight_names", b"keras_version", b"backend"),
-    *(b"model_config", b"training_config", PROVENANCE.encode()),
+_ROOT_ATTRIBUTES = {
+    *(b"layer_names", b"keras_version", b"backend", b"model_config", b"training_config"),
+    PROVENANCE.encode(),
 }
+_GROUP_ATTRIBUTES = {b"name", b"weight_names", b"layer_names", b"keras_version", b"backend"}
+_DATASET_ATTRIBUTES = {b"dtype"}
 _SHARED = 2
 _CONTIGUOUS = 1
 _OPAQUE = 5
@@ -251,7 +253,7 @@ def _type(datatype: bytes, attributes: Iterable[bytes]) -> tuple[str, int] | Non
 
 
 def _check_attributes(walk: Walk) -> None:
-    """Raise UnreadableError if an attribute is called almost like one of Keras's, or is another `dtype`.
+    """Raise UnreadableError unless Keras's attributes have their names and can be what Keras makes them.
 
     Others may be there: people add their own, such as the names of classes.
 
@@ -259,20 +261,26 @@ def _check_attributes(walk: Walk) -> None:
         DamagedStructureError: an attribute is malformed.
     """
     reader = AttributeReader(walk.image)
-    for path, messages in (*walk.groups.items(), *walk.datasets.items()):
-        attributes = {found.name.rstrip(b"0123456789"): found for found in map(decode, messages)}
-        names = attributes.keys()
-        for own, known in itertools.product(names - _ATTRIBUTES, _ATTRIBUTES - names):
-            if len(own) == len(known) and sum(map(operator.ne, own, known)) == 1:
-                shown = own.decode("utf-8", "backslashreplace")
-                problem = f"has no attribute `{known.decode()}`, and one `{shown}`: its name is damaged"
-                raise UnreadableError(
-                    walk.image.path, problem, tensor=path or None, hint="leave this file out"
-                )
-        if not all(attributes[name].is_text for name in names & _ATTRIBUTES):
-            raise DamagedStructureError("an attribute is no text")
-        if b"dtype" in names and reader.strings(messages, ["dtype"]).get("dtype") != [b"bfloat16"]:
+    for path, messages in walk.groups.items():
+        walk.at = path or None
+        _check_names(walk, messages, _GROUP_ATTRIBUTES if path else _ROOT_ATTRIBUTES)
+    for path, messages in walk.datasets.items():
+        walk.at = path
+        _check_names(walk, messages, _DATASET_ATTRIBUTES)
+        if messages and reader.strings(messages, ["dtype"]).get("dtype") not in (None, [b"bfloat16"]):
             raise walk.refuse_type(path)
+
+
+def _check_names(walk: Walk, messages: Iterable[bytes], known: set[bytes]) -> None:
+    """Raise an error if an attribute of an object is called almost like a known one, or that is no text."""
+    found = {attribute.name.rstrip(b"0123456789"): attribute for attribute in map(decode, messages)}
+    if not all(found[name].is_text for name in found.keys() & known):
+        raise DamagedStructureError("an attribute is no text")
+    for own, other in itertools.product(found.keys() - known, known - found.keys()):
+        if len(own) == len(other) and sum(map(operator.ne, own, other)) == 1:
+            shown = own.decode("utf-8", "backslashreplace")
+            problem = f"has no attribute `{other.decode()}`, and one `{shown}`: its name is damaged"
+            raise UnreadableError(walk.image.path, problem, tensor=walk.at, hint="leave this file out")
 
 
 def _check_extents(image: Image, tensors: Iterable[Tensor], structures: Structures) -> None:

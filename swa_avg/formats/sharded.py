@@ -172,7 +172,10 @@ def _join(
             if name in tensors:
                 raise UnreadableError(path, "lies in two shards", tensor=name)
             tensors[name] = tensor
-            found.setdefault("/" + name.rpartition("/")[0], set()).add(shard)
+            group = "/" + name.rpartition("/")[0]
+            while group not in weight_map and "/vars/" in group:  # a layer's own name for it holds a slash
+                group = group.rpartition("/")[0]
+            found.setdefault(group, set()).add(shard)
     _check_numbers(path, tensors)
     declared = {key: set(where) if isinstance(where, list) else {where} for key, where in weight_map.items()}
     for group in sorted(declared.keys() | found.keys()):
