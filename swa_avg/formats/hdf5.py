@@ -212,7 +212,7 @@ def _check_explained(
     for name in (*tensors, *groups):
         known.update(name[: match.start()] for match in re.finditer("/", name))
     for stored in (layout.tensors, layout.groups):
-        for name in sorted(stored.keys() - known):
+        for name in sorted(stored.keys() - known, key=lambda name: (-name.count("/"), name)):
             problem = f"is not {expected}: a name is damaged, or another program added it"
             raise UnreadableError(path, problem, tensor=name, hint="leave this file out")
 
