@@ -316,15 +316,22 @@ def describe(path: Path) -> dict[str, bytes]:
 
 
 def _describe_hdf5(data: bytes) -> dict[str, bytes]:
-    """Return tensors by name with their types; attributes are carried as they are, and are not read here."""
+    """Return tensors by name with their types, groups, and attributes without their values.
+
+    The values are carried as they are, and libhdf5 does not survive every one.
+    """
     found: dict[str, bytes] = {}
     with h5py.File(io.BytesIO(data), "r") as file:
 
-        def visit(name: str, item: object) -> None:
+        def visit(name: str, item: h5py.Group | h5py.Dataset) -> None:
             if isinstance(item, h5py.Dataset):
                 found[f"tensor {name}"] = np.asarray(item[()]).tobytes()
                 found[f"type {name}"] = f"{item.dtype} {item.shape}".encode()
+            else:
+                found[f"group {name}"] = b""
+            found.update((f"attribute {name}@{key}", b"") for key in item.attrs if key != "swa_avg")
 
+        visit("", file)
         file.visititems(visit)
     return found
 

@@ -24,7 +24,7 @@ from swa_avg.formats.base import (
     with_record,
 )
 from swa_avg.formats.hdf5.layout import read_layout
-from swa_avg.formats.hdf5_file import Hdf5Checkpoint, is_keras_store, layer_names
+from swa_avg.formats.hdf5_file import Hdf5Checkpoint, check_store, is_keras_store, layer_names
 from swa_avg.formats.stored_zip import StoredZip
 
 __all__ = ["FORMAT", "ArchiveCheckpoint"]
@@ -154,6 +154,7 @@ def _checkpoint(
         suffixes=_SUFFIXES,
         tensors=layout.tensors,
         layer_names=layer_names(region, layout),
+        empty_groups=check_store(path, layout),
         **own,
     )
 

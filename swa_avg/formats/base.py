@@ -100,7 +100,12 @@ class Checkpoint(ABC):
     config: Mapping[str, Any] | None = None
     """The model's configuration, without compile settings, where the checkpoint stores one."""
     layer_names: Mapping[str, str] = field(default_factory=dict)
-    """Path of a layer's group -> the name that the model gives the layer, where the checkpoint says so."""
+    """Path of a layer's group -> the name that the model gives the layer, where the checkpoint says so; the
+    empty path -> the model's own."""
+    empty_groups: frozenset[str] = frozenset()
+    """Paths of the `vars` groups without a tensor: those of layers without weights."""
+    training_config: Mapping[str, Any] | None = None
+    """How the model was compiled, where Keras's safe mode does not check that itself."""
     record: StoredRecord = None
     """What swa-avg says of how it was made; None where something else wrote it."""
     writer: str | None = None
@@ -117,15 +122,6 @@ class Checkpoint(ABC):
     def is_average(self) -> bool:
         """Whether swa-avg wrote it."""
         return self.record is not None
-
-    @property
-    def training_config(self) -> Mapping[str, Any] | None:
-        """How the model was compiled, where Keras's safe mode does not check that itself.
-
-        Raises:
-            UnreadableError: it is damaged.
-        """
-        return None
 
     @abstractmethod
     def write(self, stream: Stream, record: Callable[[], StoredRecord], stage: Stage) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
@@ -23,11 +24,12 @@ from swa_avg.formats.base import (
 from swa_avg.formats.hdf5.layout import SIGNATURE, Layout, read_layout
 from swa_avg.formats.hdf5.messages import AttributeReader, DamagedStructureError
 
-__all__ = ["FORMAT", "Hdf5Checkpoint", "is_keras_store", "layer_names"]
+__all__ = ["FORMAT", "Hdf5Checkpoint", "check_store", "is_keras_store", "layer_names"]
 
 _SUFFIX = ".weights.h5"
 _LEGACY_SUFFIXES = (".h5", ".hdf5")
 _LEGACY_WEIGHTS = "legacy HDF5 weights"
+_TOP_LEVEL, _OPTIMIZER = "top_level_model_weights", "optimizer_weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +38,6 @@ class Hdf5Checkpoint(Checkpoint):
 
     kind: str = "Keras weights"
     suffixes: tuple[str, ...] = (_SUFFIX,)
-    training_json: bytes = b""
-    """How a legacy model was compiled; empty where that is not stored."""
-
-    @property
-    def training_config(self) -> Mapping[str, Any] | None:
-        if not self.training_json:
-            return None
-        return parse_json(self.training_json, self.path, "training_config")
 
     def write(self, stream: Stream, record: Callable[[], StoredRecord], stage: Stage) -> None:
         from swa_avg.formats.hdf5.libhdf5 import check_readable
@@ -61,7 +55,7 @@ class Hdf5Checkpoint(Checkpoint):
         from swa_avg.formats.hdf5.rebuild import strip
 
         # In a legacy file of weights alone every top-level group is a layer.
-        groups = () if self.kind == _LEGACY_WEIGHTS else ("optimizer", "optimizer_weights")
+        groups = () if self.kind == _LEGACY_WEIGHTS else ("optimizer", _OPTIMIZER)
         return replace(self, **strip(self, groups, scratch))
 
     def as_weights(self) -> Checkpoint | None:
@@ -89,15 +83,16 @@ def _keras_checkpoint(region: Region, layout: Layout) -> Hdf5Checkpoint:
     if "model_weights" in layout.groups:
         own |= {"kind": "legacy HDF5 model", "suffixes": _LEGACY_SUFFIXES, "is_legacy": True}
         _check_legacy_groups(reader, layout, "model_weights")
-        if "model_config" in root:
-            own["config"] = parse_json(b"".join(root["model_config"]), path, "model_config")
+        for key, name in (("config", "model_config"), ("training_config", "training_config")):
+            if name in root:
+                own[key] = parse_json(b"".join(root[name]), path, name)
     elif "layer_names" in root:
         own |= {"kind": _LEGACY_WEIGHTS, "suffixes": _LEGACY_SUFFIXES, "is_legacy": True}
         _check_legacy_groups(reader, layout, "")
         # The top level holds layers, whatever they are called.
         own["tensors"] = {name: replace(tensor, role="weight") for name, tensor in layout.tensors.items()}
     elif is_keras_store(layout.groups):
-        own["layer_names"] = layer_names(region, layout)
+        own |= {"layer_names": layer_names(region, layout), "empty_groups": check_store(path, layout)}
     else:
         raise UnreadableError(
             path, "an HDF5 file, but not one that Keras wrote: no `vars` groups, no `layer_names`"
@@ -108,7 +103,6 @@ def _keras_checkpoint(region: Region, layout: Layout) -> Hdf5Checkpoint:
         path,
         shards=(region,),
         writer=_writer(root.get("keras_version", ()), root.get("backend", ())),
-        training_json=b"".join(root.get("training_config", [])),
         **own,
     )
 
@@ -123,51 +117,78 @@ def is_keras_store(groups: Iterable[str]) -> bool:
     return any(path == "vars" or path.endswith("/vars") for path in groups)
 
 
+def check_store(path: Location, layout: Layout) -> frozenset[str]:
+    """Return the `vars` groups without a tensor of a file that Keras's own saving library wrote.
+
+    The library puts variables into such a group, whatever a layer or an optimizer calls them. HDF5 has no
+    checksum of names: a damaged one shows here, or where checkpoints are compared.
+
+    Raises:
+        UnreadableError: something lies outside these groups.
+    """
+    tensors = [name for name in layout.tensors if "/vars/" in f"/{name}"]
+    groups = [group for group in layout.groups if "/vars/" in f"/{group}/"]
+    _check_explained(path, layout, tensors, groups, "in a group `vars`, where Keras puts every variable")
+    return frozenset(groups).difference(name.rpartition("/")[0] for name in tensors)
+
+
 def layer_names(region: Region, layout: Layout) -> dict[str, str]:
-    """Return path of a layer's group -> the layer's name, where the writer stored names (Keras 3.10 on)."""
+    """Return path of a layer's group -> the layer's name, where the writer stored names (Keras 3.10 on).
+
+    The empty path is the model itself.
+    """
     names = {}
     reader = AttributeReader(region)
     for path, messages in layout.groups.items():
-        if path.endswith("/vars"):
+        if path == "vars" or path.endswith("/vars"):
             value = _strings(reader, messages, "name").get("name")
             if value:
-                names[path.removesuffix("/vars")] = _text(value[0])
+                names[path.removesuffix("vars").removesuffix("/")] = _text(value[0])
     return names
 
 
 def _check_legacy_groups(reader: AttributeReader, layout: Layout, parent: str) -> None:
-    """Check that a legacy file stores every layer and weight that it lists.
+    """Check that a legacy file stores the layers and weights that it lists, and no others.
 
     A save that crashed half way leaves, with some versions of Keras, a file that opens cleanly.
     """
     path = reader.region.path
     prefix = f"{parent}/" if parent else ""
-    listed = _names(reader, layout.groups[parent], "layer_names")
-    stored = {
-        group.removeprefix(prefix).split("/")[0]
-        for group in layout.groups
-        if group.startswith(prefix) and group
-    }
+    layers = _names(reader, layout.groups[parent], "layer_names")
     hint = "the save that wrote it did not finish: leave this file out"
-    for layer in listed:
-        if layer not in stored:
+    for layer in layers:
+        if prefix + layer not in layout.groups:
             raise UnreadableError(path, "layer listed, but not stored", tensor=layer, hint=hint)
-    for layer in sorted(stored & {*listed, "top_level_model_weights"}):
+    if prefix + _TOP_LEVEL in layout.groups:
+        layers.append(_TOP_LEVEL)
+    listed: set[str] = set()
+    for layer in sorted(set(layers)):
         weights = _names(reader, layout.groups[prefix + layer], "weight_names", layer)
         if len(set(weights)) < len(weights):
             raise UnreadableError(path, "the same weight listed twice", tensor=layer, hint=hint)
-        _check_stored(path, layout, prefix + layer, weights, hint)
-    if parent and "optimizer_weights" in layout.groups:
-        stored_names = _strings(reader, layout.groups["optimizer_weights"], "weight_names")
-        weights = list(map(_text, stored_names.get("weight_names", ())))
-        _check_stored(path, layout, "optimizer_weights", weights, hint)
+        listed.update(f"{prefix}{layer}/{weight}" for weight in weights)
+    groups = {prefix + layer for layer in layers}
+    if parent and _OPTIMIZER in layout.groups:
+        found = _strings(reader, layout.groups[_OPTIMIZER], "weight_names").get("weight_names", ())
+        listed.update(f"{_OPTIMIZER}/{_text(weight)}" for weight in found)
+        groups.add(_OPTIMIZER)
+    for name in sorted(listed - layout.tensors.keys()):
+        shown = name.removeprefix("model_weights/")
+        raise UnreadableError(path, "weight listed, but not stored", tensor=shown, hint=hint)
+    _check_explained(path, layout, listed, groups, "in a list of layers or weights")
 
 
-def _check_stored(path: Location, layout: Layout, group: str, weights: Iterable[str], hint: str) -> None:
-    for weight in weights:
-        if f"{group}/{weight}" not in layout.tensors:
-            name = f"{group.removeprefix('model_weights/')}/{weight}"
-            raise UnreadableError(path, "weight listed, but not stored", tensor=name, hint=hint)
+def _check_explained(
+    path: Location, layout: Layout, tensors: Collection[str], groups: Collection[str], expected: str
+) -> None:
+    """Raise UnreadableError if anything is stored but these, and the groups that lead to them."""
+    known = {*tensors, *groups, ""}
+    for name in (*tensors, *groups):
+        known.update(name[: match.start()] for match in re.finditer("/", name))
+    for stored in (layout.tensors, layout.groups):
+        for name in sorted(stored.keys() - known, key=lambda name: (-name.count("/"), name)):
+            problem = f"is not {expected}: a name is damaged, or another program added it"
+            raise UnreadableError(path, problem, tensor=name, hint="leave this file out")
 
 
 def _names(

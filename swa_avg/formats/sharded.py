@@ -30,7 +30,7 @@ from swa_avg.formats.base import (
     write_shard,
 )
 from swa_avg.formats.hdf5.layout import Layout, read_layout
-from swa_avg.formats.hdf5_file import layer_names
+from swa_avg.formats.hdf5_file import check_store, layer_names
 
 __all__ = ["FORMAT", "ShardedCheckpoint"]
 
@@ -124,15 +124,22 @@ def _open(whole: Region, like: Checkpoint | None) -> ShardedCheckpoint:
             return replace(like, **own)
         layouts = [read_layout(shard, index) for index, shard in enumerate(shards)]
         tensors = _join(path, layouts, weight_map, names)
-        layers = {}
+        layers: dict[str, str] = {}
+        empty_groups: set[str] = set()
         for shard, layout in zip(shards, layouts, strict=True):
             layers.update(layer_names(shard, layout))
+            empty_groups |= check_store(shard.path, layout)
     except BaseException:
         for shard in shards:
             shard.close()
         raise
     return ShardedCheckpoint(
-        kind="sharded Keras weights", suffixes=_SUFFIXES, tensors=tensors, layer_names=layers, **own
+        kind="sharded Keras weights",
+        suffixes=_SUFFIXES,
+        tensors=tensors,
+        layer_names=layers,
+        empty_groups=frozenset(empty_groups).difference(name.rpartition("/")[0] for name in tensors),
+        **own,
     )
 
 
@@ -163,7 +170,10 @@ def _join(
             if name in tensors:
                 raise UnreadableError(path, "lies in two shards", tensor=name)
             tensors[name] = tensor
-            found.setdefault("/" + name.rpartition("/")[0], set()).add(shard)
+            group = "/" + name.rpartition("/")[0]
+            while group not in weight_map and "/vars/" in group:  # the variable's own name holds a slash
+                group = group.rpartition("/")[0]
+            found.setdefault(group, set()).add(shard)
     _check_numbers(path, tensors)
     declared = {key: set(where) if isinstance(where, list) else {where} for key, where in weight_map.items()}
     for group in sorted(declared.keys() | found.keys()):

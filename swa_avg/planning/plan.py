@@ -11,6 +11,7 @@ from swa_avg.inputs.listing import Listing
 from swa_avg.planning.configuration import config_differences, stem
 from swa_avg.planning.methods import Method
 from swa_avg.planning.policy import is_model_optimizer, refusals, treatment
+from swa_avg.planning.state import by_place, damaged_state
 from swa_avg.text import first_few
 
 __all__ = ["Plan", "coefficients_of", "make_plan"]
@@ -65,13 +66,14 @@ def make_plan(
     findings = list(refusals(newest))
     for checkpoint in inputs[:-1]:
         findings.extend(_differences(checkpoint, newest))
+    dropped = {
+        name for name, tensor in newest.tensors.items() if drop_optimizer and is_model_optimizer(tensor)
+    }
+    findings.extend(damaged_state(newest, inputs[:-1], dropped))
     if findings:
         raise MismatchError(findings)
     by_treatment: dict[str, list[Tensor]] = {"average": [], "compare": [], "copy": []}
     seen = set()
-    dropped = {
-        name for name, tensor in newest.tensors.items() if drop_optimizer and is_model_optimizer(tensor)
-    }
     for tensor in sorted(template.tensors.values(), key=lambda t: (t.shard, t.offset, t.name)):
         if tensor.name in dropped:
             continue
@@ -102,12 +104,8 @@ def _differences(checkpoint: Checkpoint, newest: Checkpoint) -> Iterator[Finding
         versions = f"; written by {checkpoint.writer}, {newest.path.name} by {newest.writer}"
     for where, expected, found in config_differences(newest.config, checkpoint.config):
         yield Finding(path, where, f"expected {expected} as in {newest.path.name}, found {found}{versions}")
-    for group, name in newest.layer_names.items():
-        theirs_name = checkpoint.layer_names.get(group, name)
-        if stem(theirs_name) != stem(name):
-            yield Finding(
-                path, group, f"expected layer {name!r} as in {newest.path.name}, found {theirs_name!r}"
-            )
+    for group, name, theirs in _renamed(checkpoint, newest):
+        yield Finding(path, group, f"expected layer {name!r} as in {newest.path.name}, found {theirs!r}")
     if checkpoint.tensors is not newest.tensors:
         yield from _tensor_differences(checkpoint, newest)
 
@@ -135,13 +133,19 @@ def _tensor_differences(checkpoint: Checkpoint, newest: Checkpoint) -> Iterator[
             yield Finding(path, name, f"extra {tensor}; {newest.path.name} does not have it{hint}")
 
 
+def _renamed(checkpoint: Checkpoint, newest: Checkpoint) -> Iterator[tuple[str, str, str]]:
+    """Yield (group, expected, found) of layers; the names of optimizers, metrics and the model may change."""
+    state = {name.rpartition("/vars/")[0] for name, t in newest.tensors.items() if t.role != "weight"}
+    for group, name in newest.layer_names.items():
+        theirs = checkpoint.layer_names.get(group, name)
+        if group and group not in state and stem(theirs) != stem(name):
+            yield group, name, theirs
+
+
 def _tied(checkpoint: Checkpoint) -> set[frozenset[str]]:
     """Return the sets of names under which one stored weight is found."""
-    names: dict[tuple[int, int, int], list[str]] = {}
-    for tensor in checkpoint.tensors.values():
-        if tensor.role == "weight" and tensor.nbytes:
-            names.setdefault((tensor.shard, tensor.offset, tensor.nbytes), []).append(tensor.name)
-    return {frozenset(same) for same in names.values() if len(same) > 1}
+    weights = ([t.name for t in same if t.role == "weight"] for same in by_place(checkpoint).values())
+    return {frozenset(names) for names in weights if len(names) > 1}
 
 
 def _stems(name: str) -> tuple[str, ...]:

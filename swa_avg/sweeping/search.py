@@ -124,6 +124,7 @@ def sweep(
                 stack.enter_context(temporary_folder(publication.output)),
                 _scoring(Scorer(validation, loading, refresh), workers),
                 score_progress and partial(score_progress, steps),
+                drop_optimizer=optimizer == "drop",
             )
             scored = trials.scored(rows, verify=verify, progress=progress)
             singles, averages = scored[: len(paths)], scored[len(paths) :]

@@ -43,6 +43,8 @@ class Trials:
     score_drafts: Callable[[Iterable[Path]], Iterator[tuple[Path, Scoring]]]
     """Has drafts scored in order, here or on a cluster, and asks for one when there is a model for it."""
     progress: Callable[[int], None] | None
+    drop_optimizer: bool = False
+    """Whether the output will have no optimizer state, so that damage to it does not matter."""
     last: Scoring | None = None
     decides: tuple[str, str] | None = None
     """The metric that decides and its mode, once the first score is known."""
@@ -61,7 +63,7 @@ class Trials:
         used = sorted({number for row in rows for number in row.used})
         inputs = [self.checkpoints[number] for number in used]
         matrix = [[row.coefficients[number] for number in used] for row in rows]
-        plan = make_plan(inputs, inputs[-1], matrix[0])
+        plan = make_plan(inputs, inputs[-1], matrix[0], drop_optimizer=self.drop_optimizer)
         return Combiner(plan, matrix, self.workers, verify, progress)
 
     def scored(

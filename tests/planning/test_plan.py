@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,8 +55,8 @@ def test_tensors_are_sorted_by_where_they_lie_and_split_by_treatment() -> None:
 
 
 def test_dropped_optimizer_state_is_the_models_own() -> None:
-    own = _tensor("optimizer/vars/2", offset=700, role="optimizer")
-    inner = _tensor("g_optimizer/vars/2", offset=800, role="optimizer")
+    own = _tensor("optimizer/vars/0", offset=700, role="optimizer")
+    inner = _tensor("g_optimizer/vars/0", offset=800, role="optimizer")
     newest = _fake("one", _tensor("a"), own, inner)
     plan = make_plan([newest], newest, [1.0], drop_optimizer=True)
     assert plan.dropped == (own,)
@@ -67,6 +67,79 @@ def test_differing_optimizer_state_is_no_mismatch() -> None:
     first = _fake("one", _tensor("a"))
     second = _fake("two", _tensor("a"), _tensor("optimizer/vars/0", offset=9, role="optimizer"))
     assert make_plan([first, second], second, [0.5, 0.5]).averaged == (second.tensors["a"],)
+
+
+def _state(name: str, offset: int, dtype: str = "float32") -> Tensor:
+    return _tensor(name, (), dtype, offset, role="optimizer")
+
+
+WEIGHT = _tensor("layers/dense/vars/0", offset=100)
+COUNT, RATE = _state("optimizer/vars/0", 200, "int64"), _state("optimizer/vars/1", 300)
+
+
+@pytest.mark.parametrize(
+    ("found", "finding"),
+    [
+        (
+            _state("optimizer/vars/q", 300),
+            "two: optimizer/vars/q: expected optimizer/vars/1, float32[], as in the same place in one, found "
+            "float32[]: one of the two is damaged; leave this file out, or use --optimizer drop",
+        ),
+        (
+            _state("optimizer/vars/1", 300, "int32"),
+            "two: optimizer/vars/1: expected optimizer/vars/1, float32[], as in the same place in one, found "
+            "int32[]: one of the two is damaged; leave this file out, or use --optimizer drop",
+        ),
+        (
+            _state("optimizer/vars/3", 400),  # elsewhere, so that the numbers alone tell
+            "two: optimizer/vars/1: is missing, and 0, 3 are there: a name is damaged; leave this file out, or "
+            "use --optimizer drop",
+        ),
+    ],
+)
+def test_state_is_compared_with_its_numbers_and_a_file_of_the_same_layout(
+    found: Tensor, finding: str
+) -> None:
+    one, two = _fake("one", WEIGHT, COUNT, RATE), _fake("two", WEIGHT, COUNT, found)
+    with pytest.raises(MismatchError) as caught:
+        make_plan([one, two], two, [0.5, 0.5])
+    assert str(caught.value) == finding
+    assert make_plan([one, two], two, [0.5, 0.5], drop_optimizer=True).dropped == (COUNT, found)
+    third = _fake("zero", WEIGHT, COUNT, found)
+    assert make_plan([third, one, two], two, [0.3, 0.3, 0.4]).copied == (COUNT, found)
+
+
+def test_another_optimizer_lies_elsewhere_and_has_another_name() -> None:
+    adam = (COUNT, RATE, _state("optimizer/vars/2", 400), _state("optimizer/vars/3", 500))
+    one = _fake("one", WEIGHT, *adam, layer_names={"optimizer": "adam", "layers/dense": "dense"})
+    two = _fake("two", WEIGHT, COUNT, RATE, layer_names={"optimizer": "sgd", "layers/dense": "dense"})
+    assert make_plan([one, two], two, [0.5, 0.5]).copied == (COUNT, RATE)
+    assert make_plan([two, one], one, [0.5, 0.5]).copied == adam
+
+
+def test_a_legacy_optimizers_state_has_its_own_name_in_its_names() -> None:
+    weight = _tensor("model_weights/dense/dense/kernel", offset=100)
+    one, two = (
+        replace(_fake(path, weight, _state(f"optimizer_weights/{name}/rate", 200)), is_legacy=True)
+        for path, name in (("one", "adam"), ("two", "adamw"))
+    )
+    assert len(make_plan([one, two], two, [0.5, 0.5]).copied) == 1
+
+
+def test_groups_without_tensors_and_names_are_compared_with_a_file_of_the_same_layout() -> None:
+    names = {"": "model", "layers/dense": "dense"}
+    one = _fake("one", WEIGHT, empty_groups=frozenset({"layers/dropout/vars"}), layer_names=names)
+    two = _fake("two", WEIGHT, empty_groups=frozenset({"layers/dsopout/vars"}))
+    with pytest.raises(MismatchError) as caught:
+        make_plan([one, two], two, [0.5, 0.5])
+    assert str(caught.value).splitlines() == [
+        "two: layers/dsopout/vars: expected layers/dropout/vars as in one: one of the two is damaged; leave it out",
+        "two: vars: expected the name 'model' as in one, found none: one of the two is damaged; leave it out",
+        "two: layers/dense/vars: expected the name 'dense' as in one, found none: one of the two is damaged; "
+        "leave it out",
+    ]
+    moved = _fake("two", replace(WEIGHT, offset=108))  # written by a Keras that makes no such groups
+    assert make_plan([one, moved], moved, [0.5, 0.5]).averaged == tuple(moved.tensors.values())
 
 
 def test_findings_of_one_cause_are_one_line_with_their_number_and_three_examples() -> None:

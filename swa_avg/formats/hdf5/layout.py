@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from swa_avg.errors import UnreadableError
 from swa_avg.files.region import Region
-from swa_avg.formats.base import Tensor
-from swa_avg.formats.hdf5.messages import DamagedStructureError, decode, number_of, shape_of
+from swa_avg.formats.base import RECORD_NAME, Tensor
+from swa_avg.formats.hdf5.messages import (
+    AttributeReader,
+    DamagedStructureError,
+    decode,
+    number_of,
+    shape_of,
+)
 from swa_avg.formats.hdf5.objects import Extent, Message, NewerStructureError, Structures
 from swa_avg.formats.hdf5.walk import Walk
 
@@ -20,9 +28,18 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _SUPERBLOCK_SIZE = 96
 
 _DATASPACE, _DATATYPE, _EXTERNAL, _STORAGE, _FILTERS = 0x0001, 0x0003, 0x0007, 0x0008, 0x000B
+_ROOT_ATTRIBUTES = {
+    *(b"layer_names", b"keras_version", b"backend", b"model_config", b"training_config"),
+    RECORD_NAME.encode(),
+}
+_GROUP_ATTRIBUTES = {b"name", b"weight_names", b"layer_names", b"keras_version", b"backend"}
+_DATASET_ATTRIBUTES = {b"dtype"}
 _SHARED = 2
 _CONTIGUOUS = 1
-_OPAQUE, _ENUMERATION = 5, 8
+_OPAQUE = 5
+_BOOL = (  # h5py's: an enumeration of int8
+    bytes.fromhex("18 020000 01000000 10 080000 01000000 00000800") + b"FALSE\0\0\0TRUE\0\0\0\0\0\1"
+)
 _UNALLOCATED = 2**64 - 1
 
 
@@ -58,6 +75,7 @@ def read_layout(region: Region, index: int = 0) -> Layout:
 
             walk, structures = Walk(region, index), Structures(region)
             walk_newer(walk, structures)
+        _check_attributes(walk)
     except (DamagedStructureError, struct.error, IndexError, MemoryError) as error:
         problem = f"damaged HDF5 file ({error or 'a structure is too large'})"
         raise UnreadableError(region.path, problem, tensor=walk.at) from error
@@ -134,9 +152,40 @@ def _type(datatype: bytes, attributes: Iterable[bytes]) -> tuple[str, int] | Non
         # Keras 3 tags bfloat16 with an attribute; its presence is enough.
         tagged = any(decode(body).name == b"dtype" for body in attributes)
         return ("bfloat16" if tagged else "opaque16"), size
-    if kind == _ENUMERATION and size == 1 and datatype[1:3] == b"\2\0":
+    if datatype.rstrip(b"\0") == _BOOL:
         return "bool", size
     return None
+
+
+def _check_attributes(walk: Walk) -> None:
+    """Raise UnreadableError unless Keras's own attributes have their names and are text.
+
+    Others may be there: people add their own, such as the names of classes.
+
+    Raises:
+        DamagedStructureError: an attribute is malformed.
+    """
+    reader = AttributeReader(walk.region)
+    for path, messages in walk.groups.items():
+        walk.at = path or None
+        _check_names(walk, messages, _GROUP_ATTRIBUTES if path else _ROOT_ATTRIBUTES)
+    for path, messages in walk.datasets.items():
+        walk.at = path
+        _check_names(walk, messages, _DATASET_ATTRIBUTES)
+        if messages and reader.strings(messages, ["dtype"]).get("dtype") not in (None, [b"bfloat16"]):
+            raise walk.refuse_type(path)
+
+
+def _check_names(walk: Walk, messages: Iterable[bytes], known: set[bytes]) -> None:
+    """Raise an error if an attribute's name is one letter off a known one, or a known one is not text."""
+    found = {attribute.name.rstrip(b"0123456789"): attribute for attribute in map(decode, messages)}
+    if not all(found[name].is_text for name in found.keys() & known):
+        raise DamagedStructureError("an attribute is not text")
+    for own, other in itertools.product(found.keys() - known, known - found.keys()):
+        if len(own) == len(other) and sum(map(operator.ne, own, other)) == 1:
+            shown = own.decode("utf-8", "backslashreplace")
+            problem = f"has no attribute `{other.decode()}`, but one `{shown}`: its name is damaged"
+            raise UnreadableError(walk.region.path, problem, tensor=walk.at, hint="leave this file out")
 
 
 def _check_extents(region: Region, tensors: Iterable[Tensor], structures: Structures) -> None:

@@ -143,7 +143,7 @@ def _type(dataset: Any) -> tuple[str, int] | None:
     if kind == h5t.OPAQUE and size == 2:
         # Keras 3 tags bfloat16 with an attribute; its presence is enough, its value is not read.
         return ("bfloat16" if h5a.exists(dataset, b"dtype") else "opaque16"), size
-    if kind == h5t.ENUM and size == 1 and stored.get_nmembers() == 2:
+    if kind == h5t.ENUM and stored.equal(h5t.py_create(bool, logical=True)):
         return "bool", size
     return None
 

@@ -27,6 +27,8 @@ __all__ = [
 
 _INTEGER, _FLOAT, _FIXED_STRING, _VARIABLE_LENGTH = 0, 1, 3, 9
 _TYPE_BYTES = {_INTEGER: 12, _FLOAT: 20}  # a message is padded to a multiple of eight
+_CHARACTERS = bytes.fromhex("00 10000000 10000000 01000000 00000800").rstrip(b"\0")
+"""The end of the type of variable-length strings: 16 bytes each, which refer to unsigned bytes."""
 _MAX_BYTES = 96 * 2**20  # more than the longest configuration that is parsed
 _NUMBERS = {  # class and the rest of a datatype message -> NumPy's name
     (
@@ -71,11 +73,22 @@ class Attribute:
 
     @property
     def is_fixed_string(self) -> bool:
-        return self.datatype[0] & 15 == _FIXED_STRING
+        return self.datatype[0] == 0x10 | _FIXED_STRING
 
     @property
     def is_variable_string(self) -> bool:
-        return self.datatype[0] & 15 == _VARIABLE_LENGTH and self.size == 16 and self.datatype[1] & 15 == 1
+        return (
+            self.datatype[0] == 0x10 | _VARIABLE_LENGTH
+            and self.datatype[1] & 15 == 1
+            and self.datatype[3:].rstrip(b"\0") == _CHARACTERS
+        )
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it can be one of Keras's own, whose empty lists of names are empty arrays of numbers."""
+        if 0 in self.shape and self.number is not None:
+            return True
+        return self.is_fixed_string or self.is_variable_string
 
     @property
     def encoding(self) -> str:
@@ -123,7 +136,7 @@ class AttributeReader:
         count, size, data = math.prod(attribute.shape), attribute.size, attribute.data
         if count == 0:
             return []
-        if size == 0 or count > len(data) or len(data) < count * size:
+        if size == 0 or count > len(data):
             raise DamagedStructureError("an attribute is cut short")
         if attribute.is_fixed_string:
             return [data[i * size : (i + 1) * size].rstrip(b"\0") for i in range(count)]
@@ -200,7 +213,12 @@ def decode(body: bytes) -> Attribute:
         name, datatype, space = parts
         if len(datatype) < 8:
             raise DamagedStructureError("an attribute is cut short")
-        return Attribute(name.split(b"\0")[0], shape_of(space), datatype, body[position:])
+        if name.find(b"\0") != len(name) - 1:
+            raise DamagedStructureError("an attribute's name has the wrong length")
+        attribute = Attribute(name[:-1], shape_of(space), datatype, body[position:])
+        if len(attribute.data) < math.prod(attribute.shape) * attribute.size:
+            raise DamagedStructureError("an attribute is cut short")
+        return attribute
     except (struct.error, IndexError) as error:
         raise DamagedStructureError("an attribute is cut short") from error
 
@@ -209,18 +227,24 @@ def shape_of(space: bytes) -> tuple[int, ...]:
     """Return the shape in a dataspace message; (0,) for one without values.
 
     Raises:
-        DamagedStructureError: its version is unknown.
+        DamagedStructureError: its version is unknown, or it could grow, which nothing contiguous can.
         struct.error, IndexError: it is cut short.
     """
-    version, rank = space[0], space[1]
-    if version == 1:
-        return struct.unpack_from(f"<{rank}Q", space, 8)
-    if version == 2:
-        return (0,) if space[3] == 2 else struct.unpack_from(f"<{rank}Q", space, 4)
-    raise DamagedStructureError("a dataspace is of an unknown version")
+    version, rank, flags = space[0], space[1], space[2]
+    start = {1: 8, 2: 4}.get(version)
+    if start is None or flags not in (0, 1):
+        raise DamagedStructureError("a dataspace is of an unknown version")
+    if version == 2 and space[3] == 2:
+        return (0,)
+    shape = struct.unpack_from(f"<{rank}Q", space, start)
+    if flags and struct.unpack_from(f"<{rank}Q", space, start + 8 * rank) != shape:
+        raise DamagedStructureError("a dataspace could grow")
+    return shape
 
 
 def number_of(datatype: bytes) -> str | None:
     """Return NumPy's name for a datatype message, if it is a plain little-endian number."""
-    kind = datatype[0] & 15
+    version, kind = datatype[0] >> 4, datatype[0] & 15
+    if not 1 <= version <= 3:
+        return None
     return _NUMBERS.get((kind, datatype[1 : _TYPE_BYTES.get(kind, 0)]))

@@ -25,6 +25,9 @@ Message = tuple[int, int, bytes]
 _ATTRIBUTE, _CONTINUATION, _SYMBOL_TABLE = 0x000C, 0x0010, 0x0011
 _NEWER_GROUP = (0x0002, 0x0006)  # link info, link
 _USED = {0x0001, 0x0003, 0x0007, 0x0008, 0x000B, _ATTRIBUTE, _SYMBOL_TABLE, *_NEWER_GROUP}
+_OLD_FILL_VALUE, _OLD_TIME = 0x0004, 0x000E
+# Nothing, fill values, group info, times, attribute info, references: what else an object may have.
+_PASSED_OVER = {0x0000, _OLD_FILL_VALUE, 0x0005, 0x000A, _OLD_TIME, _CONTINUATION, 0x0012, 0x0015, 0x0016}
 _MAX_BLOCK = 2**26
 _UNDEFINED = 2**64 - 1
 _SHARED = 2
@@ -53,6 +56,15 @@ def _free_bytes(heap: bytes, free: int) -> int:
     if free != _LAST_FREE:
         raise DamagedStructureError("the list of free blocks of a heap is endless")
     return total
+
+
+def _is_known(kind: int, body: bytes) -> bool:
+    """Tell whether an object can have such a message; otherwise its kind is damaged."""
+    if kind == _OLD_FILL_VALUE:
+        return int.from_bytes(body[:4], "little") + 4 <= len(body)
+    if kind == _OLD_TIME:
+        return len(body) == 16
+    return kind in _USED or kind in _PASSED_OVER
 
 
 class Structures:
@@ -91,29 +103,28 @@ class Structures:
             self.found.add((header, header + 4))
             raise NewerStructureError
         messages: list[Message] = []
-        seen = 0
         blocks = [(header, 16, size)]
         while blocks:
             start, prefix, size = blocks.pop(0)
             block = self._take(start, prefix + size)[prefix:]
             position = 0
-            while position + 8 <= size and seen < count:
+            while position < size:
                 kind, length, flags = struct.unpack_from("<HHB", block, position)
                 body = block[position + 8 : position + 8 + length]
                 if len(body) < length:
                     raise DamagedStructureError("an object header is cut short")
+                if not _is_known(kind, body):
+                    raise DamagedStructureError("an object header holds what Keras does not write")
                 if kind == _CONTINUATION:
                     address, more = struct.unpack_from("<QQ", body)
                     blocks.append((address, 0, more))
                 elif kind == _ATTRIBUTE and not flags & _SHARED:
                     self._global_heaps(body)
-                if kind in _USED:
-                    messages.append((kind, flags, body))
+                messages.append((kind, flags, body))
                 position += 8 + length
-                seen += 1
-        if seen < count:
-            raise DamagedStructureError("an object header is cut short")
-        return messages
+        if len(messages) != count:
+            raise DamagedStructureError("an object header has the wrong number of messages")
+        return [message for message in messages if message[0] in _USED]
 
     @staticmethod
     def attributes(messages: Iterable[Message]) -> tuple[bytes, ...]:
@@ -145,8 +156,8 @@ class Structures:
         for entry in self._entries(tree):
             offset, address, cached = struct.unpack("<QQI", entry[:20])
             end = names.find(b"\0", offset)
-            if not offset or offset >= size or end < 0:
-                raise DamagedStructureError("a name lies outside its heap")
+            if not offset or offset % 8 or offset >= size or end < 0:
+                raise DamagedStructureError("a name does not begin where its heap has names")
             empty = False
             yield names[offset:end], None if cached == _SOFT_LINK else address
         if empty and unused != size:
@@ -172,7 +183,8 @@ class Structures:
                 leaf = self._take(child, self._node_size)
                 signature, version, count = struct.unpack_from("<4sBxH", leaf)
                 self._expect(signature + bytes([version]), b"SNOD\1")
-                if not count or 8 + 40 * count > len(leaf):
+                # Writers clear the rest of a node: anything behind its links is a link that was lost.
+                if not count or 8 + 40 * count > len(leaf) or leaf[8 + 40 * count :].strip(b"\0"):
                     raise DamagedStructureError("a group has the wrong number of links")
                 yield from (leaf[start : start + 40] for start in range(8, 8 + 40 * count, 40))
 
