@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swa_avg.batchnorm.backends import Step, compiled, leaked, seed_torch, value_of
+from swa_avg.batchnorm.backends import Step, cannot_be_traced, compiled, seed_torch, value_of
 from swa_avg.batchnorm.complaints import keras_reason
 from swa_avg.batchnorm.observe import SEED_STATE, Outcome, make_step
 from swa_avg.data.batches import ArrayData, Data, RowDigests, as_array
@@ -78,9 +78,10 @@ def _first(run: Step, step: Step, values: list[Any], inputs: Any, data: Data) ->
     try:
         return run, run(values, inputs)
     except Exception as error:
-        if leaked(error):
+        if cannot_be_traced(error):
             data.notes.append(
-                "a BatchNorm layer is called inside a loop of the graph, so the model runs uncompiled, slowly"
+                "a BatchNorm layer is called inside a loop of the graph, or the model decides by values of "
+                "tensors, so it runs uncompiled, slowly"
             )
             return step, step(values, inputs)
         if isinstance(error, ValueError | TypeError) and not data.spec.names:
