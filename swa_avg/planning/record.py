@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from swa_avg.errors import UnreadableError
@@ -14,7 +15,6 @@ from swa_avg.formats.archive import ArchiveCheckpoint
 from swa_avg.formats.bare import Hdf5Checkpoint
 from swa_avg.formats.base import PROVENANCE, Checkpoint
 from swa_avg.formats.sharded import ShardedCheckpoint
-from swa_avg.inputs.index import is_plain_name
 from swa_avg.planning.plan import Plan
 from swa_avg.text import __version__
 
@@ -120,7 +120,7 @@ def _record(value: Any) -> Record:
 
 def _input(value: Any) -> RecordedInput:
     name, size, sums = _a(str, value["name"]), value["size"], _a(list, value["crc32"])
-    if not is_plain_name(name):
+    if Path(name).name != name or name in ("", "..") or "\0" in name:
         raise ValueError("an input's name is not that of a file")
     if type(size) is not int or not all(s is None or _CRC32.fullmatch(_a(str, s)) for s in sums):
         raise ValueError("an input's size or CRC-32 is not one")

@@ -261,6 +261,43 @@ def test_strings_may_be_what_a_function_makes_numbers_of() -> None:
             refresh_batchnorm(model, source)
 
 
+# --- ragged batches -----------------------------------------------------------------------------------------------
+
+
+IDS = [RNG.integers(1, 20, 2 + number % 5).tolist() for number in range(64)]
+
+
+def ragged_model(pool: Any) -> tuple[Any, Any]:
+    embed = L.Embedding(20, 4)
+    inputs = keras.Input((None,), dtype="int64", name="ids")
+    return keras.Model(inputs, L.BatchNormalization(name="bn")(pool(embed(inputs)))), embed
+
+
+@pytest.mark.parametrize("pool", [L.GlobalAveragePooling1D, lambda: L.Lambda(lambda x: tf.reduce_sum(x, 1))])
+def test_ragged_batches_are_used_as_they_are(pool: Any, tmp_path: Path) -> None:
+    model, embed = ragged_model(pool())
+    total = np.stack([np.array(embed.embeddings, np.float64)[row].sum(0) for row in IDS])
+    lengths = np.array([len(row) for row in IDS])[:, None]
+    seen = total / lengths if pool is L.GlobalAveragePooling1D else total
+    ragged = tf.ragged.constant(IDS, dtype="int64")
+    dataset = tf.data.Dataset.from_tensor_slices((ragged, np.zeros(64)))
+    dataset.save(str(tmp_path / "rows"))
+    for source in (
+        dataset.batch(20),
+        [ragged[:30], ragged[30:]],
+        [(ragged, np.zeros(64))],
+        [tf.concat([ragged, ragged], 0)],
+        tmp_path / "rows",
+    ):
+        refresh_batchnorm(model, source)
+        assert_moments(model.get_layer("bn"), seen)
+    assert refresh_batchnorm(model, dataset.batch(20), samples=33).samples == 33
+    numbers = keras.Sequential([keras.Input((None, 1)), pool(), L.BatchNormalization()])
+    spoiled = tf.ragged.constant([[[1.0]], [[2.0], [np.nan]]], ragged_rank=1)
+    with pytest.raises(UnreadableError, match="found NaN or infinity in row 65"):
+        refresh_batchnorm(numbers, [tf.ones((64, 1, 1)), spoiled])
+
+
 # --- data that do not end -----------------------------------------------------------------------------------------
 
 
