@@ -102,6 +102,19 @@ def test_an_output_is_equal_until_one_bit_of_any_tensor_is_flipped(
     assert swa_avg("verify", target).code == 0
 
 
+@pytest.mark.parametrize(
+    "name", ["10:00:0{}.keras", "runs\\ckpt_{}.keras", "ckpt_{}\u200b.keras", "..{}.keras"]
+)
+def test_whatever_a_file_may_be_called_its_output_is_verified(
+    name: str, tmp_path: Path, swa_avg: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        makers.write_archive(Path(name.format(number)), makers.weights(number))
+    assert swa_avg(*(name.format(number) for number in (1, 2)), "-o", "swa.keras").code == 0
+    assert swa_avg("verify", "swa.keras").code == 0
+
+
 def test_what_is_printed_names_method_and_numbers(tmp_path: Path, swa_avg: Cli) -> None:
     _write_inputs(tmp_path, ".keras")
     target = tmp_path / "swa.keras"

@@ -13,9 +13,9 @@ from swa_avg.interrupts import interrupts_held
 
 __all__ = [
     "Step",
+    "cannot_be_traced",
     "compiled",
     "functions_inlined",
-    "leaked",
     "random_state_kept",
     "seed_torch",
     "squared_difference",
@@ -165,8 +165,12 @@ def seed_torch(seed: int) -> None:
         torch.manual_seed(seed)
 
 
-def leaked(error: Exception) -> bool:
-    """Tell whether tracing failed because moments were computed inside a loop of the graph."""
+def cannot_be_traced(error: Exception) -> bool:
+    """Tell whether tracing failed where running as plain Python does not.
+
+    Moments were computed inside a loop of the graph; or a function that TensorFlow would compile, rewritten
+    by AutoGraph, decides by the values of tensors.
+    """
     from keras import backend
 
     if backend.backend() == "jax":
@@ -174,7 +178,8 @@ def leaked(error: Exception) -> bool:
 
         return isinstance(error, jax.errors.UnexpectedTracerError)
     if backend.backend() == "tensorflow":
-        return type(error).__name__ == "InaccessibleTensorError" or "out of scope" in str(error)
+        names = ("InaccessibleTensorError", "OperatorNotAllowedInGraphError")
+        return type(error).__name__ in names or "out of scope" in str(error)
     return False
 
 

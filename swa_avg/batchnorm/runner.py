@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swa_avg.batchnorm.backends import Step, compiled, leaked, seed_torch, value_of
+from swa_avg.batchnorm.backends import Step, cannot_be_traced, compiled, seed_torch, value_of
 from swa_avg.batchnorm.complaints import keras_reason
 from swa_avg.batchnorm.observe import SEED_STATE, Outcome, make_step
 from swa_avg.data.batches import ArrayData, Data, RowDigests, as_array
@@ -53,11 +53,11 @@ class Runner:
     def run(self, number: int, batch: Any) -> tuple[Any, Any]:
         """Return what the layers saw of a batch, as the integers and floats of an `Outcome`."""
         values = _seeded(self._values, self._variables, self._data.spec.seed, number)
-        if self._begun:
-            outcome = self._fast(values, batch)
-        else:
-            self._fast, outcome = _first(self._fast, self._step, values, batch, self._data)
-            self._begun = True
+        try:
+            outcome = self._outcome(values, batch)
+        except Exception as error:  # of whichever class the backend has for shapes, types and values
+            problem = f"the model does not take this data ({keras_reason(error)})"
+            raise UnreadableError(self._data.source, problem) from error
         integers, floats, carried = outcome
         self._values = [old if new is None else new for old, new in zip(values, carried, strict=True)]
         self.carries_state = getattr(self._fast, "assigns", False) or any(
@@ -66,27 +66,27 @@ class Runner:
         )
         return integers, floats
 
+    def _outcome(self, values: list[Any], batch: Any) -> Outcome:
+        """Run a batch; the first one shows whether the model can be compiled."""
+        try:
+            outcome: Outcome = self._fast(values, batch)
+        except Exception as error:
+            if self._begun or not cannot_be_traced(error):
+                raise
+            self._data.notes.append(
+                "a BatchNorm layer is called inside a loop of the graph, or the model decides by values of "
+                "tensors, so it runs uncompiled, slowly"
+            )
+            self._fast = self._step
+            outcome = self._step(values, batch)
+        self._begun = True
+        return outcome
+
     def measure(self, number: int, data: ArrayData) -> Measured:
         """Run one batch, and return what travels."""
         batch, rows, digests = data.batch(number)
         integers, floats = self.run(number, batch)
         return Measured(as_array(integers), as_array(floats), rows, digests)
-
-
-def _first(run: Step, step: Step, values: list[Any], inputs: Any, data: Data) -> tuple[Step, Outcome]:
-    """Run the first batch, on which it shows whether the model can be compiled and takes the data."""
-    try:
-        return run, run(values, inputs)
-    except Exception as error:
-        if leaked(error):
-            data.notes.append(
-                "a BatchNorm layer is called inside a loop of the graph, so the model runs uncompiled, slowly"
-            )
-            return step, step(values, inputs)
-        if isinstance(error, ValueError | TypeError) and not data.spec.names:
-            problem = f"the model does not take this data ({keras_reason(error)})"
-            raise UnreadableError(data.source, problem) from error
-        raise
 
 
 def _seeded(values: Sequence[Any], variables: Sequence[Any], seed: int, batch: int) -> list[Any]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from swa_avg.data.binding import RESHAPE, described, pick, unpack, usable
 from swa_avg.data.permutation import Permutation
+from swa_avg.data.ragged import RaggedBatch, is_ragged
 from swa_avg.data.rows import Rows, describe
 from swa_avg.data.spec import TARGET, Batch, Spec, fits
 from swa_avg.data.structure import Tree, fill
@@ -81,7 +82,7 @@ class Data(ABC):
     def _prepared(self, raw: dict[str, Array], numbers: Array | None) -> tuple[Batch, Batch, int]:
         """Check a raw batch, and make it what the model and its loss take."""
         rows = self._check(raw, numbers)
-        inputs = {name: values for name, values in raw.items() if name[:1] != TARGET}
+        inputs = {name: getattr(part, "tensor", part) for name, part in raw.items() if name[:1] != TARGET}
         targets = _alone({name[1:]: values for name, values in raw.items() if name[:1] == TARGET})
         batch = _alone(inputs) if self.spec.names or self.structure is None else fill(self.structure, inputs)
         if self.spec.preprocess is not None:
@@ -115,8 +116,8 @@ class Data(ABC):
                 raise UnreadableError(
                     self.source, f"expected numbers; found {values.dtype}", tensor=name or None
                 )
-            if values.dtype.kind == "f" and not np.isfinite(values).all():
-                bad = int(np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))[0])
+            bad = _row_not_finite(values)
+            if bad is not None:
                 row = int(numbers[bad]) if numbers is not None else self.samples + bad
                 key = self._keys.get(name, name)
                 problem = f"expected finite numbers; found NaN or infinity in row {row}"
@@ -235,6 +236,8 @@ def row_digests(raw: Mapping[str, Array]) -> RowDigests:
 
 
 def _row_bytes(values: Array) -> Iterable[Any]:
+    if isinstance(values, RaggedBatch):
+        return values.row_bytes()
     if values.dtype.hasobject:  # strings of any length
         return (repr(row.tolist() if isinstance(row, np.ndarray) else row).encode() for row in values)
     if not len(values):
@@ -287,7 +290,7 @@ class StreamData(Data):
                 raise UnreadableError(self.source, "expected batches; found an empty tuple")
             parts, tree = pick(self.source, self.spec, element)
             self.structure = tree or self.structure
-            picked = {name: (key, as_array(part)) for name, (key, part) in parts.items()}
+            picked = {name: (key, _as_batch(part)) for name, (key, part) in parts.items()}
             for key, values in picked.values():
                 if values.ndim == 0:
                     raise UnreadableError(
@@ -328,6 +331,16 @@ class StreamData(Data):
             self.ignored = tuple(described(key, part) for key, part in features.items() if key not in taken)
 
 
+def _row_not_finite(values: Array | RaggedBatch) -> int | None:
+    """Return the first row that holds NaN or infinity."""
+    if values.dtype.kind != "f":
+        return None
+    if isinstance(values, RaggedBatch):
+        return next((number for number, row in enumerate(values) if not np.isfinite(row).all()), None)
+    finite = np.isfinite(values)
+    return None if finite.all() else int(np.flatnonzero(~finite.reshape(len(values), -1).all(axis=1))[0])
+
+
 class _Repeats:
     """Notices that batches are the first ones again."""
 
@@ -360,6 +373,10 @@ def _title(name: str) -> str:
     if name.startswith(TARGET):
         return f"the target {name[1:]}".rstrip()
     return name or "the input"
+
+
+def _as_batch(part: Any) -> Any:
+    return RaggedBatch.of(part) if is_ragged(part) else as_array(part)
 
 
 def as_array(values: Any) -> Array:

@@ -19,7 +19,7 @@ from swa_avg.data.rows import MemoryRows, Rows, describe
 from swa_avg.data.spec import TARGET, Spec
 from swa_avg.data.structure import flatten
 from swa_avg.data.tfdata import open_saved
-from swa_avg.data.user_functions import import_function, names_function
+from swa_avg.data.user_functions import import_function, import_object, names_function
 from swa_avg.errors import UnreadableError, UsageError
 
 __all__ = ["open_data"]
@@ -30,8 +30,9 @@ def open_data(source: Any, spec: Spec) -> Data:
 
     Args:
         source: A `.npz` or `.npy` file; a folder that `tf.data.Dataset.save` wrote; `MODULE:FUNCTION`,
-            called without arguments; an array or a mapping of arrays, whose rows are drawn at random; any
-            iterable of batches x, (x, y), (x, y, weights) or mappings, taken as it comes.
+            called without arguments, or `MODULE:NAME` of what it would return; arrays in the structure of the
+            model's inputs, alone or as (x, y) and (x, y, weights), whose rows are drawn at random; any
+            iterable of batches of these, taken as it comes.
         spec: What is wanted, and what the model expects.
 
     Raises:
@@ -40,7 +41,9 @@ def open_data(source: Any, spec: Spec) -> Data:
         SystemRefusalError: there is no room to unpack a compressed array.
     """
     if isinstance(source, str) and names_function(source) and not Path(source).exists():
-        made = import_function(source)()
+        made = import_object(source)
+        if isinstance(made, type) or not (isinstance(made, Iterable) or hasattr(made, "__getitem__")):
+            made = import_function(source)()
         return _from_object(made, source, spec)
     if isinstance(source, str | Path):
         path = Path(source)

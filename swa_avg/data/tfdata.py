@@ -30,7 +30,11 @@ def open_saved(path: Path, spec: Spec) -> Data:
     """
     if not (path / "dataset_spec.pb").is_file():
         problem = "expected a folder written by tf.data.Dataset.save; found one without dataset_spec.pb"
-        raise UnreadableError(path, problem)
+        hint = (
+            "of images, name a function, MODULE:FUNCTION, that returns "
+            "keras.utils.image_dataset_from_directory(FOLDER, labels=None, image_size=SIZE)"
+        )
+        raise UnreadableError(path, problem, hint=hint)
     try:
         import tensorflow as tf
     except ImportError as error:

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from swa_avg.errors import SwaAvgError, UsageError
 
-__all__ = ["describe_error", "import_function", "import_module", "names_function"]
+__all__ = ["describe_error", "import_function", "import_module", "import_object", "names_function"]
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -43,6 +43,18 @@ def import_function(name: str) -> Callable[..., Any]:
     Raises:
         UsageError: there is no such module or function.
     """
+    found = import_object(name)
+    if not callable(found):
+        raise UsageError(f"{name} is not a function")
+    return _named(cast("Callable[..., Any]", found), name)
+
+
+def import_object(name: str) -> Any:
+    """Import `MODULE:NAME`; modules of the current folder count, too.
+
+    Raises:
+        UsageError: there is no such module, or nothing of that name in it.
+    """
     module, _, attribute = name.partition(":")
     if not names_function(name):
         raise UsageError(f"{name!r} is not MODULE:FUNCTION")
@@ -51,13 +63,10 @@ def import_function(name: str) -> Callable[..., Any]:
             found: Any = importlib.import_module(module)
             for part in attribute.split("."):
                 found = getattr(found, part)
-        except ModuleNotFoundError as error:
-            raise UsageError(f"cannot import {name}: {error}") from error
-        except AttributeError as error:
-            raise UsageError(f"cannot import {name}: {error}") from error
-    if not callable(found):
-        raise UsageError(f"{name} is not a function")
-    return _named(cast("Callable[..., Any]", found), name)
+        except (ModuleNotFoundError, AttributeError) as error:
+            hint = f"; write {module[:-3]}:{attribute}, without .py" if module.endswith(".py") else ""
+            raise UsageError(f"cannot import {name}: {error}{hint}") from error
+    return found
 
 
 def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:

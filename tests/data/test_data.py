@@ -199,6 +199,26 @@ def test_functions_are_imported_from_the_current_folder(tmp_path, monkeypatch):
             import_function(name)
 
 
+def test_what_a_module_holds_is_data_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "holds.py").write_text(
+        "import numpy as np\n"
+        "array = np.ones((6, 2))\n"
+        "pair = array, np.zeros(6)\n"
+        "batches = [array[:3], array[3:]]\n"
+        "class Made:\n"
+        "    def __len__(self): return 2\n"
+        "    def __getitem__(self, number): return array[3 * number:][:3]\n"
+        "made = Made()\n"
+    )
+    for name in ("array", "pair", "batches", "Made", "made"):
+        assert rows_of(f"holds:{name}")[0].shape == (6, 2)
+    with pytest.raises(
+        UsageError, match=r"cannot import holds\.py:array: .+; write holds:array, without \.py"
+    ):
+        rows_of("holds.py:array")
+
+
 def test_preprocessing_is_applied_to_each_batch_before_shapes_are_checked(saved):
     path = saved(x=IMAGES)
     options = {"input_names": ["in"], "input_shapes": [(None, 12)]}
@@ -496,7 +516,7 @@ def test_numbers_below_one_are_usage_errors(options):
 
 def test_missing_files_and_other_things_are_unreadable(tmp_path):
     assert "no such file or directory" in refused(tmp_path / "none.npz")
-    assert "without dataset_spec.pb" in refused(tmp_path)
+    assert "without dataset_spec.pb; of images, name a function, MODULE:FUNCTION" in refused(tmp_path)
     assert "file name too long" in refused("z" * 300)
     os.mkfifo(tmp_path / "fifo.npz")
     assert "not a regular file" in refused(tmp_path / "fifo.npz")
