@@ -74,7 +74,7 @@ def _lines(result: Verification) -> list[str]:
         )
     equal = "equal"
     if result.digests:
-        lines.append(f"not derived, but replaced by a refresh: {first_few(result.digests)}")
+        lines.append(f"held against the digests in the record alone: {first_few(result.digests)}")
         count = counted(len(result.digests), "statistic")
         equal = f"equal, but for {count} that a refresh replaced and that cannot be derived without its data"
     again = f"{counted(result.averaged, 'tensor')} averaged again"
