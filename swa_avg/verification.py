@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
@@ -19,10 +19,13 @@ from swa_avg.combine.blocks import Block
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
 from swa_avg.files.location import Location, any_remote, cached_locally, location
 from swa_avg.formats import Checkpoint, Tensor, open_checkpoint
-from swa_avg.inputs.opening import opened, resolve_dtypes
+from swa_avg.inputs.listing import list_again
+from swa_avg.inputs.opening import check_contents, check_shared_files, opened, resolve_dtypes
 from swa_avg.planning.configuration import config_differences
+from swa_avg.planning.derivation import ContradictionError, derive_method
 from swa_avg.planning.output import as_output
 from swa_avg.planning.plan import Plan, make_plan
+from swa_avg.planning.policy import batchnorm_statistics
 from swa_avg.planning.record import Record, RecordedInput, read_record
 from swa_avg.text import first_few
 
@@ -36,12 +39,17 @@ class Verification:
     output: Location
     inputs: tuple[Location, ...]
     record: Record
+    method: str | None
+    """The method that gives the coefficients for these inputs; None where the record alone says them."""
+    unchecked: tuple[str, ...]
+    """Inputs without a digest in the record: whether they have changed since cannot be known."""
     averaged: int
     """Tensors that were averaged again and compared."""
     copied: int
     """Tensors that were compared with the newest input's."""
     digests: tuple[str, ...]
-    """BatchNorm statistics that a refresh replaced: without its data, only their CRC-32 is compared."""
+    """BatchNorm statistics that are not the inputs' average, since a refresh replaced them: without its data
+    they cannot be derived, and only their CRC-32 is compared with the record's."""
     findings: tuple[Finding, ...]
     """What differs."""
 
@@ -54,7 +62,7 @@ class Verification:
         return {
             "output": str(self.output),
             "equal": self.equal,
-            "method": self.record.method,
+            "method": "weights" if self.method is None else self.record.method,
             "inputs": [str(path) for path in self.inputs],
             "averaged": self.averaged,
             "copied": self.copied,
@@ -74,8 +82,9 @@ def verify(
 ) -> Verification:
     """Derive an output of swa-avg again from the inputs that it names, in bounded memory, without Keras.
 
-    Every tensor is compared, copied ones included, and so is the configuration. What a refresh of BatchNorm
-    replaced cannot be derived without its data; its CRC-32 is compared with the one in the output's record.
+    Every tensor is compared, copied ones included, and so is the configuration. The output's record is a
+    claim: the coefficients are derived again from its method and the inputs. What a refresh of BatchNorm
+    replaced cannot be derived without its data; its CRC-32 is compared with the one in the record.
 
     Args:
         output: What `average` or `sweep` wrote.
@@ -84,8 +93,9 @@ def verify(
         threads: Worker threads; the machine's cores up to 4 by default, 10 where a file is named by a URL.
 
     Raises:
-        UnreadableError: the output cannot be read or does not say how it was made, or an input is missing.
-        MismatchError: inputs have changed since the output was made; every one of them is named.
+        UnreadableError: the output cannot be read or does not say how it was made, or an input is missing,
+            or is the output itself.
+        MismatchError: inputs have changed since the output was made, or are the same; every one is named.
         SystemRefusalError: the system could not read.
     """
     target = location(output)
@@ -98,6 +108,7 @@ def verify(
         far = any_remote([target, *paths])
         workers = stack.enter_context(open_workers(None, threads, max_memory, remote=far))
         checkpoints = stack.enter_context(opened(paths, record.dtype))
+        _check_not_the_output(checkpoints, found)
         _check_inputs(checkpoints, record)
         template = as_output(checkpoints[-1], target)
         if record.optimizer == "drop":
@@ -106,17 +117,28 @@ def verify(
         plan = make_plan(checkpoints, template, coefficients, drop_optimizer=record.optimizer == "drop")
         # The inputs' bytes have just been read and found to be unchanged.
         combiner = Combiner(plan, [coefficients], workers, verify=False)
-        digests = tuple(name for name in record.values if name in found.tensors)
+        statistics = batchnorm_statistics(checkpoints[-1])
+        excused = {name for name in record.values if name in statistics and name in found.tensors}
+        method, contradictions = _derived(found, record, paths)
         findings = [
+            *contradictions,
             *_shape_findings(found, plan, record),
-            *_digest_findings(found, record),
-            *_value_findings(found, combiner, record),
+            *_digest_findings(found, record, statistics),
+            *_value_findings(found, combiner, excused),
             *_surroundings(found, plan.template, rebuilt=record.optimizer == "drop"),
         ]
         found.check_unchanged()
-    count = sum(tensor.name not in record.values for tensor in plan.averaged)
-    copied = len(plan.copied) + len(plan.compared)
-    return Verification(target, tuple(paths), record, count, copied, digests, tuple(findings))
+    return Verification(
+        target,
+        tuple(paths),
+        record,
+        method,
+        tuple(entry.name for entry in record.inputs if None in entry.crc32),
+        averaged=sum(tensor.name not in excused for tensor in plan.averaged),
+        copied=len(plan.copied) + len(plan.compared),
+        digests=tuple(name for name in record.values if name in excused),
+        findings=tuple(findings),
+    )
 
 
 def _paths(record: Record, output: Location, folders: Sequence[Location]) -> list[Location]:
@@ -148,7 +170,7 @@ def _paths(record: Record, output: Location, folders: Sequence[Location]) -> lis
 def _is_unchanged(path: Location, entry: RecordedInput) -> bool:
     try:
         with closing(open_checkpoint(path)) as checkpoint:
-            return not any(_changes(checkpoint, entry))
+            return not _changes(checkpoint, entry)[1]
     except UnreadableError:
         return False
 
@@ -163,25 +185,62 @@ def _scratch(stack: ExitStack) -> Callable[[], IO[bytes]]:
     return scratch
 
 
+def _check_not_the_output(checkpoints: Sequence[Checkpoint], output: Checkpoint) -> None:
+    """Raise UnreadableError if an input is the output itself, or a copy: all is the average of itself."""
+    own = {shard.identity() for shard in output.shards}
+    for checkpoint in checkpoints:
+        if own & {shard.identity() for shard in checkpoint.shards}:
+            raise UnreadableError(output.path, f"names itself as an input ({checkpoint.path.name})")
+        if checkpoint.record == output.record:
+            raise UnreadableError(output.path, f"names a copy of itself as an input ({checkpoint.path.name})")
+
+
 def _check_inputs(checkpoints: Sequence[Checkpoint], record: Record) -> None:
-    """Raise MismatchError if an input is not what it was when the output was made."""
-    pairs = zip(checkpoints, record.inputs, strict=True)
-    findings = [finding for checkpoint, entry in pairs for finding in _changes(checkpoint, entry)]
+    """Raise MismatchError if an input is not what it was when the output was made, or is there twice."""
+    checked = [
+        _changes(checkpoint, entry) for checkpoint, entry in zip(checkpoints, record.inputs, strict=True)
+    ]
+    findings = [finding for _, changes in checked for finding in changes]
     if findings:
         raise MismatchError(findings)
+    check_shared_files(checkpoints)
+    check_contents(checkpoints, [checksums for checksums, _ in checked])
 
 
-def _changes(checkpoint: Checkpoint, entry: RecordedInput) -> Iterator[Finding]:
+def _derived(
+    found: Checkpoint, record: Record, paths: Sequence[Location]
+) -> tuple[str | None, list[Finding]]:
+    """Return the method that gives the record's coefficients, if it is known, and what contradicts it.
+
+    The order of inputs from several folders was that of their paths then, which is not recorded.
+    """
+    listings = []
+    if len({path.parent for path in paths}) == 1:
+        known = list_again(paths)
+        listings = [listing for listing in known if listing.paths == paths]
+        if not listings:
+            order = first_few([path.name for path in known[0].paths])
+            return None, [Finding(found.path, "inputs", f"not in training order, which is {order}")]
+    try:
+        return derive_method(record, listings), []
+    except ContradictionError as error:
+        return None, [Finding(found.path, "coefficients", str(error))]
+
+
+def _changes(checkpoint: Checkpoint, entry: RecordedInput) -> tuple[list[int], list[Finding]]:
+    """Return the CRC-32 of each shard of an input, and what has changed since it was recorded."""
     if checkpoint.size != entry.size or len(checkpoint.shards) != len(entry.crc32):
         problem = f"has changed since: {entry.size} bytes of weights then, {checkpoint.size} now"
-        yield Finding(checkpoint.path, "weights", problem)
-        return
-    for shard, expected in zip(checkpoint.shards, entry.crc32, strict=True):
-        now = f"{shard.checksum():08x}"
+        return [], [Finding(checkpoint.path, "weights", problem)]
+    checksums = [shard.checksum() for shard in checkpoint.shards]
+    findings = []
+    for shard, checksum, expected in zip(checkpoint.shards, checksums, entry.crc32, strict=True):
+        now = f"{checksum:08x}"
         then = expected or (now if shard.crc32 is None else f"{shard.crc32:08x}")
         if now != then:
             problem = f"has changed since: its CRC-32 was {then}, and is {now} now"
-            yield Finding(checkpoint.path, shard.path.name, problem)
+            findings.append(Finding(checkpoint.path, shard.path.name, problem))
+    return checksums, findings
 
 
 def _shape_findings(found: Checkpoint, plan: Plan, record: Record) -> Iterator[Finding]:
@@ -200,18 +259,21 @@ def _same_shape(one: Tensor, other: Tensor) -> bool:
     return (one.shape, one.dtype, one.nbytes) == (other.shape, other.dtype, other.nbytes)
 
 
-def _digest_findings(found: Checkpoint, record: Record) -> Iterator[Finding]:
-    """Yield the refreshed statistics that have changed since the refresh."""
+def _digest_findings(found: Checkpoint, record: Record, statistics: Container[str]) -> Iterator[Finding]:
+    """Yield the refreshed statistics that have changed since the refresh, and what is no statistic."""
     for name, expected in record.values.items():
         tensor = found.tensors.get(name)
-        if tensor is not None:
+        if name not in statistics:
+            problem = "no BatchNorm statistic, which alone a refresh replaces, as its record says of it"
+            yield Finding(found.path, name, problem)
+        elif tensor is not None:
             now = f"{found.shards[tensor.shard].checksum(tensor.offset, tensor.stop):08x}"
             if now != expected:
                 problem = f"its CRC-32 is {now}; the refresh of BatchNorm left {expected}"
                 yield Finding(found.path, name, problem)
 
 
-def _value_findings(found: Checkpoint, combiner: Combiner, record: Record) -> Iterator[Finding]:
+def _value_findings(found: Checkpoint, combiner: Combiner, excused: Container[str]) -> Iterator[Finding]:
     """Yield the tensors whose bytes differ, with the first value that does."""
     template = combiner.plan.template
     differing: dict[str, int] = {}
@@ -220,7 +282,7 @@ def _value_findings(found: Checkpoint, combiner: Combiner, record: Record) -> It
             tensor
             for name, tensor in template.tensors.items()
             if tensor.shard == index
-            and name not in record.values
+            and name not in excused
             and name in found.tensors
             and _same_shape(found.tensors[name], tensor)
         ]

@@ -61,7 +61,7 @@ class Origin:
             SystemRefusalError: another Keras is installed here.
         """
         if str(self.folder) not in sys.path:
-            sys.path.insert(0, str(self.folder))
+            sys.path.append(str(self.folder))  # as there, after what is installed
         found = _keras_versions()
         if found != self.keras:
             problem = f"expected Keras {' '.join(self.keras)}, found {' '.join(found)}"

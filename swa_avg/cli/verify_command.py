@@ -44,9 +44,10 @@ _INPUTS = click.Option(
 def verify(output: str, inputs: Sequence[str], as_json: bool, quiet: bool, **options: Any) -> None:
     """Derive OUTPUT again from the inputs that it names, and compare every tensor.
 
-    Inputs that have changed since are named. Statistics that a refresh of BatchNorm replaced cannot be
-    derived without its data; they are compared with the digests in OUTPUT's own record. The exit code is 0 if
-    everything is equal; if not it is 4, and the tensors are named.
+    What OUTPUT's own record says is not believed: coefficients are derived again from the method and the
+    inputs, and inputs that have changed since are named. Statistics that a refresh of BatchNorm replaced
+    cannot be derived without its data; they are counted apart. The exit code is 0 if everything else is
+    equal; if not it is 4, and the tensors are named.
     """
     from swa_avg.verification import verify as run
 
@@ -62,20 +63,31 @@ def verify(output: str, inputs: Sequence[str], as_json: bool, quiet: bool, **opt
 
 
 def _lines(result: Verification) -> list[str]:
-    """Return what was found equal, as text."""
+    """Return what was proven, as text."""
     from swa_avg.text import counted
 
     lines = []
+    if result.unchecked:
+        shown = first_few(result.unchecked)
+        lines.append(
+            f"unchecked: whether these have changed since, as the record has no digest of them: {shown}"
+        )
+    equal = "equal"
     if result.digests:
-        shown = first_few(result.digests)
-        lines.append(f"compared with their digests only, since a refresh replaced them: {shown}")
-    elif result.record.refreshed:
-        lines.append("the refresh of BatchNorm changed nothing")
-    count = len(result.inputs)
-    average = f"the {result.record.method} average of {count} checkpoints"
-    lines.append(
-        f"equal: {result.output} is {average if count > 1 else result.inputs[0].name} "
-        f"({counted(result.averaged, 'tensor')} averaged again, "
-        f"{result.copied} compared with the newest input's)"
-    )
+        lines.append(f"held against the digests in the record alone: {first_few(result.digests)}")
+        count = counted(len(result.digests), "statistic")
+        equal = f"equal, but for {count} that a refresh replaced and that cannot be derived without its data"
+    again = f"{counted(result.averaged, 'tensor')} averaged again"
+    compared = f"{again}, {result.copied} compared with the newest input's"
+    lines.append(f"{equal}: {result.output} is {_average(result)} ({compared})")
     return lines
+
+
+def _average(result: Verification) -> str:
+    count = len(result.inputs)
+    if count == 1:
+        return result.inputs[0].name
+    if result.method is not None:
+        return f"the {result.method} average of {count} checkpoints"
+    coefficients = first_few([f"{entry.coefficient:.6g}" for entry in result.record.inputs])
+    return f"the average of {count} checkpoints with the coefficients in its record ({coefficients})"

@@ -25,20 +25,16 @@ def names_function(text: str) -> bool:
 
 
 def import_module(name: str) -> None:
-    """Import a module for what it registers; those in the current folder count, too.
+    """Import a module for what it registers; one of the current folder if none of this name is installed.
 
     Raises:
         UsageError: there is no such module.
     """
-    with _current_folder_importable():
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise UsageError(f"cannot import {name}: {error}") from error
+    _find(name, name)
 
 
 def import_function(name: str) -> Callable[..., Any]:
-    """Import `MODULE:FUNCTION`; modules of the current folder count, too.
+    """Import `MODULE:FUNCTION`; of the current folder if no module of this name is installed.
 
     Raises:
         UsageError: there is no such module or function.
@@ -58,15 +54,29 @@ def import_object(name: str) -> Any:
     module, _, attribute = name.partition(":")
     if not names_function(name):
         raise UsageError(f"{name!r} is not MODULE:FUNCTION")
-    with _current_folder_importable():
+    return _find(name, module, *attribute.split("."))
+
+
+def _find(name: str, module: str, *attributes: str) -> Any:
+    """Return a module, or what it holds; errors name it as the user did."""
+    with _current_folder_last():
         try:
             found: Any = importlib.import_module(module)
-            for part in attribute.split("."):
-                found = getattr(found, part)
+            for attribute in attributes:
+                found = getattr(found, attribute)
         except (ModuleNotFoundError, AttributeError) as error:
-            hint = f"; write {module[:-3]}:{attribute}, without .py" if module.endswith(".py") else ""
-            raise UsageError(f"cannot import {name}: {error}{hint}") from error
+            hint = f"; write {name.replace('.py:', ':')}, without .py" if module.endswith(".py") else ""
+            raise UsageError(f"cannot import {name}: {error}{hint or _hidden(module)}") from error
     return found
+
+
+def _hidden(module: str) -> str:
+    """Return a hint where a file of the current folder was not imported, since another one is installed."""
+    top = module.partition(".")[0]
+    own, found = Path(f"{top}.py"), getattr(sys.modules.get(top), "__file__", None)
+    if found is None or not own.exists() or Path(found).resolve() == own.resolve():
+        return ""
+    return f"; {own} of the current folder comes after {found}: give it another name"
 
 
 def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -91,9 +101,17 @@ def describe_error(error: Exception) -> str:
 
 
 @contextmanager
-def _current_folder_importable() -> Iterator[None]:
+def _current_folder_last() -> Iterator[None]:
+    """Search the current folder after all else: checkpoints that came with a `keras.py` bring no code in.
+
+    Python itself may have put it first, as `python -m` does.
+    """
     before = list(sys.path)
-    sys.path.insert(0, str(Path.cwd()))
+    try:
+        here = [str(Path.cwd())]
+    except FileNotFoundError:  # there is no current folder any more
+        here = []
+    sys.path[:] = [*(entry for entry in before if entry not in ("", *here)), *here]
     try:
         yield
     finally:

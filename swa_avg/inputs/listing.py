@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from swa_avg.formats import SUFFIXES
 from swa_avg.inputs.index import INDEX_NAME, Index, read_index
 from swa_avg.inputs.names import Ambiguity, read_names
 
-__all__ = ["Listed", "Listing", "list_checkpoints"]
+__all__ = ["Listed", "Listing", "list_again", "list_checkpoints"]
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,30 @@ def list_checkpoints(patterns: str | Path | Sequence[str | Path]) -> Listing:
     if len(named) == 1 and named[0].is_dir():
         return _described(_indexed(named[0]))
     paths = [file for path in named for file in (_indexed(path) if path.is_dir() else [path])]
-    return _ordered(_described(sorted(paths, key=lambda path: (_natural_key(path), str(path)))))
+    return _ordered(_described(_naturally(paths)))
+
+
+def list_again(paths: Sequence[Location]) -> list[Listing]:
+    """Return the ways in which files of one folder may once have been listed, with what is known of them.
+
+    Names are read together: these alone, and together with what else is there of their kind, of which they
+    may have been chosen. Where that makes no difference, there is one way.
+    """
+    wanted = set(paths)
+    suffix = next((suffix for suffix in SUFFIXES if paths[0].name.endswith(suffix)), "")
+    try:
+        there = matches(glob.escape(str(paths[0].parent)).rstrip("/") + "/*" + suffix)
+    except SystemRefusalError:  # not every service lists what it has
+        there = []
+    alone = _ordered(_described(_naturally(wanted)))
+    among = _described(_naturally({*wanted, *there}))
+    chosen = tuple(listed for listed in among.files if listed.path in wanted)
+    among = _ordered(replace(among, files=chosen))
+    return [alone] if among == alone else [alone, among]
+
+
+def _naturally(paths: Iterable[Location]) -> list[Location]:
+    return sorted(paths, key=lambda path: (_natural_key(path), str(path)))
 
 
 def _described(paths: Sequence[Location]) -> Listing:

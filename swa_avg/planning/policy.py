@@ -14,6 +14,7 @@ __all__ = [
     "FLOATS",
     "Treatment",
     "batchnorm_layers",
+    "batchnorm_statistics",
     "has_lambda",
     "is_model_optimizer",
     "refusals",
@@ -95,21 +96,43 @@ def batchnorm_layers(checkpoint: Checkpoint) -> list[str]:
             and isinstance(layer.get("config"), Mapping)
         )
     )
-    groups: dict[str, list[Tensor]] = {}
-    for tensor in checkpoint.tensors.values():
-        if tensor.role == "weight":
-            groups.setdefault(tensor.name.rpartition("/")[0], []).append(tensor)
-    stored = [
-        (group, _layer_name(checkpoint, group))
-        for group, members in groups.items()
-        if _is_batchnorm(group, _layer_name(checkpoint, group), members)
-    ]
+    stored = [(group, _layer_name(checkpoint, group)) for group in _batchnorm_groups(checkpoint)]
     # Of older writers, names are those of classes: what lies deepest is what no configuration lists.
     unlisted = sorted(
         (item for item in stored if item[1] not in configured), key=lambda item: item[0].count("/")
     )
     more = max(0, len(stored) - len(configured))
     return [*configured, *sorted(dict.fromkeys(name for _, name in unlisted[len(unlisted) - more :]))]
+
+
+def batchnorm_statistics(checkpoint: Checkpoint) -> set[str]:
+    """Return the names of the tensors that are moving means and variances of BatchNorm layers.
+
+    As well as the checkpoint tells them: by their names, or in a group that is a BatchNorm layer's the last
+    two, since Keras numbers a layer's weights in the order in which it makes them.
+    """
+    found = set()
+    for members in _batchnorm_groups(checkpoint).values():
+        named = [tensor.name for tensor in members if _MOVING.search(tensor.name)]
+        numbered = sorted(
+            (tensor.name for tensor in members if tensor.name.rpartition("/")[2].isdecimal()),
+            key=lambda name: int(name.rpartition("/")[2]),
+        )
+        found.update(named or numbered[-2:])
+    return found
+
+
+def _batchnorm_groups(checkpoint: Checkpoint) -> dict[str, list[Tensor]]:
+    """Return the groups that are those of BatchNorm layers, with their tensors."""
+    groups: dict[str, list[Tensor]] = {}
+    for tensor in checkpoint.tensors.values():
+        if tensor.role == "weight":
+            groups.setdefault(tensor.name.rpartition("/")[0], []).append(tensor)
+    return {
+        group: members
+        for group, members in groups.items()
+        if _is_batchnorm(group, _layer_name(checkpoint, group), members)
+    }
 
 
 def has_lambda(config: Any) -> bool:

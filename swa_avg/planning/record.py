@@ -8,15 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swa_avg.errors import UnreadableError
+from swa_avg.errors import UnreadableError, UsageError
 from swa_avg.files.names import is_plain_name
 from swa_avg.formats import Checkpoint
+from swa_avg.planning.methods import Method
 from swa_avg.planning.plan import Plan
 from swa_avg.text import __version__
 
 __all__ = ["Record", "RecordedInput", "describe", "read_record"]
 
 _CRC32 = re.compile(r"[0-9a-f]{8}")
+_LAST = re.compile(r"last:[1-9][0-9]{0,8}")
+_WITHOUT_VALUE = ("ema", "power-ema", "weights", "single", "greedy")
+"""Besides the grammar of methods: what version 0.1.0 wrote, and what sweeps call their winners."""
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,11 @@ class Record:
     """What it takes to derive an output again."""
 
     method: str
+    """In the grammar of methods; of a sweep, its name for the winner; of old outputs, without a value."""
     optimizer: str
     dtype: str | None
     inputs: tuple[RecordedInput, ...]
-    refreshed: bool
-    """Whether BatchNorm statistics were re-estimated."""
+    """Their coefficients sum to 1."""
     values: Mapping[str, str]
     """Each tensor that the refresh changed -> CRC-32 of its new bytes, hexadecimal."""
 
@@ -74,7 +79,7 @@ def describe(
 
 
 def read_record(checkpoint: Checkpoint) -> Record:
-    """Return what a checkpoint says of how it was made; the file is untrusted and may say anything.
+    """Return what a checkpoint says of how it was made: claims, from a file that may say anything.
 
     Raises:
         UnreadableError: there is no record, so swa-avg did not write it, or not one that swa-avg writes.
@@ -93,21 +98,44 @@ def _record(value: Mapping[str, Any]) -> Record:
     inputs = tuple(map(_input, _expect(list, value["inputs"])))
     if not inputs:
         raise ValueError("it names no inputs")
+    coefficients = [entry.coefficient for entry in inputs]
+    total = math.fsum(coefficients)
+    if not abs(total - 1.0) <= _ROUNDING * max(1.0, sum(map(abs, coefficients))):
+        raise ValueError(f"its coefficients sum to {total:g}, not to 1")
+    if value.get("template", inputs[-1].name) != inputs[-1].name:
+        raise ValueError("its template is not its last input")
     batchnorm = value.get("batchnorm")
     values = {} if batchnorm is None else _expect(dict, _expect(dict, batchnorm).get("values", {}))
     if not all(_CRC32.fullmatch(_expect(str, text)) for text in values.values()):
         raise ValueError("a CRC-32 is malformed")
-    method, optimizer, dtype = _expect(str, value["method"]), value["optimizer"], value.get("dtype")
+    method, optimizer, dtype = value["method"], value["optimizer"], value.get("dtype")
+    if not _is_method(_expect(str, method)):
+        raise ValueError("its method is unknown")
     if dtype not in (None, "bfloat16") or optimizer not in ("keep", "drop"):
         raise ValueError("an option has an unknown value")
-    return Record(method, optimizer, dtype, inputs, batchnorm is not None, values)
+    return Record(method, optimizer, dtype, inputs, values)
+
+
+def _is_method(text: str) -> bool:
+    """Tell whether some version wrote this for a method."""
+    if text in _WITHOUT_VALUE or _LAST.fullmatch(text):
+        return True
+    try:
+        Method.parse(text)
+    except UsageError:
+        return False
+    return True
 
 
 def _input(value: Any) -> RecordedInput:
     name, size, sums = _expect(str, value["name"]), value["size"], _expect(list, value["crc32"])
     if not is_plain_name(name):
         raise ValueError("an input's name is not a file name")
-    if type(size) is not int or not all(s is None or _CRC32.fullmatch(_expect(str, s)) for s in sums):
+    if (
+        type(size) is not int
+        or size < 0
+        or not all(s is None or _CRC32.fullmatch(_expect(str, s)) for s in sums)
+    ):
         raise ValueError("an input's size or CRC-32 is malformed")
     coefficient = value["coefficient"]
     if isinstance(coefficient, bool) or not isinstance(coefficient, int | float):

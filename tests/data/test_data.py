@@ -219,6 +219,38 @@ def test_what_a_module_holds_is_data_too(tmp_path, monkeypatch):
         rows_of("holds.py:array")
 
 
+def test_a_module_beside_the_checkpoints_hides_none_that_is_installed(tmp_path, monkeypatch):
+    folders = {name: tmp_path / name for name in ("here", "installed")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        (folder / "my_twice_there.py").write_text(f"def where(): return {name!r}\n")
+    (folders["here"] / "my_only_here.py").write_text("import my_twice_there\nwhere = my_twice_there.where\n")
+    (folders["here"] / "my_hidden.py").write_text("def own(): return 1\n")
+    (folders["installed"] / "my_hidden.py").write_text("")
+    monkeypatch.chdir(folders["here"])
+    # As Python has it that is run with -m, or without a script.
+    for first in ("", str(folders["here"])):
+        monkeypatch.setattr(sys, "path", [first, *sys.path, str(folders["installed"])])
+        before = list(sys.path)
+        assert import_function("my_twice_there:where")() == "installed"
+        assert import_function("my_only_here:where")() == "installed"
+        with pytest.raises(UsageError, match=r"no attribute 'own'; my_hidden.py of the current folder comes"):
+            import_function("my_hidden:own")
+        assert sys.path == before
+        for name in ("my_twice_there", "my_only_here", "my_hidden"):
+            del sys.modules[name]
+
+
+def test_without_a_current_folder_installed_modules_are_found(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    try:
+        assert import_function("math:sqrt")(4.0) == 2.0
+    finally:
+        os.chdir(tmp_path)
+
+
 def test_preprocessing_is_applied_to_each_batch_before_shapes_are_checked(saved):
     path = saved(x=IMAGES)
     options = {"input_names": ["in"], "input_shapes": [(None, 12)]}
