@@ -352,7 +352,7 @@ def test_squares_that_overflow_leave_out_the_distances(tmp_path: Path, swa_avg: 
     [
         (["none.keras"], 3, "none.keras: no such file"),
         (["damaged.keras"], 3, "damaged.keras: damaged .keras archive (File is not a zip file)"),
-        (["ckpt_*.keras", "--last", "9"], 2, "--last 9, but found only 5 checkpoints"),
+        (["ckpt_*.keras", "--last", "9"], 2, "last is 9, but found only 5 checkpoints"),
         (
             ["ckpt_*.keras", "--method", "weights:1,2"],
             2,
@@ -368,7 +368,7 @@ def test_squares_that_overflow_leave_out_the_distances(tmp_path: Path, swa_avg: 
         (
             ["ckpt_*.keras", "--report", "old.html"],
             2,
-            "the output old.html exists; name another one, or add --overwrite",
+            "the output old.html exists; name another one, or overwrite it",
         ),
     ],
 )

@@ -212,7 +212,7 @@ def test_inputs_are_found_in_the_folder_that_is_named(tmp_path: Path, swa_avg: C
     assert (ended.code, ended.err) == (
         3,
         f"swa-avg: error: {target}: was made from ckpt_1.keras, ckpt_2.keras, ckpt_10.keras, not found in "
-        f"{tmp_path / 'out'}; say with --inputs which folder holds them\n",
+        f"{tmp_path / 'out'}; name the folder that holds them (inputs)\n",
     )
     assert swa_avg("verify", target, "--inputs", tmp_path).code == 0
 
@@ -240,7 +240,7 @@ def test_inputs_of_one_name_are_told_apart_by_their_content(
     assert (ended.code, ended.err) == (
         3,
         f"swa-avg: error: {target}: was made from 2 checkpoints named ckpt{suffix}, 1 found in {folders[0]}; "
-        "name each folder with --inputs\n",
+        "name each folder (inputs)\n",
     )
 
 

@@ -26,7 +26,7 @@ from swa_avg.cli.options import (
     refresh_of,
     values_of,
 )
-from swa_avg.cli.terminal import batchnorm_warning, progress_bar, say
+from swa_avg.cli.terminal import REFRESH_BY, progress_bar, say
 from swa_avg.text import __version__
 
 if TYPE_CHECKING:
@@ -123,18 +123,9 @@ def _lines(report: Report, *, verbose: bool) -> list[str]:
         memory = size_text(report.peak_memory)
         lines.append(f"bytes to read: {size_text(report.bytes_to_read)}; peak memory: about {memory}")
     lines.extend(report.listing.notes)
-    for checkpoint in plan.inputs:
-        if checkpoint.is_average:
-            lines.append(f"warning: {checkpoint.path} is itself an average that swa-avg wrote")
-    layers = report.batchnorm_layers
     if report.refresh is not None:
         lines.extend(report.refresh.lines(verbose=verbose))
-    elif layers:
-        lines.append(batchnorm_warning(layers))
+    lines.extend(f"warning: {warning}" for warning in report.warnings_naming(REFRESH_BY))
     if not report.verify and any_remote(checkpoint.path for checkpoint in plan.inputs):
         lines.append("of URLs only what is averaged is read, and no checksum checked; --verify does both")
-    verb = "wrote" if report.written else "would write"
-    lines.append(
-        f"{verb} {report.output}: the {report.method} average of {counted(len(plan.inputs), 'checkpoint')}"
-    )
-    return lines
+    return [*lines, str(report)]

@@ -63,19 +63,10 @@ def verify(output: str, inputs: Sequence[str], as_json: bool, quiet: bool, **opt
 
 def _lines(result: Verification) -> list[str]:
     """Return what was found equal, as text."""
-    from swa_avg.text import counted
-
     lines = []
     if result.digests:
         shown = first_few(result.digests)
         lines.append(f"compared with their digests only, since a refresh replaced them: {shown}")
     elif result.record.refreshed:
         lines.append("the refresh of BatchNorm changed nothing")
-    count = len(result.inputs)
-    average = f"the {result.record.method} average of {count} checkpoints"
-    lines.append(
-        f"equal: {result.output} is {average if count > 1 else result.inputs[0].name} "
-        f"({counted(result.averaged, 'tensor')} averaged again, "
-        f"{result.copied} compared with the newest input's)"
-    )
-    return lines
+    return [*lines, str(result)]

@@ -74,7 +74,7 @@ def test_epochs_that_there_are_not_are_refused_with_those_that_there_are(tmp_pat
     paths = [tmp_path / f"ckpt_{number}.keras" for number in range(0, 60, 10)]
     for path in paths:
         path.touch()
-    with pytest.raises(UsageError, match=r"^--epochs 5: none of the checkpoints; their epochs are 0 to 50$"):
+    with pytest.raises(UsageError, match=r"^epochs 5: none of the checkpoints; their epochs are 0 to 50$"):
         chosen(paths, epochs="5")
 
 
@@ -233,9 +233,9 @@ def test_the_best_are_of_those_that_have_the_metric_and_that_is_said(
 def test_more_than_have_the_metric_or_one_that_none_has_are_refused(tmp_path: Path) -> None:
     listing = list_checkpoints(_run(tmp_path / "run", [None, 3, None, 1]))
     for wanted, problem in (
-        (Selection(best=3), "--best 3, but found only 2 checkpoints with the metric 'val_loss' in the index; 2 of 4 have none, such as ckpt_01.keras"),
+        (Selection(best=3), "best is 3, but found only 2 checkpoints with the metric 'val_loss' in the index; 2 of 4 have none, such as ckpt_01.keras"),
         (Selection(best=1, monitor="val_los"), "ckpt_01.keras has no metric 'val_los' in the index, but loss, val_loss"),
-        (Selection(epochs="1:3", best=2), "--best 2, but found only 1 checkpoint with the metric 'val_loss' in the index; 2 of 3 have none, such as ckpt_01.keras"),
+        (Selection(epochs="1:3", best=2), "best is 2, but found only 1 checkpoint with the metric 'val_loss' in the index; 2 of 3 have none, such as ckpt_01.keras"),
     ):  # fmt: skip
         with pytest.raises(UsageError) as caught:
             select(listing, wanted)
