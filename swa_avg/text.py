@@ -13,6 +13,7 @@ __all__ = [
     "finite_or_none",
     "first_few",
     "number_text",
+    "ranges_text",
     "short_names",
     "size_text",
 ]
@@ -41,6 +42,17 @@ def first_few(names: Sequence[str], most: int = 5, separator: str = ", ") -> str
     """Return the first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return separator.join(names[:most]) + more
+
+
+def ranges_text(numbers: Sequence[int]) -> str:
+    """Return whole numbers, those of three or more in a row as a range: `1, 2, 5 to 9`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def short_names(paths: Sequence[object]) -> list[str]:

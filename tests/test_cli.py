@@ -560,6 +560,8 @@ def test_formats_do_not_mix(output: str, folder: Path, swa_avg: Cli) -> None:
 def test_inputs_that_are_no_checkpoints(folder: Path, swa_avg: Cli) -> None:
     Path("empty.keras").touch()
     Path("text.keras").write_text("not a model")
+    for part in ("index", "data-00000-of-00001"):
+        Path(f"cp.ckpt.{part}").write_bytes(b"\x00\x00\x01\x08")
     Path("dir.keras").mkdir()
     os.mkfifo("fifo.keras")
     for name, problem in (
@@ -574,6 +576,14 @@ def test_inputs_that_are_no_checkpoints(folder: Path, swa_avg: Cli) -> None:
         ),
         ("fifo.keras", "fifo.keras: not a regular file; name a checkpoint file"),
         ("missing.keras", "missing.keras: no such file"),
+        *(
+            (
+                name,
+                f"{name}: of a TensorFlow checkpoint, which is not read; in TensorFlow, load it with "
+                "model.load_weights, then model.save_weights to a .weights.h5",
+            )
+            for name in ("cp.ckpt.index", "cp.ckpt.data-00000-of-00001")
+        ),
         ("/dev/zero", "/dev/zero: not a regular file; name a checkpoint file"),
     ):
         _refused(swa_avg(name, "-o", "swa.keras"), 3, problem)
@@ -722,6 +732,7 @@ def test_the_record_holds_the_method_as_text_and_what_was_used(
     ended = swa_avg("ckpt_*.keras", "--method", method, "--json")
     result = json.loads(ended.out)
     assert ended.err.endswith(f"wrote swa.keras: the {text} average of 3 checkpoints\n")
+    assert ("counted by their epochs, 1, 2, 10\n" in ended.err) == method.startswith("half-life")
     average("ckpt_*.keras", "python.keras", method=python)  # type: ignore[arg-type]
     assert Path("python.keras").read_bytes() == Path("swa.keras").read_bytes()
     with zipfile.ZipFile("swa.keras") as archive:

@@ -104,7 +104,8 @@ def average(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
 def _lines(report: Report, *, verbose: bool) -> list[str]:
     """Return what was done, or would be, as text."""
     from swa_avg.files.location import any_remote
-    from swa_avg.text import counted, size_text
+    from swa_avg.planning.methods import Method
+    from swa_avg.text import counted, ranges_text, size_text
 
     plan = report.plan
     lines = []
@@ -123,6 +124,9 @@ def _lines(report: Report, *, verbose: bool) -> list[str]:
         memory = size_text(report.peak_memory)
         lines.append(f"bytes to read: {size_text(report.bytes_to_read)}; peak memory: about {memory}")
     lines.extend(report.listing.notes)
+    if Method.parse(report.method).needs_times:
+        epochs = [listed.epoch for listed in report.listing.files if listed.epoch is not None]
+        lines.append(f"counted by their epochs, {ranges_text(epochs)}")
     if report.refresh is not None:
         lines.extend(report.refresh.lines(verbose=verbose))
     lines.extend(f"warning: {warning}" for warning in report.warnings_naming(REFRESH_BY))

@@ -182,6 +182,8 @@ def _show(report: SweepReport, *, quiet: bool, verbose: bool, as_json: bool) -> 
 
 def _lines(report: SweepReport, *, verbose: bool) -> list[str]:
     """Return the scores as text, single checkpoints first, then what was written."""
+    from swa_avg.text import ranges_text
+
     metrics = list(dict.fromkeys([report.monitor, *(["loss"] if "loss" in report.winner.metrics else [])]))
     best = report.best_single
     lines = ["".join(f"{name[:12]:>12} " for name in metrics) + "checkpoints  candidate"]
@@ -199,6 +201,8 @@ def _lines(report: SweepReport, *, verbose: bool) -> list[str]:
     if len(report.singles) > 2 and not verbose:
         lines.append(f"{len(report.singles)} single checkpoints were scored; --verbose lists them")
     lines.extend(report.notes)
+    if report.epochs:
+        lines.append(f"power-ema and half-life count by the epochs {ranges_text(report.epochs)}")
     lines.extend(f"warning: {warning}" for warning in report.warnings_naming(REFRESH_BY))
     if report.path:
         lines.append("on the line from the last checkpoint to the best average:")

@@ -79,6 +79,8 @@ class SweepReport:
     """Metrics at points of equal distance from the last checkpoint to the best average."""
     written: bool = False
     """Whether the winner was written."""
+    epochs: tuple[int, ...] = ()
+    """Of the checkpoints, where a candidate goes by them."""
     notes: tuple[str, ...] = ()
     """What the user may not expect of the order of the checkpoints."""
 

@@ -141,7 +141,7 @@ def sweep(
             singles, averages = scored[: len(paths)], scored[len(paths) :]
             if with_greedy:
                 averages = (*averages, greedy_soup(trials, singles))
-            report = replace(_report(target, trials, singles, averages, refresh), notes=listing.notes)
+            report = _report(target, trials, singles, averages, refresh, listing)
             if require_improvement and not report.improved:
                 raise NoImprovementError(_no_improvement(report), report)
             statistics = trials.best_statistics  # of the winner: the points of the line are scored after it
@@ -207,6 +207,7 @@ def _report(
     singles: Sequence[Scored],
     averages: Sequence[Scored],
     refresh: Refresh | None,
+    listing: Listing,
 ) -> SweepReport:
     assert trials.best is not None
     assert trials.decides is not None
@@ -217,6 +218,7 @@ def _report(
             [Finding(target, monitor, "is not finite for any candidate; nothing was written")]
         )
     newest = trials.checkpoints[-1]
+    by_epochs = any(candidates.needs_times(average.candidate.name) for average in averages)
     return SweepReport(
         output=target,
         checkpoints=tuple(checkpoint.path for checkpoint in trials.checkpoints),
@@ -229,6 +231,8 @@ def _report(
         rows=trials.last.rows,
         digest=trials.last.digest,
         batchnorm_layers=tuple(batchnorm_layers(newest)) if refresh is None else (),
+        epochs=tuple(listing.epochs("candidates")) if by_epochs else (),
+        notes=listing.notes,
     )
 
 
