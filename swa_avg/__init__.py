@@ -11,6 +11,7 @@ __all__ = [
     "RefreshReport",
     "Report",
     "SwaAvgError",
+    "SwaAvgWarning",
     "SweepReport",
     "Validation",
     "Verification",
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from swa_avg.averaging import Report, average
     from swa_avg.batchnorm import Loading, Refresh, RefreshReport, refresh_batchnorm
-    from swa_avg.errors import SwaAvgError
+    from swa_avg.errors import SwaAvgError, SwaAvgWarning
     from swa_avg.inspection import Inspection, inspect_checkpoints
     from swa_avg.sweeping import SweepReport, Validation, sweep
     from swa_avg.text import __version__
@@ -41,6 +42,7 @@ _HOMES = {
     "RefreshReport": "swa_avg.batchnorm",
     "Report": "swa_avg.averaging",
     "SwaAvgError": "swa_avg.errors",
+    "SwaAvgWarning": "swa_avg.errors",
     "SweepReport": "swa_avg.sweeping",
     "Validation": "swa_avg.sweeping",
     "Verification": "swa_avg.verification",

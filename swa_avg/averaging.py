@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from swa_avg.combine import Combiner, open_workers
 from swa_avg.combine.drafts import write_draft
+from swa_avg.errors import escape, warn
 from swa_avg.files.location import Location, any_remote, local_copy, location
 from swa_avg.files.publication import check_output, publication_at
 from swa_avg.files.temporary import temporary_folder
@@ -23,9 +24,9 @@ from swa_avg.inputs.selection import Selection, select
 from swa_avg.planning.methods import Method
 from swa_avg.planning.output import output_path, plan_output
 from swa_avg.planning.plan import Plan, coefficients_of
-from swa_avg.planning.policy import batchnorm_layers
+from swa_avg.planning.policy import batchnorm_layers, batchnorm_warning
 from swa_avg.planning.record import describe
-from swa_avg.text import Progress
+from swa_avg.text import Progress, counted
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm import Refresh, RefreshReport
@@ -33,17 +34,22 @@ if TYPE_CHECKING:
 __all__ = ["Report", "average"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """What `average` did, or with `dry_run` would do."""
+    """What `average` did, or with `dry_run` would do; its text is one line."""
 
     output: Location
+    """Where the average is, or would be."""
     listing: Listing
     """The inputs, and what is known of each without opening it."""
     plan: Plan
+    """The opened inputs, the coefficient of each, and what is done with each tensor."""
     method: str
+    """As it is written in the output's record, such as `ema:0.9`."""
     verify: bool
+    """Whether every byte of every input is read and checked."""
     bytes_to_read: int
+    """In all, of the inputs."""
     peak_memory: int
     """Predicted peak of the process's resident memory, in bytes, without a refresh."""
     refresh: RefreshReport | None = None
@@ -67,6 +73,29 @@ class Report:
         alone = sum(map(bool, self.plan.coefficients)) == 1
         return [] if alone else batchnorm_layers(self.plan.inputs[-1])
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should look at; `average` warns of each."""
+        return tuple(self.warnings_naming("refresh=DATA"))
+
+    def warnings_naming(self, refresh: str) -> Iterator[str]:
+        """Yield the warnings; `refresh` is how a refresh is asked for."""
+        for checkpoint in self.plan.inputs:
+            if checkpoint.is_average:
+                yield f"{checkpoint.path} is itself an average that swa-avg wrote"
+        if self.refresh is not None:
+            yield from self.refresh.warnings
+        elif self.batchnorm_layers:
+            yield batchnorm_warning(self.batchnorm_layers, refresh)
+
+    def __str__(self) -> str:
+        verb = "wrote" if self.written else "would write"
+        count = counted(len(self.plan.inputs), "checkpoint")
+        return f"{verb} {self.output}: the {self.method} average of {count}"
+
+    def __repr__(self) -> str:
+        return f"<Report: {escape(self)}>"
+
     def as_json(self) -> dict[str, Any]:
         """Return all of it as JSON's types."""
         inputs = zip(self.plan.inputs, self.plan.coefficients, strict=True)
@@ -89,7 +118,7 @@ def average(
     inputs: str | Path | Sequence[str | Path] = (),
     output: str | Path | None = None,
     *,
-    epochs: str | None = None,
+    epochs: str | int | range | None = None,
     best: int | None = None,
     monitor: str | None = None,
     mode: str | None = None,
@@ -101,10 +130,10 @@ def average(
     overwrite: bool = False,
     verify: bool | None = None,
     expect_sha256: str | Path | None = None,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     threads: int | None = None,
     cluster: str | None = None,
-    refresh: Refresh | None = None,
+    refresh: Any = None,
     dry_run: bool = False,
     progress: Progress | None = None,
     refresh_progress: Progress | None = None,
@@ -125,7 +154,7 @@ def average(
         output: The path or URL to which the average is written; `swa` + the inputs' suffix by default. From
             `.keras` inputs it may end with `.weights.h5`.
         epochs: Use only these epochs: `A:B[:STEP]`, both ends included; by the index beside the checkpoints,
-            else by the last whole number in each name.
+            else as the names tell. A number or a `range`, whose end is not included, does as well.
         best: Of these, the best so many by a metric in the index.
         monitor: That metric; the one that the index monitors by default.
         mode: `min` or `max`, for a metric that the index does not monitor and whose name does not tell.
@@ -141,14 +170,19 @@ def average(
         verify: Read every byte and check it against the CRC-32 that archives store; by default, unless an
             input is a URL.
         expect_sha256: A list as `sha256sum` writes it, which names every input and must agree.
-        max_memory: Bytes of resident memory to stay under.
+        max_memory: Bytes of resident memory to stay under; or as text, such as `200M`.
         threads: Worker threads; the machine's cores up to 4 by default, 10 where an input is a URL.
         cluster: Address of a Dask scheduler, such as `tcp://node1:8786`, whose workers read the inputs and
             average. They see the same files under the same names as this machine. The output is the same.
-        refresh: Re-estimate the BatchNorm statistics on these data before the average is written.
+        refresh: Re-estimate the BatchNorm statistics on these training data before the average is written: a
+            `.npz` or `.npy`, a folder of `tf.data.Dataset.save`, `MODULE:FUNCTION`, arrays or batches, as
+            `refresh_batchnorm` takes them; or a `Refresh`, which also says how.
         dry_run: Plan, and write nothing.
         progress: Told how many bytes have been read.
         refresh_progress: Told how many rows of data have been used, as by `refresh_batchnorm`.
+
+    Returns:
+        What was done. What is printed on the command line as a note or warning is given as a `SwaAvgWarning`.
 
     Raises:
         UsageError: the request cannot be met as it was made.
@@ -156,7 +190,15 @@ def average(
         MismatchError: the inputs do not fit together or hold values that cannot be averaged.
         SystemRefusalError: disk full, permission denied, input/output error; a service refused; no cluster,
             or one that was lost.
+
+    Example:
+        >>> average("run", "swa.keras", last=10, refresh="train.npz")
+        <Report: wrote swa.keras: the uniform average of 10 checkpoints>
     """
+    if refresh is not None:  # else nothing of it is imported
+        from swa_avg.batchnorm import Refresh
+
+        refresh = Refresh.of(refresh)
     chosen_method = Method.parse(method)
     wanted = Selection(epochs, best, monitor, mode, last, every)
     named = list_checkpoints(inputs)
@@ -200,6 +242,7 @@ def average(
                 combiner.peak_memory,
             )
             if dry_run:
+                warn([*listing.notes, *report.warnings])
                 return report
             stream: Stream = combiner.stream
             further: dict[str, Any] = {}  # that the output's record says
@@ -220,7 +263,9 @@ def average(
             plan.template.write(stream, record, publication)
             check_contents(checkpoints, combiner.checksums)
         publication.publish()
-    return replace(report, written=True)
+    report = replace(report, written=True)
+    warn([*listing.notes, *report.warnings])
+    return report
 
 
 def _with_model(refresh: Refresh, plan: Plan, dry_run: bool) -> Refresh:

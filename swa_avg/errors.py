@@ -7,7 +7,8 @@ a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 __all__ = [
@@ -16,11 +17,13 @@ __all__ = [
     "Named",
     "NoImprovementError",
     "SwaAvgError",
+    "SwaAvgWarning",
     "SystemRefusalError",
     "UnreadableError",
     "UsageError",
     "escape",
     "first_line",
+    "warn",
 ]
 
 
@@ -40,6 +43,19 @@ def escape(text: object) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message that says anything, or the name of its class."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+class SwaAvgWarning(UserWarning):
+    """What a user should look at in a result that was made all the same."""
+
+
+def warn(problems: Iterable[str]) -> None:
+    """Give each problem as a warning, at the line that called the caller.
+
+    The command line, which prints them itself, ignores this class.
+    """
+    for problem in problems:
+        warnings.warn(escape(problem), SwaAvgWarning, stacklevel=3)
 
 
 class Named(Protocol):

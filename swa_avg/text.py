@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "finite_or_none",
     "first_few",
     "number_text",
+    "ranges_text",
+    "short_names",
     "size_text",
 ]
 
@@ -39,6 +42,27 @@ def first_few(names: Sequence[str], most: int = 5, separator: str = ", ") -> str
     """Return the first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return separator.join(names[:most]) + more
+
+
+def ranges_text(numbers: Sequence[int]) -> str:
+    """Return whole numbers, those of three or more in a row as a range: `1, 2, 5 to 9`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
+def short_names(paths: Sequence[object]) -> list[str]:
+    """Return the last part of each path; if two are the same, as many parts of all as tell them apart."""
+    parts = [re.split(r"[/\\]", str(path)) for path in paths]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(map(str, paths))
 
 
 def finite_or_none(value: float) -> float | None:

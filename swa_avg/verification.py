@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from swa_avg.combine import Combiner, open_workers
 from swa_avg.combine.blocks import Block
-from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError
+from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError, escape
 from swa_avg.files.location import Location, any_remote, cached_locally, location
 from swa_avg.formats import Checkpoint, Tensor, open_checkpoint
 from swa_avg.inputs.listing import list_again
@@ -27,17 +27,19 @@ from swa_avg.planning.output import as_output
 from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.planning.policy import batchnorm_statistics
 from swa_avg.planning.record import Record, RecordedInput, read_record
-from swa_avg.text import first_few
+from swa_avg.text import counted, first_few
 
 __all__ = ["Verification", "verify"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
-    """What `verify` found."""
+    """What `verify` found; its text is one line."""
 
     output: Location
+    """What was compared."""
     inputs: tuple[Location, ...]
+    """What it was derived from, in training order."""
     record: Record
     method: str | None
     """The method that gives the coefficients for these inputs; None where the record alone says them."""
@@ -55,7 +57,33 @@ class Verification:
 
     @property
     def equal(self) -> bool:
+        """Whether the output is what the inputs give."""
         return not self.findings
+
+    def __str__(self) -> str:
+        if not self.equal:
+            return (
+                f"different: {self.output} is not {self._average()}: {counted(len(self.findings), 'finding')}"
+            )
+        equal = "equal"
+        if self.digests:
+            count = counted(len(self.digests), "statistic")
+            equal += f", but for {count} that a refresh replaced and that cannot be derived without its data"
+        again = f"{counted(self.averaged, 'tensor')} averaged again"
+        compared = f"{again}, {self.copied} compared with the newest input's"
+        return f"{equal}: {self.output} is {self._average()} ({compared})"
+
+    def _average(self) -> str:
+        count = len(self.inputs)
+        if count == 1:
+            return self.inputs[0].name
+        if self.method is not None:
+            return f"the {self.method} average of {count} checkpoints"
+        coefficients = first_few([f"{entry.coefficient:.6g}" for entry in self.record.inputs])
+        return f"the average of {count} checkpoints with the coefficients in its record ({coefficients})"
+
+    def __repr__(self) -> str:
+        return f"<Verification: {escape(self)}>"
 
     def as_json(self) -> dict[str, Any]:
         """Return all of it as JSON's types."""
@@ -77,7 +105,7 @@ def verify(
     output: str | Path,
     inputs: str | Path | Sequence[str | Path] = (),
     *,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     threads: int | None = None,
 ) -> Verification:
     """Derive an output of swa-avg again from the inputs that it names, in bounded memory, without Keras.
@@ -89,14 +117,21 @@ def verify(
     Args:
         output: What `average` or `sweep` wrote.
         inputs: Folder of the inputs, or folders; the output's own by default.
-        max_memory: Bytes of resident memory to stay under.
+        max_memory: Bytes of resident memory to stay under; or as text, such as `200M`.
         threads: Worker threads; the machine's cores up to 4 by default, 10 where a file is named by a URL.
+
+    Returns:
+        What was compared, and what differs.
 
     Raises:
         UnreadableError: the output cannot be read or does not say how it was made, or an input is missing,
             or is the output itself.
         MismatchError: inputs have changed since the output was made, or are the same; every one is named.
         SystemRefusalError: the system could not read.
+
+    Example:
+        >>> verify("swa.keras", "run").equal
+        True
     """
     target = location(output)
     with ExitStack() as stack:
@@ -149,10 +184,10 @@ def _paths(record: Record, output: Location, folders: Sequence[Location]) -> lis
     for name, count in wanted.items():
         if len(held[name]) < count > 1:
             problem = f"was made from {count} checkpoints named {name}, {len(held[name])} found in {where}"
-            raise UnreadableError(output, problem, hint="name each folder with --inputs")
+            raise UnreadableError(output, problem, hint="name each folder (inputs)")
     missing = [name for name, found in held.items() if not found]
     if missing:
-        hint = "say with --inputs which folder holds them"
+        hint = "name the folder that holds them (inputs)"
         problem = f"was made from {first_few(missing)}, not found in {where}"
         raise UnreadableError(output, problem, hint=hint)
     paths = []

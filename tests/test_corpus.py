@@ -98,6 +98,6 @@ def test_untagged_two_byte_values_are_refused_without_dtype(
     assert ended.code == 4
     assert ended.err == (
         f"swa-avg: error: {inputs[-1]}: 5 times: conv2d/conv2d/bias:0: holds 2-byte values of a type the file does "
-        "not name; if bfloat16, add --dtype bfloat16 (also conv2d/conv2d/kernel:0, separable_conv2d/separable_conv2d/bias:0, ...)\n"
+        "not name; if bfloat16, set dtype to bfloat16 (also conv2d/conv2d/kernel:0, separable_conv2d/separable_conv2d/bias:0, ...)\n"
     )
     assert list(tmp_path.iterdir()) == []

@@ -225,7 +225,7 @@ def test_inputs_are_found_in_the_folder_that_is_named(tmp_path: Path, swa_avg: C
     assert (ended.code, ended.err) == (
         3,
         f"swa-avg: error: {target}: was made from ckpt_1.keras, ckpt_2.keras, ckpt_10.keras, not found in "
-        f"{tmp_path / 'out'}; say with --inputs which folder holds them\n",
+        f"{tmp_path / 'out'}; name the folder that holds them (inputs)\n",
     )
     assert swa_avg("verify", target, "--inputs", tmp_path).code == 0
 
@@ -253,7 +253,7 @@ def test_inputs_of_one_name_are_told_apart_by_their_content(
     assert (ended.code, ended.err) == (
         3,
         f"swa-avg: error: {target}: was made from 2 checkpoints named ckpt{suffix}, 1 found in {folders[0]}; "
-        "name each folder with --inputs\n",
+        "name each folder (inputs)\n",
     )
 
 
@@ -393,7 +393,7 @@ def test_refreshed_statistics_are_held_against_their_digest(tmp_path: Path, swa_
     assert ended.code == 0, ended.err
     statistics = [f"layers/batch_normalization/vars/{number}" for number in (2, 3)]
     assert (
-        f"held against the digests in the record alone: {', '.join(statistics)}\nequal, but for 2 statistics that "
+        f"compared with the digests in the record alone: {', '.join(statistics)}\nequal, but for 2 statistics that "
         f"a refresh replaced and that cannot be derived without its data: {target} is the uniform average"
         in ended.err
     )

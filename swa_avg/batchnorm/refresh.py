@@ -21,7 +21,7 @@ from swa_avg.batchnorm.signature import spec_of
 from swa_avg.data.batches import Data, as_array
 from swa_avg.data.sources import open_data
 from swa_avg.data.spec import ARGUMENTS, Purpose
-from swa_avg.errors import Finding, MismatchError, UsageError
+from swa_avg.errors import Finding, MismatchError, UsageError, warn
 from swa_avg.interrupts import interrupts_held
 from swa_avg.text import Progress
 
@@ -62,13 +62,22 @@ def refresh_batchnorm(
         preprocess: Applied to each batch, as the model is to take it.
         progress: Told how many rows have been used.
 
+    Returns:
+        What was done. What looks wrong with the data is given as a `SwaAvgWarning`.
+
     Raises:
         UsageError: the request, or the model, cannot be worked with.
         UnreadableError: the data are unreadable, do not fit the model, or hold NaN.
         MismatchError: statistics came out that are not finite: the weights are not, or overflow.
+
+    Example:
+        >>> refresh_batchnorm(model, x_train)
+        <RefreshReport: refreshed 4 BatchNorm layers on 50000 samples in 391 batches (pooled); means ...>
     """
     refresh = Refresh(data, inputs, batch_size, samples, estimator, seed, preprocess)
-    return refresh_model(model, refresh, progress=progress)
+    report = refresh_model(model, refresh, progress=progress)
+    warn(report.warnings)
+    return report
 
 
 def refresh_model(

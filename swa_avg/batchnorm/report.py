@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swa_avg.batchnorm.moments import Statistics
+from swa_avg.errors import escape
 from swa_avg.text import counted
 
 __all__ = ["TOLERANCE", "Drift", "LayerReport", "RefreshReport", "drift_between", "standard_error"]
@@ -65,9 +66,9 @@ class LayerReport:
     None where there was a single batch."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RefreshReport:
-    """What `refresh_batchnorm` did."""
+    """What `refresh_batchnorm` did; its text is one line."""
 
     layers: tuple[LayerReport, ...]
     """In the order in which the forward pass reaches them; those that it does not reach are last."""
@@ -176,13 +177,17 @@ class RefreshReport:
         ):
             if others:
                 lines.append(f"{title}: {', '.join(layer.name for layer in others)}")
+        lines.append(str(self))
+        return lines
+
+    def __str__(self) -> str:
         layers = counted(len(self.refreshed), "BatchNorm layer")
         batches = "1 batch" if self.batches == 1 else f"{self.batches} batches"
-        lines.append(
-            f"refreshed {layers} on {counted(self.samples, 'sample')} in {batches} ({self.estimator})"
-            f"{self._summary()}"
-        )
-        return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
+        samples = counted(self.samples, "sample")
+        return f"refreshed {layers} on {samples} in {batches} ({self.estimator}){self._summary()}"
+
+    def __repr__(self) -> str:
+        return f"<RefreshReport: {escape(self)}>"
 
     def _summary(self) -> str:
         if not self.worst:

@@ -30,3 +30,14 @@ class Refresh(Loading):
     """Of the order of the rows, and of the model's random layers: the same seed gives the same statistics."""
     preprocess: str | Callable[[Any], Any] | None = None
     """Applied to each batch, as the model is to take it; a function or its `MODULE:FUNCTION`."""
+
+    @classmethod
+    def of(cls, value: Any, loading: Loading | None = None) -> Refresh | None:
+        """Return the refresh that a caller asks for with a Refresh, or with data alone, whatever these are.
+
+        `loading` says how the model is loaded, where data alone are given.
+        """
+        if value is None or isinstance(value, Refresh):
+            return value
+        loading = loading or Loading()
+        return cls(value, model=loading.model, imports=loading.imports, unsafe=loading.unsafe)

@@ -26,7 +26,7 @@ from swa_avg.cli.options import (
     refresh_of,
     values_of,
 )
-from swa_avg.cli.terminal import batchnorm_warning, progress_bar, say
+from swa_avg.cli.terminal import REFRESH_BY, progress_bar, say
 from swa_avg.text import __version__
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def average(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
 def _lines(report: Report, *, verbose: bool) -> list[str]:
     """Return what was done, or would be, as text."""
     from swa_avg.files.location import any_remote
-    from swa_avg.text import counted, size_text
+    from swa_avg.planning.methods import Method
+    from swa_avg.text import counted, ranges_text, size_text
 
     plan = report.plan
     lines = []
@@ -123,18 +124,12 @@ def _lines(report: Report, *, verbose: bool) -> list[str]:
         memory = size_text(report.peak_memory)
         lines.append(f"bytes to read: {size_text(report.bytes_to_read)}; peak memory: about {memory}")
     lines.extend(report.listing.notes)
-    for checkpoint in plan.inputs:
-        if checkpoint.is_average:
-            lines.append(f"warning: {checkpoint.path} is itself an average that swa-avg wrote")
-    layers = report.batchnorm_layers
+    if Method.parse(report.method).needs_times:
+        epochs = [listed.epoch for listed in report.listing.files if listed.epoch is not None]
+        lines.append(f"counted by their epochs, {ranges_text(epochs)}")
     if report.refresh is not None:
         lines.extend(report.refresh.lines(verbose=verbose))
-    elif layers:
-        lines.append(batchnorm_warning(layers))
+    lines.extend(f"warning: {warning}" for warning in report.warnings_naming(REFRESH_BY))
     if not report.verify and any_remote(checkpoint.path for checkpoint in plan.inputs):
         lines.append("of URLs only what is averaged is read, and no checksum checked; --verify does both")
-    verb = "wrote" if report.written else "would write"
-    lines.append(
-        f"{verb} {report.output}: the {report.method} average of {counted(len(plan.inputs), 'checkpoint')}"
-    )
-    return lines
+    return [*lines, str(report)]

@@ -9,6 +9,7 @@ import click
 from click import Option
 from click.core import ParameterSource
 
+from swa_avg.errors import UsageError
 from swa_avg.planning.methods import METHODS
 
 if TYPE_CHECKING:
@@ -36,21 +37,19 @@ __all__ = [
     "values_of",
 ]
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
     """A number of bytes: 200M, 1.5G, 200MB."""
 
     name = "size"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        text = str(value).upper().removesuffix("B").removesuffix("I")
-        number, unit = (text[:-1], text[-1]) if text[-1:] in ("K", "M", "G") else (text, "")
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        from swa_avg.combine.budget import byte_count
+
         try:
-            return int(float(number) * _UNITS[unit])
-        except (ValueError, OverflowError):
-            self.fail(f"{value!r} is not a size; expected such as 200M or 1G", param, ctx)
+            return byte_count(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
 
 
 CHECKPOINTS = click.Argument(["checkpoints"], nargs=-1, type=click.Path())

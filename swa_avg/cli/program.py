@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import warnings
 from typing import Any, NoReturn
 
 import click
@@ -17,7 +18,7 @@ from swa_avg.cli.inspect_command import inspect
 from swa_avg.cli.sweep_command import sweep
 from swa_avg.cli.terminal import say, take_streams
 from swa_avg.cli.verify_command import verify
-from swa_avg.errors import MismatchError, SwaAvgError, SystemRefusalError
+from swa_avg.errors import MismatchError, SwaAvgError, SwaAvgWarning, SystemRefusalError
 from swa_avg.interrupts import Interrupted, interrupts
 
 __all__ = ["main"]
@@ -90,6 +91,7 @@ def _run() -> int:
     # NumPy starts threads for linear algebra. There is none in averaging, which they delay by a third; in
     # inspecting they wait spinning, and on a machine that has other work, for many times as long.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    warnings.simplefilter("ignore", SwaAvgWarning)  # the commands print them
     try:
         main_group.main(prog_name="swa-avg", standalone_mode=False)
     except MismatchError as error:

@@ -27,7 +27,7 @@ from swa_avg.cli.options import (
     refresh_of,
     values_of,
 )
-from swa_avg.cli.terminal import batchnorm_warning, progress_bar, say
+from swa_avg.cli.terminal import REFRESH_BY, progress_bar, say
 from swa_avg.errors import NoImprovementError
 
 if TYPE_CHECKING:
@@ -182,6 +182,8 @@ def _show(report: SweepReport, *, quiet: bool, verbose: bool, as_json: bool) -> 
 
 def _lines(report: SweepReport, *, verbose: bool) -> list[str]:
     """Return the scores as text, single checkpoints first, then what was written."""
+    from swa_avg.text import ranges_text
+
     metrics = list(dict.fromkeys([report.monitor, *(["loss"] if "loss" in report.winner.metrics else [])]))
     best = report.best_single
     lines = ["".join(f"{name[:12]:>12} " for name in metrics) + "checkpoints  candidate"]
@@ -198,12 +200,10 @@ def _lines(report: SweepReport, *, verbose: bool) -> list[str]:
             lines.append(f"{numbers}{len(scored.candidate.used):11}  {scored.candidate.name}{marks}{winner}")
     if len(report.singles) > 2 and not verbose:
         lines.append(f"{len(report.singles)} single checkpoints were scored; --verbose lists them")
-    if report.winner.refresh is not None:
-        lines.extend(f"warning: {warning}" for warning in report.winner.refresh.warnings)
-    elif report.batchnorm_layers and report.winner.candidate.is_average:
-        lines.append(batchnorm_warning(report.batchnorm_layers))
-    elif report.batchnorm_layers:
-        lines.append("BatchNorm was not refreshed: averages may score far better with --bn-refresh DATA")
+    lines.extend(report.notes)
+    if report.epochs:
+        lines.append(f"power-ema and half-life count by the epochs {ranges_text(report.epochs)}")
+    lines.extend(f"warning: {warning}" for warning in report.warnings_naming(REFRESH_BY))
     if report.path:
         lines.append("on the line from the last checkpoint to the best average:")
         lines.extend(
@@ -211,18 +211,5 @@ def _lines(report: SweepReport, *, verbose: bool) -> list[str]:
             for point in report.path
         )
     if report.written:
-        lines.append(_outcome(report))
+        lines.append(str(report))
     return lines
-
-
-def _outcome(report: SweepReport) -> str:
-    from swa_avg.text import counted
-
-    winner, best = report.winner, report.best_single
-    score, alone = (f"{scored.metrics[report.monitor]:.6g}" for scored in (winner, best))
-    rows = counted(report.rows, "row")
-    what = f"wrote {report.output}: {winner.candidate.name}, {report.monitor} {score} on {rows}"
-    if not winner.candidate.is_average:
-        return f"{what}; no average is as good"
-    verb = "beats" if report.improved else "equals"
-    return f"{what}; it {verb} the best single checkpoint, {best.candidate.name} with {alone}"

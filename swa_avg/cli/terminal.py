@@ -6,19 +6,22 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
 import click
 
 from swa_avg.errors import escape
 from swa_avg.interrupts import Interrupted
-from swa_avg.text import first_few
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-__all__ = ["Stream", "batchnorm_warning", "progress_bar", "say", "take_streams"]
+__all__ = ["REFRESH_BY", "Stream", "progress_bar", "say", "take_streams"]
+
+
+REFRESH_BY = "--bn-refresh DATA"
+"""What asks for a refresh."""
 
 
 class Stream(io.FileIO):
@@ -75,14 +78,6 @@ def say(lines: Iterable[str]) -> None:
     """Print lines on standard error; what comes from files is escaped."""
     for line in lines:
         click.echo(escape(line), err=True)
-
-
-def batchnorm_warning(layers: Sequence[str]) -> str:
-    """Return the warning that an average whose BatchNorm was not refreshed gets."""
-    return (
-        f"warning: BatchNorm statistics are averaged, not re-estimated ({first_few(layers)}); the model may "
-        "be far worse than its weights: refresh them on training data with --bn-refresh DATA"
-    )
 
 
 @contextlib.contextmanager

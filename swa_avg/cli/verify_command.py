@@ -64,30 +64,12 @@ def verify(output: str, inputs: Sequence[str], as_json: bool, quiet: bool, **opt
 
 def _lines(result: Verification) -> list[str]:
     """Return what was proven, as text."""
-    from swa_avg.text import counted
-
     lines = []
     if result.unchecked:
         shown = first_few(result.unchecked)
         lines.append(
             f"unchecked: whether these have changed since, as the record has no digest of them: {shown}"
         )
-    equal = "equal"
     if result.digests:
-        lines.append(f"held against the digests in the record alone: {first_few(result.digests)}")
-        count = counted(len(result.digests), "statistic")
-        equal = f"equal, but for {count} that a refresh replaced and that cannot be derived without its data"
-    again = f"{counted(result.averaged, 'tensor')} averaged again"
-    compared = f"{again}, {result.copied} compared with the newest input's"
-    lines.append(f"{equal}: {result.output} is {_average(result)} ({compared})")
-    return lines
-
-
-def _average(result: Verification) -> str:
-    count = len(result.inputs)
-    if count == 1:
-        return result.inputs[0].name
-    if result.method is not None:
-        return f"the {result.method} average of {count} checkpoints"
-    coefficients = first_few([f"{entry.coefficient:.6g}" for entry in result.record.inputs])
-    return f"the average of {count} checkpoints with the coefficients in its record ({coefficients})"
+        lines.append(f"compared with the digests in the record alone: {first_few(result.digests)}")
+    return [*lines, str(result)]

@@ -9,12 +9,13 @@ from swa_avg.errors import UsageError
 from swa_avg.files.remote import CONNECTIONS
 from swa_avg.text import size_text
 
-__all__ = ["CLUSTER", "LOCAL", "PENDING", "REMOTE", "REMOTE_CLUSTER", "Budget", "ClusterBudget"]
+__all__ = ["CLUSTER", "LOCAL", "PENDING", "REMOTE", "REMOTE_CLUSTER", "Budget", "ClusterBudget", "byte_count"]
 
 PENDING = 2
 """Blocks a thread: one that it works on, one that waits to be written."""
 
 _MIB = 2**20
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _BLOCK_BYTES = _MIB  # larger ones leave a core's cache with their sums, smaller ones cost more calls
 _SMALLEST_BLOCK_OF_ROWS = 2**12
 _MOST_FOR_ROWS = 64 * _MIB  # without a limit
@@ -108,6 +109,22 @@ REMOTE_CLUSTER = replace(CLUSTER, process=CLUSTER.process + _FSSPEC_MEMORY)
 """The client of a Dask cluster whose workers read from a service."""
 
 
+def byte_count(size: int | str | None) -> int | None:
+    """Return a number of bytes, or of text such as `200M`, `1.5G` or `200MB`, the number that it stands for.
+
+    Raises:
+        UsageError: the text stands for none.
+    """
+    if not isinstance(size, str):
+        return size
+    text = size.upper().removesuffix("B").removesuffix("I")
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("K", "M", "G") else (text, "")
+    try:
+        return int(float(number) * _UNITS[unit])
+    except (ValueError, OverflowError):
+        raise UsageError(f"{size!r} is not a size; expected such as 200M or 1G") from None
+
+
 def _too_little(limit: int | None, needed: int) -> UsageError:
-    problem = "too many candidates" if limit is None else f"--max-memory {size_text(limit)} is too little"
+    problem = "too many candidates" if limit is None else f"max_memory {size_text(limit)} is too little"
     return UsageError(f"{problem}; at least {-(-needed // _MIB)} MiB are needed")

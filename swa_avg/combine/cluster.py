@@ -96,7 +96,7 @@ def connected(address: str) -> Iterator[Connection]:
         from dask import config
         from distributed import Client
     except ImportError:
-        raise UsageError("--cluster needs Dask: pip install 'swa-avg[dask]'") from None
+        raise UsageError("cluster needs Dask: pip install 'swa-avg[dask]'") from None
     # A worker that was lost with results of its own is asked for them for as long as it takes to connect.
     with _silence(), config.set({"distributed.comm.timeouts.connect": f"{_CONNECT} s"}):
         _identity(address)  # a client that cannot connect says so at length

@@ -12,7 +12,7 @@ from itertools import cycle
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from swa_avg.combine.blocks import Block
-from swa_avg.combine.budget import CLUSTER, LOCAL, PENDING, REMOTE, REMOTE_CLUSTER, Budget
+from swa_avg.combine.budget import CLUSTER, LOCAL, PENDING, REMOTE, REMOTE_CLUSTER, Budget, byte_count
 from swa_avg.combine.kernel import Averaged, Kernel
 from swa_avg.combine.order import in_order
 from swa_avg.errors import SystemRefusalError, UsageError
@@ -66,12 +66,17 @@ class Threads:
         try:
             return self._executor.submit(function, *args)
         except RuntimeError as error:  # the interpreter's word for a thread that the system refused
-            raise SystemRefusalError(errno.EAGAIN, f"{error}; use fewer --threads") from error
+            raise SystemRefusalError(errno.EAGAIN, f"{error}; use fewer threads") from error
 
 
 @contextmanager
 def open_workers(
-    cluster: str | None, threads: int | None, max_memory: int | None, rows: int = 1, *, remote: bool = False
+    cluster: str | None,
+    threads: int | None,
+    max_memory: int | str | None,
+    rows: int = 1,
+    *,
+    remote: bool = False,
 ) -> Iterator[Workers]:
     """Start threads, or connect to the cluster at an address, to make `rows` averages at a time.
 
@@ -81,21 +86,22 @@ def open_workers(
         UsageError: the memory does not suffice, threads are named for a cluster, or Dask is not installed.
         SystemRefusalError: there is no cluster, or it is not usable.
     """
+    limit = byte_count(max_memory)
     if cluster is not None:
         if threads is not None:
-            problem = "--threads is for this machine alone; a cluster's workers say how many they have"
+            problem = "threads is for this machine alone; a cluster's workers say how many they have"
             raise UsageError(problem)
         from swa_avg.combine.cluster import Cluster, connected
 
         with connected(cluster) as connection:
             of_cluster = replace(REMOTE_CLUSTER if remote else CLUSTER, threads=connection.threads)
-            yield Cluster(connection, of_cluster.fit(max_memory, rows))
+            yield Cluster(connection, of_cluster.fit(limit, rows))
         return
     budget = REMOTE if remote else LOCAL
     if threads is not None:
         if threads < 1:
             raise UsageError(f"threads is {threads}; expected 1 or more")
         budget = replace(budget, threads=threads)
-    budget = budget.fit(max_memory, rows)
+    budget = budget.fit(limit, rows)
     with ThreadPoolExecutor(budget.threads) as executor:
         yield Threads(executor, budget)

@@ -28,10 +28,14 @@ Location: TypeAlias = Path | RemotePath
 
 
 def location(name: str | Location) -> Location:
-    """Return the file that the user named."""
+    """Return the file that the user named; in text, `~` is the home folder, as in a shell."""
     if isinstance(name, Location):
         return name
-    return RemotePath(name) if is_url(name) else Path(name)
+    return RemotePath(name) if is_url(name) else Path(_expanded(name))
+
+
+def _expanded(name: str) -> str:
+    return name if os.path.lexists(name) else os.path.expanduser(name)  # noqa: PTH111 (which raises)
 
 
 def any_remote(paths: Iterable[Location]) -> bool:
@@ -60,15 +64,20 @@ def identity(path: Location) -> Hashable:
 def matches(pattern: str) -> list[Location]:
     """Return the files that match a shell pattern, or only the one of exactly this name, if it exists.
 
+    Likewise the folder of a pattern is that of exactly this name, if it exists: `run[1]/*.keras`.
+
     Raises:
         SystemRefusalError: the service did not answer or refused.
     """
     path = location(pattern)
     if isinstance(path, RemotePath):
         return [path] if path.exists() else [*path.matches()]
-    if os.path.lexists(pattern):
+    if os.path.lexists(path):
         return [path]
-    return [Path(match) for match in glob.glob(pattern)]  # noqa: PTH207 (takes absolute patterns)
+    folder, name = os.path.split(_expanded(pattern))
+    if os.path.isdir(folder):  # noqa: PTH112 (which takes any name)
+        folder = glob.escape(folder)
+    return [Path(match) for match in glob.glob(os.path.join(folder, name))]  # noqa: PTH118, PTH207
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def check_output(output: Location, *, overwrite: bool) -> None:
         if not output.is_file():
             raise UsageError(f"the output {output} exists and is not a regular file")
         if not overwrite:
-            raise UsageError(f"the output {output} exists; name another one, or add --overwrite")
+            raise UsageError(f"the output {output} exists; name another one, or overwrite it")
         if output.suffix == ".json":
             raise UsageError(
                 f"the output {output} exists; several files cannot be replaced in one step: name another"
@@ -182,7 +182,7 @@ class Publication:
 
 
 def _move_to_free_name(temporary: Path, final: Path) -> None:
-    exists = f"the output {final} exists; name another one, or add --overwrite"
+    exists = f"the output {final} exists; name another one, or overwrite it"
     try:
         os.link(temporary, final)
     except FileExistsError:

@@ -172,7 +172,7 @@ def upload(source: Path, target: RemotePath, *, overwrite: bool) -> None:
         UsageError: there is an object of that name, and it may not be replaced.
         SystemRefusalError: the service did not answer or refused.
     """
-    exists = UsageError(f"the output {target} exists; name another one, or add --overwrite")
+    exists = UsageError(f"the output {target} exists; name another one, or overwrite it")
     if not overwrite and target.exists():
         raise exists
     system, key = target.filesystem()

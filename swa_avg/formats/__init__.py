@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from swa_avg.errors import SwaAvgError, UnreadableError
@@ -11,11 +12,24 @@ from swa_avg.files.sources import open_source, refusal
 from swa_avg.formats import archive, hdf5_file, sharded
 from swa_avg.formats.base import Checkpoint, Format, Tensor
 
-__all__ = ["SUFFIXES", "Checkpoint", "Tensor", "open_checkpoint", "suffix_of"]
+__all__ = [
+    "SUFFIXES",
+    "TENSORFLOW",
+    "TENSORFLOW_FILE",
+    "Checkpoint",
+    "Tensor",
+    "open_checkpoint",
+    "suffix_of",
+]
 
 _FORMATS: tuple[Format, ...] = (archive.FORMAT, sharded.FORMAT, hdf5_file.FORMAT)
 SUFFIXES = tuple(suffix for file_format in _FORMATS for suffix in file_format.suffixes)
 """What the names of checkpoints usually end with: `.weights.h5` before `.h5`, a set before its shards."""
+
+TENSORFLOW_FILE = re.compile(r"\.(index|data-[0-9]+-of-[0-9]+)$")
+"""What the names of the files of a TensorFlow checkpoint end with."""
+TENSORFLOW = "in TensorFlow, load it with model.load_weights, then model.save_weights to a .weights.h5"
+"""What to do with a TensorFlow checkpoint."""
 
 _FEW = 2
 
@@ -60,6 +74,8 @@ def _open(path: Location, like: Checkpoint | None) -> Checkpoint:
         for file_format in _FORMATS:
             if head.lstrip().startswith(file_format.signature):
                 return file_format.open(whole, like)
+        if TENSORFLOW_FILE.search(path.name):
+            raise UnreadableError(path, "of a TensorFlow checkpoint, which is not read", hint=TENSORFLOW)
         known = ", nor ".join(file_format.description for file_format in _FORMATS)
         raise UnreadableError(path, f"not a Keras checkpoint: neither {known}")
     except BaseException:

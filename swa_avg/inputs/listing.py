@@ -10,7 +10,7 @@ from pathlib import Path
 
 from swa_avg.errors import SystemRefusalError, UnreadableError, UsageError
 from swa_avg.files.location import Location, identity, location, matches
-from swa_avg.formats import SUFFIXES
+from swa_avg.formats import SUFFIXES, TENSORFLOW, TENSORFLOW_FILE
 from swa_avg.inputs.index import INDEX_NAME, Index, read_index
 from swa_avg.inputs.names import Ambiguity, read_names
 
@@ -115,12 +115,16 @@ def list_checkpoints(patterns: str | Path | Sequence[str | Path]) -> Listing:
         return _described(_indexed(Path()))
     named: list[Location] = []
     for pattern in patterns:
-        found = matches(str(pattern)) if glob.has_magic(str(pattern)) else [location(pattern)]
+        if not glob.has_magic(str(pattern)):
+            named.append(_existing(location(pattern)))
+            continue
+        found = sorted(matches(str(pattern)), key=str)
         if not found:
-            raise UsageError(f"no file matches {str(pattern)!r}")
-        for path in found:
-            identity(path)  # it exists
-        named.extend(found)
+            problem = f"no file matches {str(pattern)!r}"
+            if matches(f"{pattern}.index"):
+                problem += f"; TensorFlow checkpoints do, which are not read: {TENSORFLOW}"
+            raise UsageError(problem)
+        named.extend(map(_existing, found))
     if len(named) == 1 and named[0].is_dir():
         return _described(_indexed(named[0]))
     paths = [file for path in named for file in (_indexed(path) if path.is_dir() else [path])]
@@ -148,6 +152,19 @@ def list_again(paths: Sequence[Location]) -> list[Listing]:
 
 def _naturally(paths: Iterable[Location]) -> list[Location]:
     return sorted(paths, key=lambda path: (_natural_key(path), str(path)))
+
+
+def _existing(path: Location) -> Location:
+    """Return the path of what exists; errors as for `list_checkpoints`."""
+    try:
+        identity(path)
+    except UnreadableError:
+        if (path.parent / f"{path.name}.index").exists():
+            raise UnreadableError(
+                path, "a TensorFlow checkpoint, which is not read", hint=TENSORFLOW
+            ) from None
+        raise
+    return path
 
 
 def _described(paths: Sequence[Location]) -> Listing:
@@ -213,6 +230,11 @@ def _indexed(folder: Location) -> list[Location]:
     if not index_path.exists():
         every = glob.escape(str(folder)).rstrip("/") + "/*"
         names = [path.name for path in matches(every)]
+        if "saved_model.pb" in names:
+            hint = "load it in TensorFlow, and save its weights with model.save_weights to a .weights.h5"
+            raise UnreadableError(folder, "a SavedModel, which is not read", hint=hint)
+        if any(map(TENSORFLOW_FILE.search, names)) and not any(name.endswith(SUFFIXES) for name in names):
+            raise UnreadableError(folder, "holds TensorFlow checkpoints, which are not read", hint=TENSORFLOW)
         suffix = next((suffix for suffix in SUFFIXES for name in names if name.endswith(suffix)), ".keras")
         hint = f"name its checkpoints, such as '{every}{suffix}'"
         raise UnreadableError(folder, f"a folder without {INDEX_NAME}", hint=hint)

@@ -26,8 +26,8 @@ _EPOCHS = re.compile(r"([0-9]{1,18})?:([0-9]{1,18})?(?::([0-9]{1,18}))?$|([0-9]{
 class Selection:
     """Which checkpoints are wanted: by epoch, then the best, then the last, then every K-th from the end."""
 
-    epochs: str | None = None
-    """`A:B[:STEP]`, both ends included."""
+    epochs: str | int | range | None = None
+    """`A:B[:STEP]`, both ends included; a single epoch, or a range."""
     best: int | None = None
     monitor: str | None = None
     """The metric of `best`; that of the index by default."""
@@ -38,24 +38,26 @@ class Selection:
 
     def check(self) -> None:
         """Raise UsageError if it is none that any files could meet."""
-        for option, number in (("--best", self.best), ("--last", self.last), ("--every", self.every)):
+        for name, number in (("best", self.best), ("last", self.last), ("every", self.every)):
             if number is not None and not (isinstance(number, Integral) and number >= 1):
-                raise UsageError(f"{option} is {number!r}; expected 1 or more")
+                raise UsageError(f"{name} is {number!r}; expected 1 or more")
         if self.mode not in (None, *MODES):
             raise UsageError(f"mode is {' or '.join(MODES)}, not {self.mode!r}")
         if self.best is None and (self.monitor is not None or self.mode is not None):
-            raise UsageError("--monitor and --mode go with --best")
+            raise UsageError("monitor and mode go with best")
 
 
-def parse_epochs(text: str) -> range:
-    """Parse `A:B`, `A:B:STEP`, `A:`, `:B` or `A`, both ends included, into a range.
+def parse_epochs(epochs: str | int | range) -> range:
+    """Return `A:B`, `A:B:STEP`, `A:`, `:B` or `A`, both ends included, as a range; a range stays as it is.
 
     Raises:
         UsageError: it is none of these.
     """
-    match = _EPOCHS.match(text)
+    if isinstance(epochs, range):
+        return epochs
+    match = _EPOCHS.match(str(epochs))
     if match is None or match.group(3) == "0":
-        raise UsageError(f"--epochs {text!r}; expected A:B or A:B:STEP, such as 140:150 or 100:200:10")
+        raise UsageError(f"epochs {epochs!r}; expected A:B or A:B:STEP, such as 140:150 or 100:200:10")
     first, last, step, single = match.groups()
     if single is not None:
         return range(int(single), int(single) + 1)
@@ -73,22 +75,22 @@ def select(listing: Listing, wanted: Selection) -> Listing:
     wanted.check()
     chosen = list(listing.files)
     if wanted.epochs is not None:
-        numbers, known = parse_epochs(wanted.epochs), listing.epochs("--epochs")
+        numbers, known = parse_epochs(wanted.epochs), listing.epochs(f"epochs {wanted.epochs}")
         chosen = [listed for listed, epoch in zip(chosen, known, strict=True) if epoch in numbers]
         if not chosen:
             there = sorted(set(known))
             shown = ", ".join(map(str, there)) if len(there) < 6 else f"{there[0]} to {there[-1]}"
-            raise UsageError(f"--epochs {wanted.epochs}: none of the checkpoints; their epochs are {shown}")
+            raise UsageError(f"epochs {wanted.epochs}: none of the checkpoints; their epochs are {shown}")
     if wanted.best is not None:
         listing = _best(replace(listing, files=tuple(chosen)), wanted)
         chosen = list(listing.files)
     if wanted.last is not None:
-        listing.check_order("--last")
+        listing.check_order("last")
         if wanted.last > len(chosen):
-            raise UsageError(f"--last {wanted.last}, but found only {counted(len(chosen), 'checkpoint')}")
+            raise UsageError(f"last is {wanted.last}, but found only {counted(len(chosen), 'checkpoint')}")
         chosen = chosen[-wanted.last :]
     if wanted.every is not None:
-        listing.check_order("--every")
+        listing.check_order("every")
         chosen = chosen[::-1][:: wanted.every][::-1]
     _check_one_run(chosen)
     return replace(listing, files=tuple(chosen))
@@ -119,10 +121,10 @@ def _best(listing: Listing, wanted: Selection) -> Listing:
     listing.check_indices()
     unknown = [listed.path.name for listed in listing.files if listed.index is None]
     if unknown:
-        raise UsageError(f"--best goes by the metrics in {INDEX_NAME}, which does not name {unknown[0]}")
+        raise UsageError(f"best goes by the metrics in {INDEX_NAME}, which does not name {unknown[0]}")
     if wanted.best > len(listing.files):
         found = counted(len(listing.files), "checkpoint")
-        raise UsageError(f"--best {wanted.best}, but found only {found}")
+        raise UsageError(f"best is {wanted.best}, but found only {found}")
     ranked = []
     lacking = []
     for position, listed in enumerate(listing.files):
@@ -131,7 +133,7 @@ def _best(listing: Listing, wanted: Selection) -> Listing:
         name = wanted.monitor or index.monitor
         if name is None:
             there = ", ".join(listed.metrics) or "none"
-            raise UsageError(f"--best needs --monitor NAME, a metric in the index: {there}")
+            raise UsageError(f"best needs monitor, a metric in the index: {there}")
         if name not in listed.metrics:
             lacking.append((listed, name))
             continue
@@ -145,7 +147,7 @@ def _best(listing: Listing, wanted: Selection) -> Listing:
         of = f"{len(lacking)} of {len(listing.files)} have none, such as {first.path.name}"
         having = f"{counted(len(ranked), 'checkpoint')} with the metric {name!r} in the index; {of}"
         if wanted.best > len(ranked):
-            raise UsageError(f"--best {wanted.best}, but found only {having}")
+            raise UsageError(f"best is {wanted.best}, but found only {having}")
         listing = replace(listing, notes=(*listing.notes, f"the best {wanted.best} of {having}"))
     chosen = sorted(-position for _, position in sorted(ranked)[: wanted.best])
     return replace(listing, files=tuple(listing.files[position] for position in chosen))

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from swa_avg.errors import Finding
+from swa_avg.errors import Finding, escape
 from swa_avg.files.location import Location
 from swa_avg.inspection.geometry import Geometry
-from swa_avg.text import finite_or_none
+from swa_avg.text import counted, finite_or_none
 
 __all__ = ["Contents", "Inspection"]
 
@@ -22,6 +22,7 @@ class Contents:
 
     path: Location
     kind: str
+    """Its format."""
     writer: str | None
     """What wrote it, where it says so."""
     size: int
@@ -33,13 +34,17 @@ class Contents:
     dtypes: Mapping[str, int]
     """Their types -> values of that type."""
     weight_bytes: int
+    """Bytes of the model's weights."""
     optimizer_bytes: int
+    """Bytes of the optimizer's state."""
     batchnorm_layers: tuple[str, ...]
+    """Their names, as well as the checkpoint tells them."""
     is_average: bool
     """Whether swa-avg wrote it."""
     epoch: int | None
     """By the index beside it, else the last whole number in its name."""
     learning_rate: float | None
+    """By the index."""
     metrics: Mapping[str, float]
     """By the index; may hold NaN and infinities."""
 
@@ -49,13 +54,14 @@ class Contents:
         return self.optimizer_bytes / self.size if self.size else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
-    """What `inspect_checkpoints` found."""
+    """What `inspect_checkpoints` found; its text is one line."""
 
     checkpoints: tuple[Contents, ...]
     """In training order."""
     method: str
+    """The average that coefficients and geometry are of, such as `ema:0.9`."""
     coefficients: tuple[float, ...]
     """One a checkpoint: those of the method."""
     treatments: Mapping[str, tuple[str, ...]]
@@ -69,6 +75,8 @@ class Inspection:
     """None of a single checkpoint, of those that do not fit, or of numbers whose squares overflow.
 
     Its mean is the method's, the coefficients of `measured` scaled to sum 1."""
+    notes: tuple[str, ...] = ()
+    """What the user may not expect of the order of the checkpoints."""
 
     @property
     def outliers(self) -> tuple[Contents, ...]:
@@ -81,6 +89,19 @@ class Inspection:
         """The checkpoints by basin, the largest group first."""
         groups = self.geometry.groups if self.geometry is not None else ()
         return tuple(tuple(self.checkpoints[self.measured[row]] for row in group) for group in groups)
+
+    def __str__(self) -> str:
+        if self.findings:
+            return f"cannot be averaged: {counted(len(self.findings), 'finding')}"
+        if len(self.checkpoints) == 1:
+            return f"one checkpoint, {self.checkpoints[0].path}"
+        names = ("averaged", "compared", "copied")
+        averaged, compared, copied = (len(self.treatments[name]) for name in names)
+        return f"they fit together; tensors averaged: {averaged}, copied: {compared + copied}"
+
+    def __repr__(self) -> str:
+        count = counted(len(self.checkpoints), "checkpoint")
+        return f"<Inspection of {count}: {escape(self)}>"
 
     def as_json(self) -> dict[str, Any]:
         """Return all of it as JSON's types; numbers that are not finite become null."""

@@ -34,7 +34,7 @@ _CHUNK = 2**20
 def inspect_checkpoints(
     inputs: str | Path | Sequence[str | Path] = (),
     *,
-    epochs: str | None = None,
+    epochs: str | int | range | None = None,
     best: int | None = None,
     monitor: str | None = None,
     mode: str | None = None,
@@ -63,10 +63,17 @@ def inspect_checkpoints(
         overwrite: Replace existing outputs.
         progress: Told (bytes to read in all, bytes read since the last call).
 
+    Returns:
+        What was found, with `findings` where they cannot be averaged.
+
     Raises:
         UsageError: the request cannot be met as it was made.
         UnreadableError: an input is missing, damaged, or changed while it was read.
         SystemRefusalError: disk full, permission denied, input/output error.
+
+    Example:
+        >>> inspect_checkpoints("run", last=10, report="run.html").outliers
+        ()
     """
     chosen_method = Method.parse(method)
     outputs = _outputs(plot, report, overwrite)
@@ -74,7 +81,12 @@ def inspect_checkpoints(
     coefficients = coefficients_of(chosen_method, listing)
     with opened(listing.paths, dtype) as checkpoints:
         inspection = Inspection(
-            _contents(checkpoints, listing), str(chosen_method), tuple(coefficients), {}, ()
+            _contents(checkpoints, listing),
+            str(chosen_method),
+            tuple(coefficients),
+            {},
+            (),
+            notes=listing.notes,
         )
         try:
             plan = make_plan(checkpoints, checkpoints[-1], coefficients)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from swa_avg.text import counted, first_few, number_text, size_text
+from swa_avg.text import first_few, number_text, short_names, size_text
 
 if TYPE_CHECKING:
     from swa_avg.inspection.report import Contents, Inspection
@@ -40,12 +40,10 @@ def contents_table(inspection: Inspection) -> Table:
         "checkpoints",
     )
     rows = []
-    for _, group in groupby(inspection.checkpoints, key=_sameness):
-        alike = list(group)
-        one = alike[0]
-        names = one.path.name
-        if len(alike) > 1:
-            names = f"{len(alike)}: {names} to {alike[-1].path.name}"
+    for _, group in groupby(zip(inspection.checkpoints, _names(inspection), strict=True), key=_sameness):
+        (one, names), *others = group
+        if others:
+            names = f"{1 + len(others)}: {names} to {others[-1][1]}"
         average = ", an average" if one.is_average else ""
         rows.append(
             (
@@ -63,7 +61,13 @@ def contents_table(inspection: Inspection) -> Table:
     return headers, rows
 
 
-def _sameness(contents: Contents) -> tuple[object, ...]:
+def _names(inspection: Inspection) -> list[str]:
+    """Return what to call each checkpoint: its file's name, with folders where names are the same."""
+    return short_names([contents.path for contents in inspection.checkpoints])
+
+
+def _sameness(named: tuple[Contents, str]) -> tuple[object, ...]:
+    contents, _ = named
     return (
         contents.kind,
         contents.writer,
@@ -120,17 +124,13 @@ def epoch_labels(inspection: Inspection) -> tuple[list[str], str]:
 
 def observations(inspection: Inspection) -> list[str]:
     """Return what can be said of all of them together, a sentence each."""
-    count = len(inspection.checkpoints)
-    sentences = []
-    if inspection.findings:
-        sentences.append(f"cannot be averaged: {counted(len(inspection.findings), 'finding')}")
-    elif count > 1:
-        averaged, copied = len(inspection.treatments["averaged"]), len(inspection.treatments["copied"])
-        sentences.append(f"they fit together; tensors averaged: {averaged}, copied: {copied}")
+    sentences = [*inspection.notes]
+    if inspection.findings or len(inspection.checkpoints) > 1:
+        sentences.append(str(inspection))
     geometry = inspection.geometry
     if geometry is None:
         return sentences
-    names = [inspection.checkpoints[row].path.name for row in inspection.measured]
+    names = _measured_names(inspection)
     pairs = _pairs(inspection)
     least, most = min(pairs), max(pairs)
     sentences.append(
@@ -153,8 +153,12 @@ def observations(inspection: Inspection) -> list[str]:
 def warnings(inspection: Inspection) -> list[str]:
     """Return what speaks against averaging them, a sentence each."""
     geometry = inspection.geometry
-    averages = [contents.path.name for contents in inspection.checkpoints if contents.is_average]
-    sentences = [f"{name} is itself an average that swa-avg wrote" for name in averages]
+    names = _names(inspection)
+    sentences = [
+        f"{name} is itself an average that swa-avg wrote"
+        for name, contents in zip(names, inspection.checkpoints, strict=True)
+        if contents.is_average
+    ]
     if geometry is None:
         if len(inspection.measured) > 1:
             sentences.append("no distances: their squares do not fit into float64")
@@ -162,15 +166,16 @@ def warnings(inspection: Inspection) -> list[str]:
     equal = [f"{one} and {other}" for distance, one, other in _pairs(inspection) if distance == 0.0]
     if equal:
         sentences.append(f"the same weights under two names: {first_few(equal, _FEW, '; ')}")
-    groups = [group for group in inspection.groups if len(group) > 1]
+    measured = _measured_names(inspection)
+    groups = [[measured[row] for row in group] for group in geometry.groups if len(group) > 1]
     if not groups:
         sentences.append(
             f"no two of the {len(inspection.measured)} checkpoints are related (similarity below "
             f"{geometry.threshold:.2f}): each lies in a basin of its own, and an average is meaningless"
         )
-    for row, outlier in zip(geometry.outliers, inspection.outliers, strict=True):
+    for row in geometry.outliers:
         sentences.append(
-            f"outlier: {outlier.path.name} lies in another basin than the other checkpoints (similarity "
+            f"outlier: {measured[row]} lies in another basin than the other checkpoints (similarity "
             f"{_nearest(inspection, row):.3f}, unrelated below {geometry.threshold:.2f}); an average with it "
             "is meaningless"
         )
@@ -186,9 +191,14 @@ def warnings(inspection: Inspection) -> list[str]:
 def _pairs(inspection: Inspection) -> list[tuple[float, str, str]]:
     """Return the distance of each pair of measured checkpoints, with their names in training order."""
     assert inspection.geometry is not None
-    names = [inspection.checkpoints[row].path.name for row in inspection.measured]
+    names = _measured_names(inspection)
     distances = inspection.geometry.distances.tolist()
     return [(distances[i][j], names[i], names[j]) for j in range(len(names)) for i in range(j)]
+
+
+def _measured_names(inspection: Inspection) -> list[str]:
+    names = _names(inspection)
+    return [names[row] for row in inspection.measured]
 
 
 def _nearest(inspection: Inspection, number: int) -> float:
@@ -198,8 +208,7 @@ def _nearest(inspection: Inspection, number: int) -> float:
     return max(value for other, value in enumerate(row) if other != number)
 
 
-def _listed(group: Sequence[Contents]) -> str:
-    names = [contents.path.name for contents in group]
+def _listed(names: Sequence[str]) -> str:
     if len(names) <= _FEW:
         return ", ".join(names)
     return f"{len(names)} checkpoints, {names[0]}, {names[1]} ... {names[-1]}"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from swa_avg.errors import Finding
 from swa_avg.files.untrusted_json import objects
 from swa_avg.formats.base import Checkpoint, Tensor
+from swa_avg.text import first_few
 
 __all__ = [
     "FLOATS",
     "Treatment",
     "batchnorm_layers",
     "batchnorm_statistics",
+    "batchnorm_warning",
     "has_lambda",
     "is_model_optimizer",
     "refusals",
@@ -69,7 +71,7 @@ def refusals(checkpoint: Checkpoint) -> Iterator[Finding]:
             continue
         if tensor.dtype == "opaque16":
             problem = (
-                "holds 2-byte values of a type the file does not name; if bfloat16, add --dtype bfloat16"
+                "holds 2-byte values of a type the file does not name; if bfloat16, set dtype to bfloat16"
             )
             yield Finding(checkpoint.path, tensor.name, problem)
         elif tensor.dtype == "int8":
@@ -133,6 +135,14 @@ def _batchnorm_groups(checkpoint: Checkpoint) -> dict[str, list[Tensor]]:
         for group, members in groups.items()
         if _is_batchnorm(group, _layer_name(checkpoint, group), members)
     }
+
+
+def batchnorm_warning(layers: Sequence[str], refresh: str) -> str:
+    """Return the warning about an average of these layers' statistics; `refresh` asks for a refresh."""
+    return (
+        f"BatchNorm statistics are averaged, not re-estimated ({first_few(layers)}); the model may be far "
+        f"worse than its weights: refresh them on training data with {refresh}"
+    )
 
 
 def has_lambda(config: Any) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from swa_avg.batchnorm import RefreshReport
+from swa_avg.errors import escape
 from swa_avg.files.location import Location
+from swa_avg.planning.policy import batchnorm_warning
 from swa_avg.sweeping.candidates import Candidate
-from swa_avg.text import finite_or_none
+from swa_avg.text import counted, finite_or_none
 
 __all__ = ["Scored", "SweepReport", "rank"]
 
@@ -19,8 +21,11 @@ class Scored:
     """A candidate and what it achieved."""
 
     candidate: Candidate
+    """Its name, and the coefficient of each checkpoint."""
     metrics: Mapping[str, float]
+    """Name -> value on the validation data."""
     refresh: RefreshReport | None
+    """What the refresh of its BatchNorm statistics did."""
     badness: float
     """The deciding metric such that less is better, infinite for NaN."""
 
@@ -44,19 +49,22 @@ def rank(scored: Scored) -> tuple[float, int]:
     return scored.badness, -len(scored.candidate.used)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepReport:
-    """What `sweep` found."""
+    """What `sweep` found; its text is one line."""
 
     output: Location
+    """Where the winner is."""
     checkpoints: tuple[Location, ...]
     """In training order."""
     monitor: str
     """The metric that decides."""
     mode: str
+    """`min` or `max`: which of its values are better."""
     singles: tuple[Scored, ...]
     """The checkpoints alone, in training order."""
     averages: tuple[Scored, ...]
+    """The other candidates, in the order in which they were tried."""
     winner: Scored
     """What was written: of equals, the average of the most checkpoints."""
     validation: str
@@ -71,6 +79,10 @@ class SweepReport:
     """Metrics at points of equal distance from the last checkpoint to the best average."""
     written: bool = False
     """Whether the winner was written."""
+    epochs: tuple[int, ...] = ()
+    """Of the checkpoints, where a candidate goes by them."""
+    notes: tuple[str, ...] = ()
+    """What the user may not expect of the order of the checkpoints."""
 
     @property
     def best_single(self) -> Scored:
@@ -79,6 +91,7 @@ class SweepReport:
 
     @property
     def best_average(self) -> Scored | None:
+        """Of equals, the one of the most checkpoints."""
         averages = [scored for scored in reversed(self.averages) if scored.candidate.is_average]
         return min(averages, key=rank, default=None)
 
@@ -87,6 +100,34 @@ class SweepReport:
         """Whether an average is better than every single checkpoint."""
         average = self.best_average
         return average is not None and average.badness < self.best_single.badness
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should look at; `sweep` warns of each."""
+        return tuple(self.warnings_naming("refresh=DATA"))
+
+    def warnings_naming(self, refresh: str) -> Iterator[str]:
+        """Yield the warnings; `refresh` is how a refresh is asked for."""
+        if self.winner.refresh is not None:
+            yield from self.winner.refresh.warnings
+        elif self.batchnorm_layers and self.winner.candidate.is_average:
+            yield batchnorm_warning(self.batchnorm_layers, refresh)
+        elif self.batchnorm_layers:
+            yield f"BatchNorm was not refreshed: averages may score far better with {refresh}"
+
+    def __str__(self) -> str:
+        winner, best = self.winner, self.best_single
+        score, alone = (f"{scored.metrics[self.monitor]:.6g}" for scored in (winner, best))
+        verb = "wrote" if self.written else "did not write"
+        rows = counted(self.rows, "row")
+        what = f"{verb} {self.output}: {winner.candidate.name}, {self.monitor} {score} on {rows}"
+        if not winner.candidate.is_average:
+            return f"{what}; no average is as good"
+        relation = "beats" if self.improved else "equals"
+        return f"{what}; it {relation} the best single checkpoint, {best.candidate.name} with {alone}"
+
+    def __repr__(self) -> str:
+        return f"<SweepReport: {escape(self)}>"
 
     def as_json(self) -> dict[str, Any]:
         """Return all of it as JSON's types; numbers that are not finite become null."""

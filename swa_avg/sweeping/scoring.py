@@ -36,18 +36,18 @@ class Validation:
     """What checkpoints are scored on, and by what."""
 
     data: Any
-    """What `refresh_batchnorm` takes, with targets: arrays x and y in a `.npz`, batches (x, y), ...
-
-    Read again for each checkpoint that is scored."""
+    """What `refresh_batchnorm` takes, with targets: a `.npz` that holds x and y, arrays (x, y), batches
+    (x, y), ... Read again for each checkpoint that is scored."""
     inputs: Sequence[str] = ()
     """`KEY` or `KEY=INPUT`, where the data's names do not say which array goes where."""
     targets: Sequence[str] = ()
     """`KEY` or `KEY=OUTPUT`; by default y, y_val, y_test or labels, or the outputs' names."""
     batch_size: int | None = None
+    """Rows a batch, where the data do not come in batches; 128 by default."""
     samples: int | None = None
     """Rows to use, the first ones; all by default."""
-    preprocess: str | None = None
-    """`MODULE:FUNCTION`, applied to the inputs of each batch."""
+    preprocess: str | Callable[[Any], Any] | None = None
+    """Applied to the inputs of each batch; a function or its `MODULE:FUNCTION`."""
     metric: str | Metric | None = None
     """f(targets, predictions) -> number, over all rows at once, or its `MODULE:FUNCTION`; by default, the
     metrics that the model was compiled with."""
@@ -56,8 +56,14 @@ class Validation:
     mode: str | None = None
     """`min` or `max`: which of its values are better; by default as for CheckpointSaver."""
 
+    @classmethod
+    def of(cls, value: Any) -> Validation:
+        """Return a Validation as it is, and of anything else, the validation on these data."""
+        return value if isinstance(value, Validation) else cls(value)
+
     @property
     def metric_name(self) -> str | None:
+        """What the metric is called in a report, where one is given."""
         if self.metric is None or isinstance(self.metric, str):
             return self.metric
         return str(getattr(self.metric, "__name__", "metric"))
@@ -138,7 +144,7 @@ class Evaluator:
         self._places: Places | None = None
         if compiled and not getattr(model, "compiled", False):
             raise UsageError(
-                "the model does not say how it was compiled: name what to go by with --metric MODULE:FUNCTION"
+                "the model does not say how it was compiled: give a metric, such as MODULE:FUNCTION"
             )
         if compiled:
             model.optimizer = None  # no part of a score, and up to twice as large as the weights
@@ -185,7 +191,7 @@ class Evaluator:
         """
         name = self._validation.monitor or self._validation.metric_name or main_metric(score.metrics)
         if name not in score.metrics:
-            raise UsageError(f"--monitor {name}: the model has {', '.join(score.metrics)}")
+            raise UsageError(f"monitor {name!r}: the model has {', '.join(score.metrics)}")
         return name, self._validation.mode or direction(self._model, name.rpartition(":")[2])
 
     def _evaluate(self) -> dict[str, float]:
@@ -207,8 +213,8 @@ class Evaluator:
 
     @cached_property
     def _metric(self) -> Metric | None:
-        metric = self._validation.metric
-        return import_function(metric) if isinstance(metric, str) else metric
+        metric: Metric | None = _function(self._validation.metric)
+        return metric
 
     @property
     def _spec(self) -> Spec:
@@ -218,11 +224,16 @@ class Evaluator:
             bind=validation.inputs,
             batch_size=validation.batch_size,
             samples=validation.samples,
-            preprocess=import_function(validation.preprocess) if validation.preprocess else None,
+            preprocess=_function(validation.preprocess),
             purpose=VALIDATION,
             bind_targets=validation.targets,
             output_names=_outputs_of(self._model),
         )
+
+
+def _function(named: Any) -> Any:
+    """Return a function, given it or its `MODULE:FUNCTION`; None for None."""
+    return import_function(named) if isinstance(named, str) else named
 
 
 def _outputs_of(model: Any) -> list[str]:
@@ -288,7 +299,7 @@ class _Whole:
         try:
             return {"metric": float(value)}
         except (TypeError, ValueError) as error:
-            raise UsageError(f"--metric returned {type(value).__name__}; expected a number") from error
+            raise UsageError(f"metric returned {type(value).__name__}; expected a number") from error
 
 
 def _joined(parts: Sequence[Any]) -> Any:

@@ -14,7 +14,7 @@ from swa_avg.batchnorm import Loading, Refresh
 from swa_avg.batchnorm.loading import check_request
 from swa_avg.batchnorm.statistics import RefreshedStatistics
 from swa_avg.combine import Combiner, Workers, open_workers
-from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageError
+from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageError, warn
 from swa_avg.files.location import Location, any_remote
 from swa_avg.files.publication import check_output, publication_at, publish_file
 from swa_avg.files.temporary import temporary_folder
@@ -30,7 +30,7 @@ from swa_avg.sweeping.candidates import Candidate
 from swa_avg.sweeping.report import Scored, SweepReport
 from swa_avg.sweeping.scoring import Scorer, Scoring, Validation
 from swa_avg.sweeping.trials import POINTS, Trials, greedy_soup, line
-from swa_avg.text import Progress, finite_or_none
+from swa_avg.text import Progress, finite_or_none, short_names
 
 __all__ = ["candidate_rows", "sweep"]
 
@@ -38,21 +38,21 @@ _PICTURES = (".png", ".svg", ".pdf")
 
 
 def sweep(
-    inputs: str | Path | Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path] = (),
     output: str | Path | None = None,
     *,
-    validation: Validation,
-    refresh: Refresh | None = None,
+    validation: Any,
+    refresh: Any = None,
     loading: Loading | None = None,
-    tried: Sequence[str] = (),
-    epochs: str | None = None,
+    tried: str | Sequence[str] = (),
+    epochs: str | int | range | None = None,
     last: int | None = None,
     every: int | None = None,
     optimizer: str = "keep",
     dtype: str | None = None,
     overwrite: bool = False,
     verify: bool | None = None,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     threads: int | None = None,
     cluster: str | None = None,
     require_improvement: bool = False,
@@ -70,10 +70,11 @@ def sweep(
     Args:
         inputs: As for `average`, and likewise `output`, `epochs`, `last`, `every`, `optimizer`, `dtype`,
             `overwrite`, `verify`, `max_memory`, `threads`, `cluster` and `progress`.
-        validation: Data and metric. Choose by data that you did not train on, and do not report the score
-            that it was chosen by.
-        refresh: Training data to re-estimate BatchNorm statistics on.
-        loading: How to load the model; `refresh`, where there is one, says it itself.
+        validation: Data with targets, such as arrays (x, y), batches of them or a `.npz`; or a `Validation`,
+            which also says by what metric they are scored. Choose by data that you did not train on, and do
+            not report the score that it was chosen by.
+        refresh: Training data to re-estimate BatchNorm statistics on, or a `Refresh`, as for `average`.
+        loading: How to load the model; where `refresh` is a `Refresh`, that says it itself.
         tried: Averages: methods as for `average`, `last:K` for the mean of the last K, and `greedy` for the
             greedy soup; by default, those of `candidates.default_candidates`.
         require_improvement: Write nothing if no average is better than the best single checkpoint.
@@ -81,10 +82,21 @@ def sweep(
             likewise, and draw them into this `.png`, `.svg` or `.pdf`; needs matplotlib.
         score_progress: Called with (candidates to score, candidates scored since the last call).
 
+    Returns:
+        Every candidate with its metrics. What is printed on the command line as a note or warning is given as
+        a `SwaAvgWarning`.
+
     Raises:
         NoImprovementError: there is no improvement, and it was required.
         UsageError, UnreadableError, MismatchError, SystemRefusalError: as for `average`.
+
+    Example:
+        >>> sweep("run", "best.keras", validation=(x_val, y_val), refresh=x_train)
+        <SweepReport: wrote best.keras: last:8, accuracy 0.951 on 5000 rows; it beats the best single ...>
     """
+    validation = Validation.of(validation)
+    refresh = Refresh.of(refresh, loading)
+    tried = [tried] if isinstance(tried, str) else tried
     named = list_checkpoints(inputs)
     for data in (validation.data, refresh and refresh.data):
         if isinstance(data, Iterator):
@@ -130,7 +142,7 @@ def sweep(
             singles, averages = scored[: len(paths)], scored[len(paths) :]
             if with_greedy:
                 averages = (*averages, greedy_soup(trials, singles))
-            report = _report(target, trials, singles, averages, refresh)
+            report = _report(target, trials, singles, averages, refresh, listing)
             if require_improvement and not report.improved:
                 raise NoImprovementError(_no_improvement(report), report)
             statistics = trials.best_statistics  # of the winner: the points of the line are scored after it
@@ -141,7 +153,9 @@ def sweep(
         publication.publish()
     if path is not None and draw and report.path:
         publish_file(Path(path), draw(report), overwrite=overwrite)
-    return replace(report, written=True)
+    report = replace(report, written=True)
+    warn([*report.notes, *report.warnings])
+    return report
 
 
 def _scoring(scorer: Scorer, workers: Workers) -> Callable[[Iterable[Path]], Iterator[tuple[Path, Scoring]]]:
@@ -179,8 +193,8 @@ def candidate_rows(listing: Listing, tried: Sequence[str]) -> tuple[list[Candida
         if needed is not None:
             raise
     singles = [
-        Candidate(path.name, tuple(float(other == number) for other in range(count)))
-        for number, path in enumerate(paths)
+        Candidate(name, tuple(float(other == number) for other in range(count)))
+        for number, name in enumerate(short_names(paths))
     ]
     texts = tried or candidates.default_candidates(count, times)
     averages = [candidates.parse(text, count, times) for text in texts]
@@ -194,6 +208,7 @@ def _report(
     singles: Sequence[Scored],
     averages: Sequence[Scored],
     refresh: Refresh | None,
+    listing: Listing,
 ) -> SweepReport:
     assert trials.best is not None
     assert trials.decides is not None
@@ -204,6 +219,7 @@ def _report(
             [Finding(target, monitor, "is not finite for any candidate; nothing was written")]
         )
     newest = trials.checkpoints[-1]
+    by_epochs = any(candidates.needs_times(average.candidate.name) for average in averages)
     return SweepReport(
         output=target,
         checkpoints=tuple(checkpoint.path for checkpoint in trials.checkpoints),
@@ -216,6 +232,8 @@ def _report(
         rows=trials.last.rows,
         digest=trials.last.digest,
         batchnorm_layers=tuple(batchnorm_layers(newest)) if refresh is None else (),
+        epochs=tuple(listing.epochs("candidates")) if by_epochs else (),
+        notes=listing.notes,
     )
 
 

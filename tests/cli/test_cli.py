@@ -211,8 +211,8 @@ def test_an_index_of_two_runs_is_refused(folder: Path, swa_avg: Cli) -> None:
         ({"dtype": "float16"}, "dtype is bfloat16, not 'float16'"),
         ({"threads": 0}, "threads is 0; expected 1 or more"),
         ({"threads": -1}, "threads is -1; expected 1 or more"),
-        ({"last": "3"}, "--last is '3'; expected 1 or more"),
-        ({"every": 1.5}, "--every is 1.5; expected 1 or more"),
+        ({"last": "3"}, "last is '3'; expected 1 or more"),
+        ({"every": 1.5}, "every is 1.5; expected 1 or more"),
     ],
 )
 def test_values_that_there_are_not_are_refused_in_python_too(
@@ -305,7 +305,7 @@ def test_an_index_that_does_not_fit_is_reported(folder: Path, swa_avg: Cli) -> N
     _refused(
         swa_avg("--best", "1"),
         2,
-        "--best needs --monitor NAME, a metric in the index: val_loss, val_accuracy, R",
+        "best needs monitor, a metric in the index: val_loss, val_accuracy, R",
     )
     _refused(
         swa_avg("--best", "1", "--monitor", "R"),
@@ -317,13 +317,13 @@ def test_an_index_that_does_not_fit_is_reported(folder: Path, swa_avg: Cli) -> N
         2,
         "ckpt_1.keras has no metric 'auc' in the index, but val_loss, val_accuracy, R",
     )
-    _refused(swa_avg("--best", "4"), 2, "--best 4, but found only 3 checkpoints")
-    _refused(swa_avg("--mode", "max"), 2, "--monitor and --mode go with --best")
+    _refused(swa_avg("--best", "4"), 2, "best is 4, but found only 3 checkpoints")
+    _refused(swa_avg("--mode", "max"), 2, "monitor and mode go with best")
     makers.write_archive(folder / "ckpt_11.keras", makers.weights(11))
     _refused(
         swa_avg("ckpt_*.keras", "--best", "1"),
         2,
-        "--best goes by the metrics in checkpoints.json, which does not name ckpt_11.keras",
+        "best goes by the metrics in checkpoints.json, which does not name ckpt_11.keras",
     )
     Path("ckpt_2.keras").unlink()
     _refused(
@@ -372,7 +372,7 @@ def test_json_and_quiet(folder: Path, swa_avg: Cli) -> None:
 
 def test_an_output_that_exists_stays_without_overwrite(folder: Path, swa_avg: Cli) -> None:
     Path("swa.keras").write_bytes(b"precious")
-    _refused(swa_avg("ckpt_*.keras"), 2, "the output swa.keras exists; name another one, or add --overwrite")
+    _refused(swa_avg("ckpt_*.keras"), 2, "the output swa.keras exists; name another one, or overwrite it")
     assert Path("swa.keras").read_bytes() == b"precious"
     assert swa_avg("ckpt_*.keras", "--overwrite").code == 0
     assert Path("swa.keras").read_bytes() != b"precious"
@@ -560,6 +560,8 @@ def test_formats_do_not_mix(output: str, folder: Path, swa_avg: Cli) -> None:
 def test_inputs_that_are_no_checkpoints(folder: Path, swa_avg: Cli) -> None:
     Path("empty.keras").touch()
     Path("text.keras").write_text("not a model")
+    for part in ("index", "data-00000-of-00001"):
+        Path(f"cp.ckpt.{part}").write_bytes(b"\x00\x00\x01\x08")
     Path("dir.keras").mkdir()
     os.mkfifo("fifo.keras")
     for name, problem in (
@@ -574,6 +576,14 @@ def test_inputs_that_are_no_checkpoints(folder: Path, swa_avg: Cli) -> None:
         ),
         ("fifo.keras", "fifo.keras: not a regular file; name a checkpoint file"),
         ("missing.keras", "missing.keras: no such file"),
+        *(
+            (
+                name,
+                f"{name}: of a TensorFlow checkpoint, which is not read; in TensorFlow, load it with "
+                "model.load_weights, then model.save_weights to a .weights.h5",
+            )
+            for name in ("cp.ckpt.index", "cp.ckpt.data-00000-of-00001")
+        ),
         ("/dev/zero", "/dev/zero: not a regular file; name a checkpoint file"),
     ):
         _refused(swa_avg(name, "-o", "swa.keras"), 3, problem)
@@ -612,17 +622,17 @@ def test_names_from_files_are_printed_escaped(tmp_path: Path, swa_avg: Cli) -> N
             "no checkpoints named, and no checkpoints.json here; such as: swa-avg 'ckpt_*.keras' -o swa.keras",
         ),
         (("nothing_*.keras",), "no file matches 'nothing_*.keras'"),
-        (("ckpt_*.keras", "--last", "4"), "--last 4, but found only 3 checkpoints"),
-        (("ckpt_1.keras", "--last", "2"), "--last 2, but found only 1 checkpoint"),
-        (("ckpt_*.keras", "--last", "0"), "--last is 0; expected 1 or more"),
-        (("ckpt_*.keras", "--every", "-1"), "--every is -1; expected 1 or more"),
+        (("ckpt_*.keras", "--last", "4"), "last is 4, but found only 3 checkpoints"),
+        (("ckpt_1.keras", "--last", "2"), "last is 2, but found only 1 checkpoint"),
+        (("ckpt_*.keras", "--last", "0"), "last is 0; expected 1 or more"),
+        (("ckpt_*.keras", "--every", "-1"), "every is -1; expected 1 or more"),
         (
             ("ckpt_*.keras", "--epochs", "50:60"),
-            "--epochs 50:60: none of the checkpoints; their epochs are 1, 2, 10",
+            "epochs 50:60: none of the checkpoints; their epochs are 1, 2, 10",
         ),
         (
             ("ckpt_*.keras", "--epochs", "a:b"),
-            "--epochs 'a:b'; expected A:B or A:B:STEP, such as 140:150 or 100:200:10",
+            "epochs 'a:b'; expected A:B or A:B:STEP, such as 140:150 or 100:200:10",
         ),
         (
             ("ckpt_*.keras", "--method", "ema"),
@@ -662,7 +672,7 @@ def test_requests_that_cannot_be_met(
 def test_the_memory_limit_that_is_named_is_enough(folder: Path, swa_avg: Cli) -> None:
     ended = swa_avg("ckpt_*.keras", "--max-memory", "1M")
     assert ended.code == 2
-    line = r"swa-avg: error: --max-memory 1\.0 MiB is too little; at least (\d+) MiB are needed\n"
+    line = r"swa-avg: error: max_memory 1\.0 MiB is too little; at least (\d+) MiB are needed\n"
     match = re.fullmatch(line, ended.err)
     assert match is not None
     least = int(match[1])
@@ -722,6 +732,7 @@ def test_the_record_holds_the_method_as_text_and_what_was_used(
     ended = swa_avg("ckpt_*.keras", "--method", method, "--json")
     result = json.loads(ended.out)
     assert ended.err.endswith(f"wrote swa.keras: the {text} average of 3 checkpoints\n")
+    assert ("counted by their epochs, 1, 2, 10\n" in ended.err) == method.startswith("half-life")
     average("ckpt_*.keras", "python.keras", method=python)  # type: ignore[arg-type]
     assert Path("python.keras").read_bytes() == Path("swa.keras").read_bytes()
     with zipfile.ZipFile("swa.keras") as archive:

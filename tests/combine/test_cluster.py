@@ -375,12 +375,12 @@ def test_a_scheduler_without_workers_is_one_line(
 
 
 def test_threads_and_cluster_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--threads is for this machine alone"):
+    with pytest.raises(UsageError, match="threads is for this machine alone"):
         average(write_run(tmp_path), tmp_path / "swa.keras", threads=2, cluster="tcp://127.0.0.1:9")
 
 
 def test_too_little_memory_for_one_block_is_refused(cluster: Any, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--max-memory 1\.0 MiB is too little"):
+    with pytest.raises(UsageError, match=r"max_memory 1\.0 MiB is too little"):
         average(
             write_run(tmp_path), tmp_path / "swa.keras", max_memory=2**20, cluster=cluster.scheduler_address
         )
@@ -396,7 +396,7 @@ def test_without_dask_the_command_to_install_it_is_shown(tmp_path: Path) -> None
     command = [sys.executable, "-c", code]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 2
-    assert ended.stderr == "swa-avg: error: --cluster needs Dask: pip install 'swa-avg[dask]'\n"
+    assert ended.stderr == "swa-avg: error: cluster needs Dask: pip install 'swa-avg[dask]'\n"
 
 
 # --- refresh ------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_a_file_that_appears_during_the_run_is_not_replaced(tmp_path: Path) -> N
             (tmp_path / "swa.h5").write_bytes(b"theirs")
             publication.publish()
 
-    with pytest.raises(UsageError, match="exists; name another one, or add --overwrite"):
+    with pytest.raises(UsageError, match="exists; name another one, or overwrite it"):
         run()
     assert _names(tmp_path) == ["swa.h5"]
     assert (tmp_path / "swa.h5").read_bytes() == b"theirs"
@@ -76,7 +76,7 @@ def test_of_two_runs_on_one_output_one_is_complete(overwrite: bool, tmp_path: Pa
     if overwrite:
         second()
     else:
-        with pytest.raises(UsageError, match="exists; name another one, or add --overwrite"):
+        with pytest.raises(UsageError, match="exists; name another one, or overwrite it"):
             second()
     assert _names(tmp_path) == ["swa.h5"]
     assert (tmp_path / "swa.h5").read_bytes() == (b"second" if overwrite else b"first")

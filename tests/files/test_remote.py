@@ -224,7 +224,7 @@ def test_memory_is_kept_under_a_limit(tmp_path: Path, memory: Any, swa_avg: Cli)
     command = ("memory://run/ckpt_*.keras", "-o", tmp_path / "x.keras", "--dry-run", "--json", "--max-memory")
     limited = swa_avg(*command, "190M")
     assert json.loads(limited.out)["peak_memory"] <= 190 * 2**20
-    assert "--max-memory 100.0 MiB is too little" in swa_avg(*command, "100M").err
+    assert "max_memory 100.0 MiB is too little" in swa_avg(*command, "100M").err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -288,7 +288,7 @@ def test_an_output_that_exists_is_replaced_only_when_asked(tmp_path: Path, memor
     memory.pipe_file("/out/swa.keras", b"before")
     command = ("memory://run/ckpt_*.keras", "-o", "memory://out/swa.keras")
     refused = swa_avg(*command)
-    line = "the output memory://out/swa.keras exists; name another one, or add --overwrite"
+    line = "the output memory://out/swa.keras exists; name another one, or overwrite it"
     assert (refused.code, refused.err) == (2, f"swa-avg: error: {line}\n")
     assert memory.cat_file("/out/swa.keras") == b"before"
     assert swa_avg(*command, "--overwrite").code == 0

@@ -14,7 +14,7 @@ import makers
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="runs are isolated by Linux's pidfd")
 
-EXISTS = "exists; name another one, or add --overwrite"
+EXISTS = "exists; name another one, or overwrite it"
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +133,9 @@ def test_names_of_any_characters_work_and_are_printed_on_one_line(
         (["--method", "\n\x1b[31m"], r"method '\\n\\x1b\[31m': expected uniform, .*"),
         (["--max-memory", "nan"], r"Invalid value for '--max-memory': 'nan' is not a size; .*"),
         (["--max-memory", "inf"], r"Invalid value for '--max-memory': 'inf' is not a size; .*"),
-        (["--max-memory", "-1"], "--max-memory -1 B is too little; at least .*"),
+        (["--max-memory", "-1"], "max_memory -1 B is too little; at least .*"),
         (["--threads", "0"], r"Invalid value for '--threads': 0 is not in the range 1<=x<=64\. .*"),
-        (["--epochs", "9" * 5000], ".*--epochs.*"),
+        (["--epochs", "9" * 5000], ".*epochs.*"),
         (["--last", "9" * 5000], ".*"),
         (["--\n\x1b[31m"], r"No such option:? '?--\\n\\x1b\[31m.*"),
     ],

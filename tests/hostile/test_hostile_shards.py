@@ -180,5 +180,5 @@ def test_an_existing_shard_is_not_replaced(isolated: Isolated, tmp_path: Path) -
     (tmp_path / "swa_00001.weights.h5").write_bytes(b"precious")
     before = snapshot(tmp_path)
     ended = isolated.run(["a_1.weights.json", "a_2.weights.json", "-q", "-o", "swa.weights.json"], tmp_path)
-    check_line(ended, 2, r"the output swa_00001\.weights\.h5 exists; name another one, or add --overwrite")
+    check_line(ended, 2, r"the output swa_00001\.weights\.h5 exists; name another one, or overwrite it")
     assert snapshot(tmp_path) == before

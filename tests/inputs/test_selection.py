@@ -42,6 +42,74 @@ def test_order_is_natural(tmp_path: Path) -> None:
     assert expand([tmp_path / name for name in names]) == [tmp_path / name for name in ordered]
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    (home / "run").mkdir(parents=True)
+    _touch(home / "run", "ckpt_1.keras", "ckpt_2.keras")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    paths = [home / "run" / "ckpt_1.keras", home / "run" / "ckpt_2.keras"]
+    assert expand("~/run/ckpt_*.keras") == paths
+    assert expand(["~/run/ckpt_2.keras", "~/run/ckpt_1.keras"]) == paths
+    assert expand("~/*/ckpt_[12].keras") == paths
+    with pytest.raises(UsageError, match=r"^no file matches '~nobody-at-all/\*'$"):
+        expand("~nobody-at-all/*")
+    _touch(tmp_path, "~")
+    assert expand("~") == [Path("~")]
+
+
+def test_brackets_in_names_that_exist_are_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run[1]", "run1"):
+        Path(folder).mkdir()
+        _touch(tmp_path / folder, "ckpt_1.keras", "ckpt_2.keras", "best[3].keras")
+    assert expand("run[1]/ckpt_*.keras") == [Path("run[1]/ckpt_1.keras"), Path("run[1]/ckpt_2.keras")]
+    assert expand("run[1]/best[3].keras") == [Path("run[1]/best[3].keras")]
+    assert expand(Path("run[1]") / "ckpt_[2].keras") == [Path("run[1]/ckpt_2.keras")]
+    assert expand("run[!2]/ckpt_2.keras") == [Path("run1/ckpt_2.keras")]
+    assert expand(str(tmp_path / "run[1]" / "*_1.keras")) == [tmp_path / "run[1]" / "ckpt_1.keras"]
+
+
+_SAVE = "in TensorFlow, load it with model.load_weights, then model.save_weights to a .weights.h5"
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("cp-0001.ckpt", f"cp-0001.ckpt: a TensorFlow checkpoint, which is not read; {_SAVE}"),
+        (
+            "cp-*.ckpt",
+            f"no file matches 'cp-*.ckpt'; TensorFlow checkpoints do, which are not read: {_SAVE}",
+        ),
+        ("weights", f"weights: holds TensorFlow checkpoints, which are not read; {_SAVE}"),
+        ("weight*", f"weights: holds TensorFlow checkpoints, which are not read; {_SAVE}"),
+        ("weights/cp", f"weights/cp: a TensorFlow checkpoint, which is not read; {_SAVE}"),
+        *(
+            (
+                name,
+                "saved_1: a SavedModel, which is not read; load it in TensorFlow, and save its weights with "
+                "model.save_weights to a .weights.h5",
+            )
+            for name in ("saved_1", "saved_*", ["saved_1", "saved_2"])
+        ),
+        ("missing.ckpt", "missing.ckpt: no such file"),
+    ],
+)
+def test_what_tensorflow_saved_is_named(
+    named: str | list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _touch(tmp_path, "checkpoint", "cp-0001.ckpt.index", "cp-0001.ckpt.data-00000-of-00001")
+    for folder in ("weights", "saved_1/variables", "saved_2/variables"):
+        Path(folder).mkdir(parents=True)
+    _touch(tmp_path / "weights", "checkpoint", "cp.index", "cp.data-00000-of-00002", "cp.data-00001-of-00002")
+    for folder in ("saved_1", "saved_2"):
+        _touch(tmp_path / folder, "saved_model.pb", "variables/variables.index")
+    with pytest.raises((UnreadableError, UsageError)) as raised:
+        expand(named)
+    assert str(raised.value) == said
+
+
 def test_the_order_is_the_same_however_the_names_are_given(tmp_path: Path) -> None:
     paths = [tmp_path / "ckpt_01.keras", tmp_path / "ckpt_1.keras"]
     for path in paths:
@@ -74,7 +142,7 @@ def test_epochs_that_there_are_not_are_refused_with_those_that_there_are(tmp_pat
     paths = [tmp_path / f"ckpt_{number}.keras" for number in range(0, 60, 10)]
     for path in paths:
         path.touch()
-    with pytest.raises(UsageError, match=r"^--epochs 5: none of the checkpoints; their epochs are 0 to 50$"):
+    with pytest.raises(UsageError, match=r"^epochs 5: none of the checkpoints; their epochs are 0 to 50$"):
         chosen(paths, epochs="5")
 
 
@@ -233,9 +301,9 @@ def test_the_best_are_of_those_that_have_the_metric_and_that_is_said(
 def test_more_than_have_the_metric_or_one_that_none_has_are_refused(tmp_path: Path) -> None:
     listing = list_checkpoints(_run(tmp_path / "run", [None, 3, None, 1]))
     for wanted, problem in (
-        (Selection(best=3), "--best 3, but found only 2 checkpoints with the metric 'val_loss' in the index; 2 of 4 have none, such as ckpt_01.keras"),
+        (Selection(best=3), "best is 3, but found only 2 checkpoints with the metric 'val_loss' in the index; 2 of 4 have none, such as ckpt_01.keras"),
         (Selection(best=1, monitor="val_los"), "ckpt_01.keras has no metric 'val_los' in the index, but loss, val_loss"),
-        (Selection(epochs="1:3", best=2), "--best 2, but found only 1 checkpoint with the metric 'val_loss' in the index; 2 of 3 have none, such as ckpt_01.keras"),
+        (Selection(epochs="1:3", best=2), "best is 2, but found only 1 checkpoint with the metric 'val_loss' in the index; 2 of 3 have none, such as ckpt_01.keras"),
     ):  # fmt: skip
         with pytest.raises(UsageError) as caught:
             select(listing, wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -82,6 +83,24 @@ def test_it_says_what_is_inside_and_how_far_apart(
     )
     assert ended.code == 0
     assert ended.out == ""
+
+
+def test_checkpoints_of_two_folders_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swa_avg: Cli
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for run in ("a", "b"):
+        Path(run).mkdir()
+        basin = rng.standard_normal((20, 20))
+        for epoch in (1, 2):
+            kernel = (basin + 0.01 * rng.standard_normal((20, 20))).astype("f4")
+            makers.write_archive(Path(f"{run}/ckpt_{epoch}.keras"), {"layers/dense/vars/0": kernel})
+    ended = swa_avg("inspect", "a/*.keras", "b/*.keras")
+    assert "2 groups that are unrelated" in ended.err
+    assert "as if of 2 runs: a/ckpt_1.keras, a/ckpt_2.keras; b/ckpt_1.keras, b/ckpt_2.keras;" in ended.err
+    assert "4: a/ckpt_1.keras to b/ckpt_2.keras\n" in ended.err
+    assert re.search(r"distances: [0-9.]+ \((\w)/ckpt_1.keras, \1/ckpt_2.keras\) to ", ended.err)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +371,7 @@ def test_squares_that_overflow_leave_out_the_distances(tmp_path: Path, swa_avg: 
     [
         (["none.keras"], 3, "none.keras: no such file"),
         (["damaged.keras"], 3, "damaged.keras: damaged .keras archive (File is not a zip file)"),
-        (["ckpt_*.keras", "--last", "9"], 2, "--last 9, but found only 5 checkpoints"),
+        (["ckpt_*.keras", "--last", "9"], 2, "last is 9, but found only 5 checkpoints"),
         (
             ["ckpt_*.keras", "--method", "weights:1,2"],
             2,
@@ -368,7 +387,7 @@ def test_squares_that_overflow_leave_out_the_distances(tmp_path: Path, swa_avg: 
         (
             ["ckpt_*.keras", "--report", "old.html"],
             2,
-            "the output old.html exists; name another one, or add --overwrite",
+            "the output old.html exists; name another one, or overwrite it",
         ),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 
 import oracle
 from conftest import Ended
-from swa_avg import Refresh, Validation, sweep
+from swa_avg import Refresh, SwaAvgWarning, Validation, average, sweep
 from swa_avg.batchnorm import Loading
 from swa_avg.errors import UsageError
 
@@ -293,7 +293,7 @@ def test_without_an_improvement_nothing_is_written(here: Path, swa_avg: Cli) -> 
     ended = swa_avg(*command)
     assert ended.code == 0
     assert ended.err.endswith(
-        "BatchNorm was not refreshed: averages may score far better with --bn-refresh DATA\n"
+        "warning: BatchNorm was not refreshed: averages may score far better with --bn-refresh DATA\n"
         "wrote swa.keras: ckpt_1.keras, falling:score 13 on 300 rows; no average is as good\n"
     )
     assert "BatchNorm statistics are averaged" not in ended.err
@@ -421,7 +421,7 @@ def test_what_cannot_be_scored_is_one_line(here: Path, swa_avg: Cli) -> None:
     val = np.load("val.npz")
     command = ("sweep", "ckpt_*.keras", "--val", "val.npz", "-q")
     before = _names(here)
-    _line(swa_avg(*command, "--monitor", "auc"), 2, "--monitor auc: the model has accuracy, loss")
+    _line(swa_avg(*command, "--monitor", "auc"), 2, "monitor 'auc': the model has accuracy, loss")
     _line(swa_avg(*command, "--metric", "elsewhere:none"), 2, "--metric returned NoneType; expected a number")
     _line(
         swa_avg(*command, "--metric", "elsewhere:nan", "--mode", "min"),
@@ -500,7 +500,7 @@ def test_a_model_that_was_not_compiled_needs_a_metric(here: Path, swa_avg: Cli) 
     _line(
         swa_avg(*command),
         2,
-        "the model does not say how it was compiled: name what to go by with --metric MODULE:FUNCTION",
+        "the model does not say how it was compiled: give a metric, such as MODULE:FUNCTION",
     )
     assert swa_avg(*command, "--metric", "elsewhere:error").code == 0
 
@@ -710,3 +710,83 @@ def test_code_in_the_compile_settings_of_a_legacy_model_does_not_run(
         2,
         text.replace("ckpt_4", "ckpt_1"),
     )
+
+
+_TRAIN: dict[str, Callable[[np.ndarray, np.ndarray], object]] = {
+    "path": lambda x, y: Path("train.npz"),
+    "name": lambda x, y: "train.npz",
+    "array": lambda x, y: x,
+    "tuple": lambda x, y: (x, y),
+    "mapping": lambda x, y: {"x_train": x, "y_train": y},
+    "dataclass": lambda x, y: Refresh(x),
+}
+
+
+@pytest.mark.parametrize("form", _TRAIN)
+def test_python_takes_data_in_every_form(form: str, here: Path) -> None:
+    train = np.load("train.npz")
+    x, y = train["x_train"], train["y_train"]
+    average("ckpt_*.keras", "reference.keras", refresh=Refresh("train.npz"))
+    report = average("ckpt_*.keras", "swa.keras", refresh=_TRAIN[form](x, y))
+    assert report.refresh is not None
+    assert report.refresh.samples == 500
+    assert report.batchnorm_layers
+    assert not any("not re-estimated" in warning for warning in report.warnings)
+    assert repr(report.refresh).startswith(
+        "<RefreshReport: refreshed 1 BatchNorm layer on 500 samples in 4 batches (pooled); means moved by"
+    )
+    written, expected = (oracle.read_arrays(Path(f"{name}.keras")) for name in ("swa", "reference"))
+    assert written.keys() == expected.keys()
+    assert all(np.array_equal(written[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("form", ["path", "name", "tuple", "mapping", "batches", "dataclass"])
+def test_python_takes_validation_data_in_every_form(form: str, here: Path) -> None:
+    val = np.load("val.npz")
+    x, y = val["x_val"], val["y_val"]
+    forms = {
+        "path": Path("val.npz"),
+        "name": "val.npz",
+        "tuple": (x, y),
+        "mapping": {"x": x, "y": y},
+        "batches": [(x[:128], y[:128]), (x[128:], y[128:])],
+        "dataclass": Validation((x, y)),
+    }
+    with pytest.warns(SwaAvgWarning) as caught:
+        report = sweep("ckpt_*.keras", "swa.keras", validation=forms[form], tried="uniform")
+    assert [str(warning.message) for warning in caught] == list(report.warnings)
+    assert len(repr(report)) < 200
+    expected = _by_hand([0.25] * 4, refreshed=False)
+    (uniform,) = report.averages
+    assert report.rows == 300
+    assert uniform.metrics["accuracy"] == pytest.approx(expected["accuracy"], abs=1e-6)
+    assert uniform.metrics["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_a_sweep_of_weights_loads_and_refreshes_by_data_alone(here: Path) -> None:
+    report = sweep(
+        "ckpt_?.weights.h5",
+        "swa.weights.h5",
+        validation="val.npz",
+        refresh="train.npz",
+        loading=Loading(model="ckpt_1.keras"),
+        tried=["uniform"],
+    )
+    (uniform,) = report.averages
+    assert uniform.refresh is not None
+    assert uniform.metrics["loss"] == pytest.approx(_by_hand([0.25] * 4, refreshed=True)["loss"], rel=1e-4)
+
+
+def test_preprocessing_of_validation_data_may_be_a_function(here: Path) -> None:
+    blank = Validation("val.npz", preprocess=lambda x: x * 0.0)
+    report = sweep("ckpt_*.keras", "swa.keras", validation=blank, tried="uniform")
+    shares = np.bincount(np.load("val.npz")["y_val"]) / 300  # of blank images, all are of one class
+    assert any(report.winner.metrics["accuracy"] == pytest.approx(share, abs=1e-6) for share in shares)
+
+
+def test_candidates_of_two_folders_are_told_apart(here: Path) -> None:
+    for number in (1, 2):
+        Path(f"run_{number}").mkdir()
+        Path(f"run_{number}/ckpt.keras").hardlink_to(f"ckpt_{number}.keras")
+    report = sweep("run_*/ckpt.keras", "swa.keras", validation="val.npz", tried="uniform")
+    assert [single.candidate.name for single in report.singles] == ["run_1/ckpt.keras", "run_2/ckpt.keras"]
