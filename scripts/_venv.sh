@@ -69,7 +69,7 @@ find_python() {
   local candidate incomplete=
   for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
-      if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
+      if "$candidate" -c 'import ensurepip, venv; ensurepip.version()' 2>/dev/null; then
         echo "$candidate"
         return
       fi

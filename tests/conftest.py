@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ hypothesis.settings.load_profile("untimed")
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+collect_ignore = [] if hasattr(os, "fork") else ["hostile"]  # every run there is a fork with limits
 
 CORPUS = Path(__file__).parent / "corpus"
 
