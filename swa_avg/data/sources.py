@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from swa_avg.data.array_files import open_arrays
-from swa_avg.data.batches import ArrayData, Data, StreamData, as_array
+from swa_avg.data.batches import ArrayData, Data, as_array
 from swa_avg.data.binding import check_rows, has_structure, pick, unpack
 from swa_avg.data.permutation import Permutation
 from swa_avg.data.rows import MemoryRows, Rows, describe
 from swa_avg.data.spec import TARGET, Spec
+from swa_avg.data.streams import StreamData
 from swa_avg.data.structure import flatten
 from swa_avg.data.tfdata import open_saved
 from swa_avg.data.user_functions import import_function, import_object, names_function
