@@ -1,4 +1,4 @@
-"""Batches of what the model takes: rows of arrays in a seeded order, or a stream as it comes."""
+"""Batches of what the model takes, and rows of arrays in a seeded order."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swa_avg.data.binding import RESHAPE, described, pick, unpack, usable
+from swa_avg.data.binding import RESHAPE, usable
 from swa_avg.data.permutation import Permutation
-from swa_avg.data.ragged import RaggedBatch, is_ragged
+from swa_avg.data.ragged import RaggedBatch
 from swa_avg.data.rows import Rows, describe
 from swa_avg.data.spec import TARGET, Batch, Spec, fits
 from swa_avg.data.structure import Tree, fill
-from swa_avg.data.user_functions import describe_error, names_function
-from swa_avg.errors import SwaAvgError, UnreadableError, UsageError
+from swa_avg.errors import UnreadableError
 
-__all__ = ["ArrayData", "Data", "RowDigests", "StreamData", "as_array"]
+__all__ = ["NO_ROWS", "ArrayData", "Data", "RowDigests", "as_array", "title"]
 
 Array = NDArray[Any]
 RowDigests = dict[str, tuple[str, bytes]]
 """Of each input: type and shape of a row, in words, and the BLAKE2b-256 of each row, one after the other."""
-_REMEMBERED = 8  # batches
-_NONE = "expected at least one row; found none"
+NO_ROWS = "expected at least one row; found none"
 
 
 class Data(ABC):
@@ -77,7 +75,7 @@ class Data(ABC):
             self.count(rows, row_digests(raw))
             yield batch, targets, rows
         if not self.samples:
-            raise UnreadableError(self.source, _NONE)
+            raise UnreadableError(self.source, NO_ROWS)
 
     def _prepared(self, raw: dict[str, Array], numbers: Array | None) -> tuple[Batch, Batch, int]:
         """Check a raw batch, and make it what the model and its loss take."""
@@ -175,7 +173,7 @@ class ArrayData(Data):
         """Raises if the source has changed since it was opened."""
         for name, array in rows.items():
             shown = f"{keys[name] or Path(source).name} {describe(array.dtype, array.shape)}"
-            self.used[shown] = _title(name)
+            self.used[shown] = title(name)
             self._keys[name] = keys[name]
         counts = {array.shape[0] for array in rows.values()}
         if len(counts) != 1:
@@ -245,92 +243,6 @@ def _row_bytes(values: Array) -> Iterable[Any]:
     return (row.data for row in np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8))
 
 
-class StreamData(Data):
-    """Batches as somebody else makes them, in their order."""
-
-    def __init__(
-        self, source: str, spec: Spec, batches: Iterable[Any], *, of_known_length: bool = True
-    ) -> None:
-        super().__init__(source, spec)
-        self._source = batches
-        self.batch_size = None
-        self._repeats = None if of_known_length else _Repeats()
-
-    def count(self, rows: int, digests: RowDigests) -> None:
-        super().count(rows, digests)
-        if self._repeats is not None and self._repeats.found(digests, rows):
-            raise UsageError(
-                f"{self.source} begins again after {self._repeats.period} samples, and so never ends; "
-                f"say how many samples to use{self.spec.hint(' with {}-samples')}"
-            )
-
-    def _batches(self) -> Iterator[tuple[dict[str, Array], Array | None]]:
-        left = self.spec.samples
-        for picked in self.raw():
-            batch = {name: values for name, (_, values) in picked.items()}
-            if left is not None:
-                batch = {name: values[:left] for name, values in batch.items()}
-                left -= len(next(iter(batch.values())))
-            yield batch, None
-            if left == 0:
-                return
-
-    def check(self) -> None:
-        if iter(self._source) is iter(self._source):
-            return  # the only one, which a look would move on
-        first = next(self._batches(), None)
-        if first is None:
-            raise UnreadableError(self.source, _NONE)
-        self._prepared(*first)
-
-    def raw(self) -> Iterator[dict[str, tuple[str, Array]]]:
-        """Yield input of the model -> (key, array) of each batch, whole and unchecked."""
-        for element in self._elements():
-            if isinstance(element, tuple | list) and not element:
-                raise UnreadableError(self.source, "expected batches; found an empty tuple")
-            parts, tree = pick(self.source, self.spec, element)
-            self.structure = tree or self.structure
-            picked = {name: (key, _as_batch(part)) for name, (key, part) in parts.items()}
-            for key, values in picked.values():
-                if values.ndim == 0:
-                    raise UnreadableError(
-                        self.source, "expected an array of rows; found a single value", tensor=key or None
-                    )
-            if not self.used:
-                self._describe(unpack(self.spec, element)[0], picked)
-            yield picked
-
-    def _elements(self) -> Iterator[Any]:
-        """Yield the batches.
-
-        What the batches of a named function raise becomes an error that names it; what a caller's own raise
-        is the caller's, except for the system's errors, which would be taken for the output's.
-        """
-        elements: Iterator[Any] | None = None
-        while True:
-            try:
-                elements = iter(self._source) if elements is None else elements
-                element = next(elements)
-            except StopIteration:
-                return
-            except SwaAvgError:
-                raise
-            except Exception as error:
-                if not isinstance(error, OSError) and not names_function(self.source):
-                    raise
-                raise UnreadableError(self.source, f"no batch came ({describe_error(error)})") from error
-            yield element
-
-    def _describe(self, features: Any, picked: Mapping[str, tuple[str, Array]]) -> None:
-        for name, (key, values) in picked.items():
-            shown = ", ".join(["batch", *map(str, values.shape[1:])])
-            self.used[f"{key} {values.dtype}[{shown}]"] = _title(name)
-            self._keys[name] = key
-        if isinstance(features, Mapping):
-            taken = set(self._keys.values())
-            self.ignored = tuple(described(key, part) for key, part in features.items() if key not in taken)
-
-
 def _row_not_finite(values: Array | RaggedBatch) -> int | None:
     """Return the first row that holds NaN or infinity."""
     if values.dtype.kind != "f":
@@ -341,42 +253,15 @@ def _row_not_finite(values: Array | RaggedBatch) -> int | None:
     return None if finite.all() else int(np.flatnonzero(~finite.reshape(len(values), -1).all(axis=1))[0])
 
 
-class _Repeats:
-    """Notices that batches are the first ones again."""
-
-    def __init__(self) -> None:
-        self._first: list[RowDigests] = []
-        self._same = 0
-        self._samples = 0
-        self.period = 0
-        """Samples before the repetition."""
-
-    def found(self, batch: RowDigests, rows: int) -> bool:
-        """Take note of a batch, and tell whether as many as are remembered came a second time, in order."""
-        if len(self._first) < _REMEMBERED:
-            self._first.append(batch)
-        else:
-            if batch != self._first[self._same]:
-                self._same = 0
-            if batch == self._first[self._same] and any(other != batch for other in self._first):
-                self.period = self.period if self._same else self._samples
-                self._same += 1
-        self._samples += rows
-        return self._same == _REMEMBERED
-
-
 def _alone(parts: dict[str, Array]) -> Batch:
     return parts if len(parts) > 1 else next(iter(parts.values()), None)
 
 
-def _title(name: str) -> str:
+def title(name: str) -> str:
+    """Return what an input or a target is called in reports."""
     if name.startswith(TARGET):
         return f"the target {name[1:]}".rstrip()
     return name or "the input"
-
-
-def _as_batch(part: Any) -> Any:
-    return RaggedBatch.of(part) if is_ragged(part) else as_array(part)
 
 
 def as_array(values: Any) -> Array:

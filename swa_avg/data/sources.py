@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from swa_avg.data.array_files import open_arrays
-from swa_avg.data.batches import ArrayData, Data, StreamData, as_array
+from swa_avg.data.batches import ArrayData, Data, as_array
 from swa_avg.data.binding import check_rows, has_structure, pick, unpack
 from swa_avg.data.permutation import Permutation
 from swa_avg.data.rows import MemoryRows, Rows, describe
 from swa_avg.data.spec import TARGET, Spec
+from swa_avg.data.streams import StreamData
 from swa_avg.data.structure import flatten
 from swa_avg.data.tfdata import open_saved
 from swa_avg.data.user_functions import import_function, import_object, names_function
@@ -120,14 +121,18 @@ def _is_arrays(made: Any, spec: Spec) -> bool:
 
 
 def _from_arrays(made: Any, source: str, spec: Spec) -> Data:
-    picked, tree = pick(source, spec, made, "")
-    alone = {"": "x" if spec.purpose.targets else "array", TARGET: "y"}
-    keys = {name: key or alone.get(name, name) for name, (key, _) in picked.items()}
+    picked, tree = pick(source, spec, made)
+    x, rest = unpack(spec, made)
+    keys = {name: key for name, (key, _) in picked.items()}
+    if not isinstance(x, Mapping | list | tuple):  # a single array has no name of its own
+        alone = "x" if spec.purpose.targets else "array"
+        keys |= {name: alone for name in keys if name[:1] != TARGET}
+    if rest and not isinstance(rest[0], Mapping | list | tuple):
+        keys |= {name: "y" for name in keys if name[:1] == TARGET}
     rows: dict[str, Rows] = {name: MemoryRows(as_array(values)) for name, (_, values) in picked.items()}
     check_rows(source, spec, {name: (keys[name], array) for name, array in rows.items()})
     data = ArrayData(source, spec, rows, keys)
     data.structure = tree or data.structure
-    x, _ = unpack(spec, made)
     if isinstance(x, Mapping) and tree is None:
         others = {str(key): as_array(part) for key, part in x.items() if str(key) not in keys.values()}
         data.ignored = tuple(f"{key} {describe(part.dtype, part.shape)}" for key, part in others.items())

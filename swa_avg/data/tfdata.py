@@ -7,10 +7,11 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from swa_avg.data.batches import ArrayData, Data, StreamData
+from swa_avg.data.batches import ArrayData, Data
 from swa_avg.data.binding import check_rows, pick
 from swa_avg.data.rows import Rows, RowWriter
 from swa_avg.data.spec import Spec, fits
+from swa_avg.data.streams import StreamData
 from swa_avg.errors import UnreadableError, UsageError, first_line
 
 __all__ = ["open_saved"]
