@@ -123,11 +123,13 @@ def _training(inspection: Inspection) -> list[tuple[str, pictures.Draw]]:
     draws = []
     for title, names in list(groups.items())[:_MOST_GROUPS]:
         values = {name: [c.metrics.get(name, np.nan) for c in known] for name in names[:_MOST_SERIES]}
-        caption = f"{' and '.join(values)} by epoch, from checkpoints.json."
+        large = pictures.undrawn(value for series in values.values() for value in series)
+        caption = f"{' and '.join(values)} by epoch, from checkpoints.json.{large}"
         draws.append((caption, pictures.lines(title, "epoch", title, epochs, values)))
     rates = [np.nan if c.learning_rate is None else c.learning_rate for c in known]
     if np.isfinite(rates).any():
         caption = "The learning rate in effect when each checkpoint was saved, from checkpoints.json."
+        caption += pictures.undrawn(rates)
         drawing = pictures.lines("Learning rate", "epoch", "learning rate", epochs, {"learning rate": rates})
         draws.append((caption, drawing))
     return draws

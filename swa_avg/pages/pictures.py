@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from swa_avg.errors import escape
+from swa_avg.text import counted
 
 __all__ = [
     "DARK",
@@ -30,12 +31,15 @@ __all__ = [
     "picture",
     "plain",
     "save",
+    "undrawn",
 ]
 
 Array = NDArray[np.float64]
 Draw = Callable[[Axes, "Theme"], None]
 
 _LOGARITHMIC = 30.0
+_LARGEST = 1e300
+"""Beyond it, the differences that axes are laid out by are infinite."""
 
 
 @dataclass(frozen=True)
@@ -151,17 +155,18 @@ def lines(
 ) -> Draw:
     """Draw series over epochs or another axis; those that start with `val_` are dashed with other markers.
 
-    Values that are not finite leave gaps. Positive values that span more than a factor of 30 are drawn on a
-    logarithmic axis.
+    Values that are not finite, or too large (see `undrawn`), leave gaps. Positive values that span more than
+    a factor of 30 are drawn on a logarithmic axis.
     """
 
     def draw(axes: Axes, theme: Theme) -> None:
-        finite = [value for series in values.values() for value in series if np.isfinite(value)]
-        for number, (name, series) in enumerate(values.items()):
+        shown = {name: _drawable(series) for name, series in values.items()}
+        finite = [value for series in shown.values() for value in series[np.isfinite(series)].tolist()]
+        for number, (name, series) in enumerate(shown.items()):
             held_out = name.startswith("val_")
             axes.plot(
                 positions,
-                np.where(np.isfinite(series), series, np.nan),
+                series,
                 color=theme.series[number % len(theme.series)],
                 linestyle="--" if held_out else "-",
                 marker=("s" if held_out else "o") if len(positions) <= 60 else "",
@@ -180,6 +185,17 @@ def lines(
             legend(axes, title)
 
     return draw
+
+
+def _drawable(series: Sequence[float]) -> Array:
+    values = np.asarray(series, np.float64)
+    return np.where(np.abs(values) <= _LARGEST, values, np.nan)
+
+
+def undrawn(values: Iterable[float]) -> str:
+    """Return the end of a caption where some values are too large to be drawn, else nothing."""
+    count = sum(_LARGEST < abs(value) < np.inf for value in values)
+    return f" Not drawn, beyond {_LARGEST:.0e} in size: {counted(count, 'value')}." if count else ""
 
 
 def legend(axes: Axes, title: str) -> None:

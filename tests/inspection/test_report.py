@@ -201,6 +201,58 @@ def test_two_pages_of_the_same_checkpoints_are_the_same_bytes(
 
 
 @CHROME
+def _index(folder: Path, metrics: list[dict[str, float]], rates: list[float]) -> None:
+    """Write three checkpoints and an index that says this of them."""
+    checkpoints = [
+        {"file": f"ckpt_{epoch}.keras", "epoch": epoch, "metrics": values, "learning_rate": rate}
+        for epoch, (values, rate) in enumerate(zip(metrics, rates, strict=True), 1)
+    ]
+    for entry in checkpoints:
+        makers.write_archive(folder / entry["file"], makers.weights(entry["epoch"]))
+    (folder / "checkpoints.json").write_text(json.dumps({"version": 1, "checkpoints": checkpoints}))
+
+
+@pytest.mark.parametrize(
+    ("values", "undrawn"),
+    [
+        ([1e308, -1e308, 1e308], 3),
+        ([1.7976931348623157e308, -1.7976931348623157e308, 0.0], 2),
+        ([1e308] * 3, 3),
+        ([1e300, -1e300, 1e300], 0),
+        ([5e-324, 1e300, 1.0], 0),
+        ([5e-324] * 3, 0),
+    ],
+    ids=str,
+)
+def test_numbers_of_any_size_have_a_page_and_pictures(
+    values: list[float], undrawn: int, tmp_path: Path, swa_avg: Cli
+) -> None:
+    _index(tmp_path, [{"loss": value} for value in values], values)
+    page, picture = tmp_path / "run.html", tmp_path / "run.png"
+    ended = swa_avg("inspect", tmp_path, "--report", page, "--plot", picture, "-q")
+    assert (ended.code, ended.err) == (0, "")
+    count = "1 value" if undrawn == 1 else f"{undrawn} values"
+    said = f"from checkpoints.json. Not drawn, beyond 1e+300 in size: {count}."
+    assert page.read_text().count(said) == (4 if undrawn else 0)  # of metric and rate, twice each
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_of_any_number_and_name_have_a_page(tmp_path: Path, swa_avg: Cli) -> None:
+    names = [HOSTILE_METRIC, "$$", "_", "", "\u202egnp", "\u200b", "x" * 5000, "{", "val_", "\U0001f600"]
+    metrics = [{name: float(epoch) for name in names} for epoch in (1, 2, 3)]
+    for group in (names[:3], names[3:6], names[6:]):  # those of the first few names are drawn
+        _index(tmp_path, [{name: values[name] for name in group} for values in metrics], [0.1] * 3)
+        page = tmp_path / "run.html"
+        ended = swa_avg("inspect", tmp_path, "--report", page, "--overwrite", "-q")
+        assert (ended.code, ended.err) == (0, "")
+        text = page.read_text()
+        assert not set(text) & set("\u202e\u200b\x1b")
+        assert "<img src=x" not in text
+    _index(tmp_path, [{f"m{number}": 1.0 for number in range(5000)}] * 3, [0.1] * 3)
+    assert swa_avg("inspect", tmp_path, "--report", page, "--overwrite", "-q").code == 0
+    assert page.stat().st_size < 2_000_000
+
+
 def test_what_does_not_fit_has_a_page_too(tmp_path: Path, chromium: Browser, swa_avg: Cli) -> None:
     makers.write_archive(tmp_path / "1.keras", makers.weights(1))
     makers.write_archive(tmp_path / "2.keras", makers.weights(2), makers.config(units=6))
