@@ -139,6 +139,7 @@ def verify(
             *_surroundings(found, plan.template, rebuilt=record.optimizer == "drop"),
         ]
         found.check_unchanged()
+    plan = combiner.settled
     count = sum(tensor.name not in record.values for tensor in plan.averaged)
     copied = len(plan.copied) + len(plan.compared)
     return Verification(target, tuple(paths), record, count, copied, digests, tuple(findings))
