@@ -24,7 +24,7 @@ from swa_avg.inputs.selection import Selection, select
 from swa_avg.planning.methods import Method
 from swa_avg.planning.output import output_path, plan_output
 from swa_avg.planning.plan import Plan, coefficients_of
-from swa_avg.planning.policy import batchnorm_layers, batchnorm_warning
+from swa_avg.planning.policy import FLOATS, batchnorm_layers, batchnorm_warning, constants_warning
 from swa_avg.planning.record import describe
 from swa_avg.text import Progress, counted
 
@@ -83,6 +83,9 @@ class Report:
         for checkpoint in self.plan.inputs:
             if checkpoint.is_average:
                 yield f"{checkpoint.path} is itself an average that swa-avg wrote"
+        constants = [tensor.name for tensor in self.plan.compared if tensor.dtype in FLOATS]
+        if constants:
+            yield constants_warning(constants)
         if self.refresh is not None:
             yield from self.refresh.warnings
         elif self.batchnorm_layers:
@@ -258,12 +261,12 @@ def average(
                 report = replace(report, refresh=statistics.report)
 
             def record() -> dict[str, Any]:
-                return describe(plan, report.method, combiner.checksums, dtype) | further
+                return describe(combiner.settled, report.method, combiner.checksums, dtype) | further
 
             plan.template.write(stream, record, publication)
             check_contents(checkpoints, combiner.checksums)
         publication.publish()
-    report = replace(report, written=True)
+    report = replace(report, plan=combiner.settled, written=True)
     warn([*listing.notes, *report.warnings])
     return report
 

@@ -163,6 +163,7 @@ def verify(
             *_surroundings(found, plan.template, rebuilt=record.optimizer == "drop"),
         ]
         found.check_unchanged()
+    plan = combiner.settled
     return Verification(
         target,
         tuple(paths),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Block", "Piece", "Source", "blocks_of", "read_pieces"]
+__all__ = ["Block", "Piece", "Source", "blocks_of", "is_same", "read_pieces"]
 
+_CHUNK = 64 * 1024  # bytes of each input that are held to be compared
 _GAP = 16 * 1024  # bytes; reading them takes no longer than a second read
 
 
@@ -63,6 +64,19 @@ class Block:
         if verify:
             return self.size * len(plan.inputs)
         return self.size + (len(plan.inputs) - 1) * sum(piece.stop - piece.start for piece in self.pieces)
+
+
+def is_same(inputs: Sequence[Source], tensor: Tensor) -> bool:
+    """Tell whether a tensor has the same bytes in all inputs; errors as for `Region.read_into`."""
+    first, *others = ((source.shards, source.tensors[tensor.name]) for source in inputs)
+    for start in range(0, tensor.nbytes, _CHUNK):
+        size = min(_CHUNK, tensor.nbytes - start)
+        expected, *found = (
+            shards[twin.shard].read(twin.offset + start, size) for shards, twin in (first, *others)
+        )
+        if any(data != expected for data in found):
+            return False
+    return True
 
 
 def read_pieces(source: Source, template: Source, block: Block, raw: NDArray[np.uint8]) -> None:

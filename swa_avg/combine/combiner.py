@@ -8,7 +8,7 @@ independent of each other: workers average them, and they come back in order.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from swa_avg.combine.kernel import Kernel, Stretch
 from swa_avg.combine.sums import InvalidValuesError, factors_of
 from swa_avg.combine.values import invalid_values
 from swa_avg.combine.workers import Workers
-from swa_avg.errors import MismatchError, UnreadableError
+from swa_avg.errors import Finding, MismatchError, UnreadableError
 from swa_avg.planning.plan import Plan
 from swa_avg.text import Progress
 
@@ -45,6 +45,9 @@ class Combiner:
     only that of the newest, which is read whole anyway."""
     progress: Progress | None = None
     """Told how many bytes have been read."""
+    constants: set[str] = field(init=False, default_factory=set)
+    """Tensors that were to be averaged, found to hold values that are not finite and the same bytes in all
+    inputs, and so copied."""
     checksums: list[list[int | None]] = field(init=False)
     """CRC-32 of each input's shards: as declared by its container, and as computed once a shard is done."""
 
@@ -72,6 +75,16 @@ class Combiner:
         """Predicted peak of this process's resident memory in bytes, without Keras."""
         return self.workers.budget.memory(len(self.rows))
 
+    @property
+    def settled(self) -> Plan:
+        """The plan, with the tensors that turned out to be constants among those that are compared."""
+        plan = self.plan
+        return replace(
+            plan,
+            averaged=tuple(tensor for tensor in plan.averaged if tensor.name not in self.constants),
+            compared=(*plan.compared, *(t for t in plan.averaged if t.name in self.constants)),
+        )
+
     def stream(self, index: int) -> Iterator[memoryview]:
         """Yield the bytes of shard `index` with the averages of the first row; each view is good until the
         next is asked for. Errors as for `blocks`."""
@@ -84,11 +97,12 @@ class Combiner:
         They are good until the next are asked for.
 
         Averages are summed in float64 in checkpoint order (a uniform average is the plain sum, divided once)
-        and rounded once to the stored type, ties to even. Outside the block's pieces, the first row holds the
-        template's bytes, and the others hold nothing.
+        and rounded once to the stored type, ties to even. Values that are not finite are the template's, if
+        the tensor that holds them is the same in all inputs. Outside the block's pieces, the first row holds
+        the template's bytes, and the others hold nothing.
 
         Raises:
-            MismatchError: an input holds NaN or infinity, or integers that differ.
+            MismatchError: an input holds NaN or infinity in a tensor that differs, or integers that do.
             UnreadableError: an input became shorter or fails its checksum.
             SystemRefusalError: the system could not read.
         """
@@ -101,9 +115,13 @@ class Combiner:
                     self.progress(self.bytes_to_read, block.cost(self.plan, self.verify))
                 for number, checksum in zip(read_whole, averaged.checksums, strict=True):
                     checksums[number] = crc32_combine(checksums[number], checksum, block.size)
+                self.constants |= averaged.constants
                 yield block, averaged.averages
         except InvalidValuesError:
             raise MismatchError(list(invalid_values(self.plan, self.kernel.block_bytes))) from None
+        if self.constants and not self.settled.averaged:
+            newest = self.plan.inputs[-1].path
+            raise MismatchError([Finding(newest, "weights", "holds NaN or infinity in all that is averaged")])
         for number, checksum in checksums.items():
             self._check(number, index, checksum)
         if self.verify and index == 0:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from threading import local
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from isal.isal_zlib import crc32
 
-from swa_avg.combine.blocks import Block, Source, read_pieces
+from swa_avg.combine.blocks import Block, Source, is_same, read_pieces
 from swa_avg.combine.sums import Pieces, Row, Sums
 from swa_avg.planning.policy import FLOATS
 
@@ -31,6 +32,8 @@ class Averaged(NamedTuple):
     others hold nothing."""
     checksums: list[int]
     """CRC-32 of the block's bytes in each of the inputs that are `read_whole`."""
+    constants: frozenset[str] = frozenset()
+    """Tensors that hold values here which are not finite, and the same bytes in all inputs."""
 
 
 class Stretch(NamedTuple):
@@ -86,26 +89,26 @@ class Kernel:
         """Average a block into a buffer.
 
         Raises:
-            InvalidValuesError: an input holds NaN or infinity, or integers that differ.
+            InvalidValuesError: an input holds NaN or infinity in a tensor that differs, or integers that do.
             MismatchError: an average exceeds the range of its type.
             UnreadableError, SystemRefusalError: as for `Region.read_into`.
         """
         averages = aligned(buffer, block)
         with np.errstate(all="ignore"):  # what is not finite is found at the end
-            return Averaged(averages, self._average(block, averages))
+            return self._average(block, averages)
 
     def checksum(self, stretch: Stretch) -> int:
         """Return the CRC-32 of a stretch."""
         shard = self.inputs[stretch.number].shards[stretch.shard]
         return shard.checksum(stretch.start, stretch.stop, self.block_bytes)
 
-    def _average(self, block: Block, averages: NDArray[np.uint8]) -> list[int]:
+    def _average(self, block: Block, averages: NDArray[np.uint8]) -> Averaged:
         template = self.template
         checksums = []
         last = len(self.inputs) - 1
         scratch = self._input_buffer(block) if block.pieces else averages[0]
         pieces = Pieces(block, scratch)
-        sums = Sums(block, self.rows, self._accumulator(block))
+        sums = Sums(block, self.rows, self._accumulator(block), partial(is_same, self.inputs))
         for number, source in enumerate(self.inputs):
             raw = scratch
             if self._is_read_whole(source):
@@ -121,7 +124,7 @@ class Kernel:
             template.shards[block.shard].read_into(averages[0].data, block.start)
         if block.pieces:
             sums.finish(averages, template.path)
-        return checksums
+        return Averaged(averages, checksums, frozenset(sums.constants))
 
     def _input_buffer(self, block: Block) -> NDArray[np.uint8]:
         """Return this thread's room for one input's bytes of a block."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from swa_avg.combine.blocks import Block
 from swa_avg.errors import Finding, MismatchError, Named
+from swa_avg.formats.base import Tensor
 from swa_avg.planning.policy import FLOATS
 
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ def factors_of(coefficients: Sequence[float]) -> Row:
 
 
 class InvalidValuesError(Exception):
-    """A block holds NaN, infinity, or integers that differ; a second look at all files finds where."""
+    """A block holds NaN, infinity, or integers that differ; a second look at all files finds where.
+
+    NaN and infinity are copied where the tensor that holds them is the same in all inputs, such as a mask.
+    """
 
 
 class Pieces:
@@ -64,8 +68,18 @@ class Pieces:
 class Sums:
     """The float64 sums of one block, one row for each average."""
 
-    def __init__(self, block: Block, rows: Sequence[Row], sums: NDArray[np.float64]) -> None:
+    def __init__(
+        self,
+        block: Block,
+        rows: Sequence[Row],
+        sums: NDArray[np.float64],
+        is_same: Callable[[Tensor], bool],
+    ) -> None:
         self.block = block
+        self.is_same = is_same
+        """Tells whether a tensor has the same bytes in all inputs."""
+        self.constants: set[str] = set()
+        """Tensors of which it was found to, since they hold values that are not finite."""
         self.rows = rows
         self.sums = sums
         self.averaged = [piece for piece in block.pieces if piece.average]
@@ -91,9 +105,19 @@ class Sums:
         for row, (factors, _) in enumerate(self.rows):
             if factors[number]:
                 self._add(row, factors[number], values)
-        used = any(factors[number] for factors, _ in self.rows)
-        if not used and not all(np.isfinite(value).all() for value in values):  # else the sums show it
-            raise InvalidValuesError
+        if not any(factors[number] for factors, _ in self.rows):  # else the sums show it
+            self._check(values)
+
+    def _check(self, values: Sequence[NDArray[Any]]) -> bool:
+        """Tell whether values of the pieces are finite; raise InvalidValuesError where they must be."""
+        odd = [
+            piece.tensor for piece, v in zip(self.averaged, values, strict=True) if not np.isfinite(v).all()
+        ]
+        for tensor in odd:
+            if tensor.name not in self.constants and not self.is_same(tensor):
+                raise InvalidValuesError
+            self.constants.add(tensor.name)
+        return not odd
 
     def _add(self, row: int, factor: float, values: Sequence[NDArray[Any]]) -> None:
         for sums, value in zip(self.parts[row], values, strict=True):
@@ -108,25 +132,40 @@ class Sums:
     def finish(self, averages: NDArray[np.uint8], path: Named) -> None:
         """Round the averages once to their stored type, and write them into their places.
 
+        The first row holds the template's bytes, which stay in every row where a sum is not finite.
+
         Raises:
-            InvalidValuesError: a sum is not finite.
+            InvalidValuesError: a sum is not finite, and its tensor not the same in all inputs.
             MismatchError: an average with a negative coefficient exceeds the range of its type.
         """
         for row, (factors, divisor) in enumerate(self.rows):
             if divisor != 1.0:
                 np.divide(self.sums[row], divisor, out=self.sums[row])
-            if not np.isfinite(self.sums[row]).all():
-                raise InvalidValuesError
+            finite = bool(np.isfinite(self.sums[row]).all()) or self._check(self.parts[row])
             for piece, sums in zip(self.averaged, self.parts[row], strict=True):
                 dtype = piece.tensor.dtype
-                target = averages[row, piece.start - self.block.start : piece.stop - self.block.start]
+                span = slice(piece.start - self.block.start, piece.stop - self.block.start)
+                target = averages[row, span]
+                template = None if finite or np.isfinite(sums).all() else averages[0, span].copy()
                 if dtype == "bfloat16":
                     target.view(np.uint16)[:] = round_to_bfloat16(sums)
                 else:
                     target.view(dtype)[:] = sums
-                if min(factors) < 0 and not all_finite(target, dtype):  # else it lies between the inputs
+                if template is not None:
+                    _keep(target, template, ~np.isfinite(sums), dtype)
+                elif min(factors) < 0 and not all_finite(target, dtype):  # else it lies between the inputs
                     problem = f"the average does not fit into {dtype}"
                     raise MismatchError([Finding(path, piece.tensor.name, problem)])
+
+
+def _keep(
+    target: NDArray[np.uint8], template: NDArray[np.uint8], constant: NDArray[np.bool_], dtype: str
+) -> None:
+    """Copy constants from the template; raise InvalidValuesError if one is finite: its sum is too large."""
+    if np.isfinite(_values(template, dtype)[constant]).any():
+        raise InvalidValuesError
+    shape = len(constant), -1
+    target.reshape(shape)[constant] = template.reshape(shape)[constant]
 
 
 def widen(view: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -150,5 +189,9 @@ def round_to_bfloat16(values: NDArray[np.float64]) -> NDArray[np.uint16]:
 
 def all_finite(data: NDArray[np.uint8], dtype: str) -> bool:
     """Tell whether bytes that hold values of a floating-point type hold no NaN and no infinity."""
-    values = widen(data.view(np.uint16)) if dtype == "bfloat16" else data.view(dtype)
-    return bool(np.isfinite(values).all())
+    return bool(np.isfinite(_values(data, dtype)).all())
+
+
+def _values(data: NDArray[np.uint8], dtype: str) -> NDArray[Any]:
+    """Return the values that bytes stand for."""
+    return widen(data.view(np.uint16)) if dtype == "bfloat16" else data.view(dtype)

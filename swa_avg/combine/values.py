@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from swa_avg.combine.blocks import Block, Source, blocks_of, read_pieces
+from swa_avg.combine.blocks import Block, Source, blocks_of, is_same, read_pieces
 from swa_avg.combine.kernel import SLACK, aligned
 from swa_avg.combine.sums import all_finite, widen
 from swa_avg.errors import Finding
@@ -57,9 +57,13 @@ def _values(
 
 
 def invalid_values(plan: Plan, block_bytes: int) -> Iterator[Finding]:
-    """Read all inputs again, and yield each tensor that holds NaN, infinity, or integers that differ."""
+    """Read all inputs again, and yield each tensor that holds NaN, infinity, or integers that differ.
+
+    NaN and infinity are valid in a tensor that is the same in all inputs.
+    """
     found = False
     first = plan.inputs[0]
+    sources = list(map(Source.of, plan.inputs))
     for source in plan.inputs:
         for expected in (*plan.averaged, *plan.compared):
             tensor = source.tensors[expected.name]
@@ -72,7 +76,8 @@ def invalid_values(plan: Plan, block_bytes: int) -> Iterator[Finding]:
                 size = min(block_bytes, tensor.nbytes - start)
                 data = source.shards[tensor.shard].read(tensor.offset + start, size)
                 if tensor.dtype in FLOATS:
-                    valid = all_finite(np.frombuffer(bytearray(data), np.uint8), tensor.dtype)
+                    values = np.frombuffer(bytearray(data), np.uint8)
+                    valid = all_finite(values, tensor.dtype) or is_same(sources, tensor)
                 else:
                     valid = data == first.shards[twin.shard].read(twin.offset + start, size)
                 if not valid:

@@ -75,6 +75,8 @@ class Inspection:
     """None of a single checkpoint, of those that do not fit, or of numbers whose squares overflow.
 
     Its mean is the method's, the coefficients of `measured` scaled to sum 1."""
+    constants: tuple[str, ...] = ()
+    """Tensors that hold NaN or infinity, and are the same in all checkpoints."""
     notes: tuple[str, ...] = ()
     """What the user may not expect of the order of the checkpoints."""
 

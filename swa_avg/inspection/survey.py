@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from swa_avg.combine.blocks import Source, is_same
 from swa_avg.combine.values import invalid_values, stream_values
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.files.publication import check_output, publish_file
@@ -159,7 +160,7 @@ def _contents(checkpoints: Sequence[Checkpoint], listing: Listing) -> tuple[Cont
 def _measured(inspection: Inspection, plan: Plan, progress: Progress | None) -> Inspection:
     """Return the inspection with all that reading the values tells."""
     findings: tuple[Finding, ...] = ()
-    measurement, odd, unequal = _measure(plan, progress)
+    measurement, odd, unequal, constants = _measure(plan, progress)
     if odd or unequal:
         findings = tuple(invalid_values(plan, _CHUNK))
     measured = [row for row in range(len(plan.inputs)) if row not in odd]
@@ -172,31 +173,38 @@ def _measured(inspection: Inspection, plan: Plan, progress: Progress | None) -> 
     treatments = {
         title: tuple(tensor.name for tensor in tensors)
         for title, tensors in (
-            ("averaged", plan.averaged),
-            ("compared", plan.compared),
+            ("averaged", [tensor for tensor in plan.averaged if tensor.name not in constants]),
+            ("compared", (*plan.compared, *(t for t in plan.averaged if t.name in constants))),
             ("copied", plan.copied),
         )
     }
     return replace(
-        inspection, findings=findings, treatments=treatments, measured=tuple(measured), geometry=geometry
+        inspection,
+        findings=findings,
+        treatments=treatments,
+        measured=tuple(measured),
+        geometry=geometry,
+        constants=tuple(sorted(constants)),
     )
 
 
-def _measure(plan: Plan, progress: Progress | None) -> tuple[Measurement, set[int], bool]:
+def _measure(plan: Plan, progress: Progress | None) -> tuple[Measurement, set[int], bool, set[str]]:
     """Read every value that is averaged or compared, once.
 
-    Return the measurement, the inputs that hold values which are not finite, and whether integers that must
-    be equal differ.
+    Return the measurement, the inputs that hold values which are not finite, whether integers that must be
+    equal differ, and the tensors that hold such values and are the same in all inputs: these values count 0.
     """
     count = len(plan.inputs)
     measurement = Measurement(count)
     odd: set[int] = set()
+    constants: set[str] = set()
     unequal = False
     columns = max(_FEWEST_VALUES, _MEMORY // (3 * 8 * count))
     block_bytes = columns * min((FLOATS[tensor.dtype] for tensor in plan.averaged), default=8)
     rows = np.empty((count, columns))
     total = count * sum(tensor.nbytes for tensor in (*plan.averaged, *plan.compared))
     is_kernel = _kernels(plan.averaged)
+    sources = list(map(Source.of, plan.inputs))
     for block in stream_values(plan, block_bytes):
         width = kernels = 0
         integers: list[bytes] = []
@@ -209,6 +217,12 @@ def _measure(plan: Plan, progress: Progress | None) -> tuple[Measurement, set[in
             width = sum(len(array) for _, array in floats)
             if floats:
                 np.concatenate([array for _, array in floats], out=rows[number, :width])
+            if number not in odd and not np.isfinite(rows[number, :width]).all():
+                for tensor, array in values:
+                    if tensor.dtype in FLOATS and not np.isfinite(array).all() and is_same(sources, tensor):
+                        constants.add(tensor.name)
+                        array[~np.isfinite(array)] = 0.0
+                np.concatenate([array for _, array in floats], out=rows[number, :width])
             if number in odd or not np.isfinite(rows[number, :width]).all():
                 odd.add(number)
                 rows[number, :width] = 0.0
@@ -218,7 +232,7 @@ def _measure(plan: Plan, progress: Progress | None) -> tuple[Measurement, set[in
             if progress is not None:
                 progress(total, sum(array.nbytes for _, array in values))
         measurement.add(rows[:, :width], kernels)
-    return measurement, odd, unequal
+    return measurement, odd, unequal, constants
 
 
 def _kernels(tensors: Sequence[Tensor]) -> Callable[[Tensor], bool]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from swa_avg.planning.policy import constants_warning
 from swa_avg.text import first_few, number_text, short_names, size_text
 
 if TYPE_CHECKING:
@@ -159,6 +160,8 @@ def warnings(inspection: Inspection) -> list[str]:
         for name, contents in zip(names, inspection.checkpoints, strict=True)
         if contents.is_average
     ]
+    if inspection.constants:
+        sentences.append(constants_warning(inspection.constants))
     if geometry is None:
         if len(inspection.measured) > 1:
             sentences.append("no distances: their squares do not fit into float64")

@@ -30,7 +30,7 @@ class Plan:
     averaged: tuple[Tensor, ...]
     """Tensors of the template, by shard and offset; of one that has several names, the first."""
     compared: tuple[Tensor, ...]
-    """Integers that must be equal in all inputs, likewise."""
+    """Integers that must be equal in all inputs, and floats that were found to be constants, likewise."""
     copied: tuple[Tensor, ...]
     dropped: tuple[Tensor, ...]
     """The optimizer state that is left out."""

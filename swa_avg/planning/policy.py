@@ -17,6 +17,7 @@ __all__ = [
     "batchnorm_layers",
     "batchnorm_statistics",
     "batchnorm_warning",
+    "constants_warning",
     "has_lambda",
     "is_model_optimizer",
     "refusals",
@@ -143,6 +144,11 @@ def batchnorm_warning(layers: Sequence[str], refresh: str) -> str:
         f"BatchNorm statistics are averaged, not re-estimated ({first_few(layers)}); the model may be far "
         f"worse than its weights: refresh them on training data with {refresh}"
     )
+
+
+def constants_warning(names: Sequence[str]) -> str:
+    """Return the warning about tensors that hold NaN or infinity and are the same in all inputs."""
+    return f"NaN or infinity, the same in all checkpoints, is copied ({first_few(names)})"
 
 
 def has_lambda(config: Any) -> bool:

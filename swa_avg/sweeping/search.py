@@ -271,7 +271,9 @@ def _write(
         stream = statistics.over(stream, plan.template.tensors)
         further["batchnorm"] = statistics.record()
     plan.template.write(
-        stream, lambda: describe(plan, method, combiner.checksums, dtype) | further, trials.publication
+        stream,
+        lambda: describe(combiner.settled, method, combiner.checksums, dtype) | further,
+        trials.publication,
     )
     check_contents(inputs, combiner.checksums)
 

@@ -20,8 +20,10 @@ from swa_avg.combine import Combiner
 from swa_avg.combine.budget import LOCAL
 from swa_avg.combine.sums import round_to_bfloat16
 from swa_avg.combine.workers import Threads
+from swa_avg.errors import MismatchError
 from swa_avg.formats import open_checkpoint
 from swa_avg.planning.plan import make_plan
+from swa_avg.verification import verify as derive_again
 
 BFLOAT16_EPSILON = 2.0**-8
 
@@ -199,3 +201,84 @@ def test_a_tensor_with_two_names_is_averaged_once(tmp_path: Path) -> None:
     average(paths, tmp_path / "swa.weights.h5")
     with h5py.File(tmp_path / "swa.weights.h5", "r") as file:
         assert file["a/vars/0"][()].tolist() == file["b/vars/0"][()].tolist() == [2.0] * 5
+
+
+def _constants(dtype: str) -> dict[str, np.ndarray]:
+    """Return tensors with values that are not finite: a mask, a placeholder, and a table of 2 MiB or more."""
+    table = np.random.default_rng(5).standard_normal(300_000).astype("float64")
+    table[::70_000] = [np.nan, np.inf, -np.inf, np.nan, 1.5]
+    return {
+        "layers/a/vars/0": np.array([[0.0, -np.inf], [-0.0, np.inf]], dtype),
+        "layers/b/vars/0": np.array(np.nan, dtype),
+        "layers/c/vars/0": table.astype(dtype),
+    }
+
+
+@pytest.mark.parametrize("method", ["uniform", "ema:0.3", [0.5, 0.0, 0.5], [2.0, -3.0, 2.0]])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_what_is_not_finite_and_the_same_in_all_is_copied(
+    dtype: str, method: str | list[float], tmp_path: Path
+) -> None:
+    inputs = [makers.weights(number, dtype) | _constants(dtype) for number in (1, 2, 3)]
+    for number, arrays in enumerate(inputs):
+        makers.write_weights(tmp_path / f"ckpt_{number}.weights.h5", arrays)
+    output = tmp_path / "swa.weights.h5"
+    report = average(str(tmp_path / "ckpt_?.weights.h5"), output, method=method)
+    written = oracle.read_arrays(output)
+    for name, expected in _constants(dtype).items():
+        bits = f"u{np.dtype(dtype).itemsize}"
+        odd = ~np.isfinite(expected)
+        assert np.array_equal(written[name][odd].view(bits), expected[odd].view(bits))
+        assert np.allclose(written[name][~odd], expected[~odd], rtol=1e-15, atol=0)
+        if dtype != "float64":  # whose sums are rounded
+            assert np.array_equal(written[name], expected, equal_nan=True)
+    coefficients = report.plan.coefficients
+    kernel = "layers/dense/vars/0"
+    mean = sum(c * arrays[kernel].astype("float64") for c, arrays in zip(coefficients, inputs, strict=True))
+    assert np.allclose(written[kernel].astype("float64"), mean, rtol=2e-3 if dtype == "float16" else 1e-6)
+    assert {tensor.name for tensor in report.plan.compared} == set(_constants(dtype))
+    assert not {tensor.name for tensor in report.plan.averaged} & set(_constants(dtype))
+    assert "NaN or infinity, the same in all checkpoints, is copied (" in report.warnings[0]
+    result = derive_again(output)
+    assert (result.equal, result.averaged, result.copied) == (True, 6, 6)
+
+
+def test_constants_in_bfloat16_are_copied(tmp_path: Path) -> None:
+    mask = np.array([0x0000, 0xFF80, 0x7FC1, 0x3F80], np.uint16).view(makers.BFLOAT16)
+    for number in (1, 2):
+        arrays = {"layers/dense/vars/0": np.full(3, number, "f4"), "layers/mask/vars/0": mask}
+        makers.write_weights(tmp_path / f"ckpt_{number}.weights.h5", arrays)
+    average(str(tmp_path / "ckpt_?.weights.h5"), tmp_path / "swa.weights.h5")
+    with h5py.File(tmp_path / "swa.weights.h5") as file:
+        assert file["layers/mask/vars/0"][()].tobytes() == mask.tobytes()
+        assert file["layers/dense/vars/0"][()].tolist() == [1.5] * 3
+
+
+@pytest.mark.parametrize(
+    "change", ["another value", "another place", "another NaN", "an input that does not count"]
+)
+def test_what_is_not_finite_and_differs_is_refused(change: str, tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        mask = np.array([0.0, -np.inf, np.nan, 1.0], "f4")
+        if number == 2:
+            mask[{"another value": 0, "another place": 3}.get(change, 1)] = {"another value": 0.5}.get(
+                change, np.nan
+            )
+            if change == "another NaN":
+                mask = np.array([0.0, -np.inf, np.nan, 1.0], "f4")
+                mask.view("u4")[2] ^= 1
+        arrays = {"layers/dense/vars/0": np.full(3, number, "f4"), "layers/mask/vars/0": mask}
+        makers.write_weights(tmp_path / f"ckpt_{number}.weights.h5", arrays)
+    method = [1.0, 0.0, 1.0] if change == "an input that does not count" else "uniform"
+    with pytest.raises(MismatchError) as raised:
+        average(str(tmp_path / "ckpt_?.weights.h5"), tmp_path / "swa.weights.h5", method=method)
+    assert {finding.subject for finding in raised.value.findings} == {"layers/mask/vars/0"}
+    assert not (tmp_path / "swa.weights.h5").exists()
+
+
+def test_a_run_that_diverged_is_refused(tmp_path: Path) -> None:
+    for number in (1, 2):
+        arrays = {"layers/dense/vars/0": np.full(3, np.nan, "f4"), "vars/0": np.int64(number)}
+        makers.write_weights(tmp_path / f"ckpt_{number}.weights.h5", arrays)
+    with pytest.raises(MismatchError, match=r"weights: holds NaN or infinity in all that is averaged$"):
+        average(str(tmp_path / "ckpt_?.weights.h5"), tmp_path / "swa.weights.h5")

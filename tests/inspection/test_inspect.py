@@ -103,6 +103,25 @@ def test_checkpoints_of_two_folders_are_told_apart(
     assert re.search(r"distances: [0-9.]+ \((\w)/ckpt_1.keras, \1/ckpt_2.keras\) to ", ended.err)
 
 
+def test_constants_that_are_not_finite_have_no_part_in_distances(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swa_avg: Cli
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, value in ((1, 1.0), (2, 2.0), (4, 6.0)):
+        arrays = {
+            "layers/dense/vars/0": np.full((2, 2), value, "f4"),
+            "layers/mask/vars/0": np.array([[0.0, -np.inf, np.nan]], "f4"),
+        }
+        makers.write_archive(Path(f"ckpt_{number}.keras"), arrays)
+    ended = swa_avg("inspect", "ckpt_*.keras")
+    assert ended.code == 0
+    assert "they fit together; tensors averaged: 1, copied: 1\n" in ended.err
+    assert "distances: 2 (ckpt_1.keras, ckpt_2.keras) to 10 (ckpt_1.keras, ckpt_4.keras)\n" in ended.err
+    told = "warning: NaN or infinity, the same in all checkpoints, is copied (layers/mask/vars/0)\n"
+    assert told in ended.err
+    assert told in swa_avg("ckpt_*.keras").err
+
+
 @pytest.mark.parametrize(
     ("dataset", "suffix", "dtype"),
     [
