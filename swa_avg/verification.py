@@ -45,6 +45,8 @@ class Verification:
     """The method that gives the coefficients for these inputs; None where the record alone says them."""
     unchecked: tuple[str, ...]
     """Inputs without a digest in the record: whether they have changed since cannot be known."""
+    averages: tuple[str, ...]
+    """Inputs that are outputs of swa-avg themselves: only their bytes are known, not how they came about."""
     averaged: int
     """Tensors that were averaged again and compared."""
     copied: int
@@ -143,7 +145,7 @@ def verify(
         far = any_remote([target, *paths])
         workers = stack.enter_context(open_workers(None, threads, max_memory, remote=far))
         checkpoints = stack.enter_context(opened(paths, record.dtype))
-        _check_not_the_output(checkpoints, found)
+        _check_not_the_output(checkpoints, record, found)
         _check_inputs(checkpoints, record)
         template = as_output(checkpoints[-1], target)
         if record.optimizer == "drop":
@@ -170,6 +172,7 @@ def verify(
         record,
         method,
         tuple(entry.name for entry in record.inputs if None in entry.crc32),
+        tuple(checkpoint.path.name for checkpoint in checkpoints if checkpoint.is_average),
         averaged=sum(tensor.name not in excused for tensor in plan.averaged),
         copied=len(plan.copied) + len(plan.compared),
         digests=tuple(name for name in record.values if name in excused),
@@ -221,9 +224,16 @@ def _scratch(stack: ExitStack) -> Callable[[], IO[bytes]]:
     return scratch
 
 
-def _check_not_the_output(checkpoints: Sequence[Checkpoint], output: Checkpoint) -> None:
-    """Raise UnreadableError if an input is the output itself, or a copy: all is the average of itself."""
+def _check_not_the_output(checkpoints: Sequence[Checkpoint], record: Record, output: Checkpoint) -> None:
+    """Raise UnreadableError if an input is the output itself, or a copy: all is the average of itself.
+
+    A copy may carry another record. Of one input alone that is an output, a copy is all there is to prove.
+    """
     own = {shard.identity() for shard in output.shards}
+    used = [c for c, entry in zip(checkpoints, record.inputs, strict=True) if entry.coefficient]
+    if len(used) == 1 and used[0].is_average and used[0].record != output.record:
+        problem = f"is no average, but made from {used[0].path.name} alone, which swa-avg wrote"
+        raise UnreadableError(output.path, problem, hint="verify that one")
     for checkpoint in checkpoints:
         if own & {shard.identity() for shard in checkpoint.shards}:
             raise UnreadableError(output.path, f"names itself as an input ({checkpoint.path.name})")

@@ -241,6 +241,26 @@ def test_an_output_is_no_input_of_itself(forgery: Forgery, make: Callable[[Forge
     _refused(forgery, "itself as an input")
 
 
+def test_a_copy_of_an_output_under_another_record_is_no_input_alone(forgery: Forgery) -> None:
+    forgery.average()
+    forgery.spoil("kernel", excused=False)
+    copy = _copy(forgery)
+    for path in forgery.folder.glob("swa*"):  # a set of shards is not replaced
+        path.unlink()
+    forgery.average(inputs=[copy])
+    _refused(forgery, f"made from {copy.name} alone, which swa-avg wrote")
+
+
+def test_inputs_that_are_averages_are_said_to_be(forgery: Forgery) -> None:
+    first = forgery.folder / f"ckpt_20{forgery.suffix}"
+    assert forgery.cli(*forgery.inputs, "-o", first).code == 0
+    forgery.average(inputs=[*forgery.inputs, first])
+    ended = forgery.cli("verify", forgery.target)
+    assert ended.code == 0, ended.err
+    said = "unchecked: how these inputs were made, which swa-avg wrote"
+    assert ended.err.startswith(f"{said}: {first.name}\nequal: ")
+
+
 @pytest.mark.parametrize(
     ("made", "claimed"),
     [

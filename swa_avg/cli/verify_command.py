@@ -70,6 +70,10 @@ def _lines(result: Verification) -> list[str]:
         lines.append(
             f"unchecked: whether these have changed since, as the record has no digest of them: {shown}"
         )
+    if result.averages:
+        lines.append(
+            f"unchecked: how these inputs were made, which swa-avg wrote: {first_few(result.averages)}"
+        )
     if result.digests:
         lines.append(f"compared with the digests in the record alone: {first_few(result.digests)}")
     return [*lines, str(result)]

@@ -196,7 +196,8 @@ def _check_numbers(path: Location, tensors: Mapping[str, Tensor]) -> None:
         group, _, own = name.rpartition("/")
         groups.setdefault(group, set()).add(own)
     for group, names in groups.items():
-        if all(map(str.isdecimal, names)) and names != set(map(str, range(len(names)))):
+        numbered = group.endswith("/vars") and all(map(str.isdecimal, names))
+        if numbered and names != set(map(str, range(len(names)))):
             missing = min(set(map(str, range(len(names)))) - names, key=int)
             raise UnreadableError(path, "is missing, or its name is damaged", tensor=f"{group}/{missing}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -159,7 +160,7 @@ def _existing(path: Location) -> Location:
     try:
         identity(path)
     except UnreadableError:
-        if (path.parent / f"{path.name}.index").exists():
+        if os.path.lexists(f"{path}.index"):
             raise UnreadableError(
                 path, "a TensorFlow checkpoint, which is not read", hint=TENSORFLOW
             ) from None

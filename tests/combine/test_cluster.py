@@ -174,7 +174,8 @@ def test_damage_to_any_input_is_found(cluster: Any, tmp_path: Path) -> None:
     makers.write_archive(paths[1], dict(reversed(arrays(1).items())))
     for path in (paths[1], paths[2]):
         good = path.read_bytes()
-        path.write_bytes(good[:5000] + bytes([good[5000] ^ 1]) + good[5001:])
+        at = good.index(max(arrays(int(path.stem[-1])).values(), key=lambda value: value.nbytes).tobytes())
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
         with pytest.raises(UnreadableError, match=f"{path.name}: damaged: its CRC-32 is"):
             average(paths, tmp_path / "swa.keras", cluster=cluster.scheduler_address)
         path.write_bytes(good)
