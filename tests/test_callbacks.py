@@ -776,7 +776,7 @@ class TestSWA:
         for data, problem in (
             ({"a": X, "other": X}, "data: expected b; found a float32[24, 4], other float32[24, 4]"),
             ({"a": X, "b": X[:9]}, "data: expected arrays of one length; found a 24, b 9"),
-            ([[X]], "data: expected batches of 2 inputs; found 1"),
+            ([[X]], "data: expected batches of 2 inputs; found 1; give them as ['a', 'b']"),
         ):
             with pytest.raises(UnreadableError) as error:
                 model.fit([X, X], Y, epochs=4, verbose=0, callbacks=[SWA(tmp_path, 2, bn_data=data)])
@@ -786,7 +786,10 @@ class TestSWA:
         tf = pytest.importorskip("tensorflow")
         endless = tf.data.Dataset.from_tensor_slices(X).batch(8).repeat()
         model = small(L.BatchNormalization())
-        with pytest.raises(UsageError, match=r"data never ends; say how many samples to use$"):
+        with pytest.raises(
+            UsageError,
+            match=r"data never ends; say how many samples to use \(samples, or bn_samples of SWA\)$",
+        ):
             fit(model, SWA(tmp_path, 2, bn_data=endless))
         with pytest.warns(UserWarning, match="have not settled"):
             fit(model, SWA(tmp_path, 2, bn_data=endless, bn_samples=24))
