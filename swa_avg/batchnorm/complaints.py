@@ -15,6 +15,8 @@ _BEFORE = re.compile(
     r"\s*(?:Arguments received by |(?:Full object |using )?config\s*[:=]|List of objects that |, value=\[|"
     r"Make sure custom classes|Please ensure )"
 )
+_IN_GRAPH = re.compile(r"\n([^\n]+)\n\s*\[\[\{\{node")
+"""TensorFlow tells where a node was made before it says what was wrong with it."""
 _CLASS = re.compile(r"(?:Could not locate (?:class|function)|Unknown [a-z ]+:) ?'?(\w+)")
 _MOST = 300
 
@@ -27,6 +29,8 @@ def keras_reason(error: BaseException) -> str:
     "Exception encountered:" and the reason.
     """
     text = _STYLE.sub("", str(error))
+    if (in_graph := _IN_GRAPH.search(text)) is not None:
+        text = in_graph[1]
     for wrapper in (_AFTER, _CALLING):
         text = wrapper.split(text)[-1]
     text = _BEFORE.split(text)[0]

@@ -18,6 +18,9 @@ from swa_avg.errors import UnreadableError
 
 __all__ = ["Measured", "Runner", "running"]
 
+_FRAMEWORKS = ("keras", "tensorflow", "jax", "jaxlib", "torch")
+"""Whose errors are about shapes, types and values."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -55,7 +58,10 @@ class Runner:
         values = _seeded(self._values, self._variables, self._data.spec.seed, number)
         try:
             outcome = self._outcome(values, batch)
-        except Exception as error:  # of whichever class the backend has for shapes, types and values
+        except Exception as error:
+            framework = type(error).__module__.partition(".")[0] in _FRAMEWORKS
+            if not framework and not isinstance(error, ValueError | TypeError | LookupError):
+                raise  # the model's own
             problem = f"the model does not take this data ({keras_reason(error)})"
             raise UnreadableError(self._data.source, problem) from error
         integers, floats, carried = outcome

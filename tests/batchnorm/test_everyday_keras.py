@@ -205,6 +205,12 @@ def test_what_has_another_structure_is_refused_with_the_right_one() -> None:
         refresh_batchnorm(one, tf.data.Dataset.from_tensor_slices(A))
 
 
+def test_values_that_a_layer_does_not_take_are_one_line() -> None:
+    model = keras.Sequential([keras.Input((3,)), L.Embedding(4, 2), L.BatchNormalization()])
+    with pytest.raises(UnreadableError, match=r"^data: the model does not take this data \(.*9.*\)$"):
+        refresh_batchnorm(model, [np.ones((8, 3)), np.full((8, 3), 9)])
+
+
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
