@@ -17,6 +17,11 @@ from swa_avg.interrupts import interrupts
 hypothesis.settings.register_profile("untimed", deadline=None)  # machines are shared and slow at times
 hypothesis.settings.load_profile("untimed")
 
+# Python's own settings would reach every process that a test starts: one waits for input as it ends, others print.
+for _name in [name for name in os.environ if name.startswith("PYTHON")]:
+    if _name not in ("PYTHONPATH", "PYTHONHOME"):  # where packages are
+        del os.environ[_name]
+
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -43,6 +48,8 @@ def swa_avg(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         monkeypatch.setattr(sys, "argv", ["swa-avg", *map(str, arguments)])
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         complaints = sys.unraisablehook
+        monkeypatch.setattr(sys, "stdout", sys.stdout)
+        monkeypatch.setattr(sys, "stderr", sys.stderr)
         try:
             with pytest.raises(SystemExit) as exit_info:
                 cli.main()
@@ -64,6 +71,13 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", code, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="backslashreplace",
+            timeout=300,
+            check=False,
+        )
 
     return run

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import Ended
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("command", ["", " inspect", " sweep", " verify"])

@@ -119,7 +119,7 @@ def _run(
         capture_output=True,
         text=True,
         errors="backslashreplace",
-        timeout=120,
+        timeout=600,
         check=False,
     )
     os.close(write)
@@ -333,7 +333,7 @@ def test_a_progress_bar_is_drawn_only_where_it_can_be_erased(inputs: Path, tmp_p
 def test_characters_that_the_terminal_lacks_stop_no_run(
     environment: Mapping[str, str], tmp_path: Path
 ) -> None:
-    names = [f"ünï_{number}.keras" for number in (1, 2, 3)]
+    names = [os.fsdecode(f"ünï_{number}.keras".encode()) for number in (1, 2, 3)]
     for number, name in enumerate(names):
         makers.write_archive(tmp_path / name, makers.weights(number))
     report = ["--report", "page.html"] if find_spec("matplotlib") else []
@@ -347,6 +347,28 @@ def test_characters_that_the_terminal_lacks_stop_no_run(
         assert "\x1b" not in err
         assert "Traceback" not in err
     assert not report or "90°" in (tmp_path / "page.html").read_text("utf-8")
+
+
+@pytest.mark.keras
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_keras_runs_where_the_streams_are_closed(tmp_path: Path) -> None:
+    keras = pytest.importorskip("keras")
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input((3,)), keras.layers.BatchNormalization(), keras.layers.Dense(2)]
+    model = keras.Sequential(layers)
+    model.compile("sgd", "mse")
+    rng = np.random.default_rng(0)
+    arrays = {"x": rng.standard_normal((64, 3), np.float32), "y": rng.standard_normal((64, 2), np.float32)}
+    np.savez(tmp_path / "data.npz", **arrays)
+    for number in (1, 2):
+        model.fit(arrays["x"], arrays["y"], verbose=0)
+        model.save(tmp_path / f"a_{number}.keras")
+    options = ("--val", "data.npz", "--bn-refresh", "data.npz", "--json")
+    command = (*MODULE, "sweep", "a_1.keras", "a_2.keras", *options)
+    code, out, err, digest = _run(command, tmp_path)
+    assert (code, json.loads(out)["written"]) == (0, True), err
+    (tmp_path / "swa.keras").unlink()
+    assert _run(command, tmp_path, ("0", "1", "2")) == (5, "", "", digest)
 
 
 class TestModule:
@@ -407,7 +429,7 @@ class TestModule:
         clone = tmp_path / "clone"
         shutil.copytree(inputs, clone)
         shutil.copytree(PACKAGE, clone / "swa_avg", ignore=shutil.ignore_patterns("__pycache__"))
-        source = (clone / "swa_avg" / "text.py").read_text()
+        source = (clone / "swa_avg" / "text.py").read_text("utf-8")
         (clone / "swa_avg" / "text.py").write_text(
             source.replace(f'__version__ = "{swa_avg.__version__}"', '__version__ = "of the clone"')
         )

@@ -45,8 +45,8 @@ def _dump(data: bytes) -> dict[str, object]:
                 found[f"{name} {key} type"] = (identifier.get_class(), identifier.get_size())
             if isinstance(item, h5py.Dataset):
                 found[name] = (item.dtype, item.shape, np.asarray(item[()]).tobytes())
-                messages = h5py.h5o.get_info(item.id).hdr.mesg.present
-                assert not messages & 1 << 0x12, "a time of modification"
+                information = h5py.h5o.get_info(item.id)  # holds the memory that its attributes show
+                assert not information.hdr.mesg.present & 1 << 0x12, "a time of modification"
             else:
                 found[name] = "group"
 

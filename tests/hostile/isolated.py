@@ -221,8 +221,9 @@ def _run(request: dict[str, object], out: int, err: int) -> None:
         for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
             setattr(sys, name, open(number, mode))  # noqa: SIM115
         for descriptor in request["closed"]:  # type: ignore[attr-defined]
-            os.close(descriptor)
-            setattr(sys, ("stdin", "stdout", "stderr")[descriptor], None)
+            name = ("stdin", "stdout", "stderr")[descriptor]
+            getattr(sys, name).close()
+            setattr(sys, name, None)
         limits = dict(request["limits"])  # type: ignore[call-overload]
         if "AS_MORE" in limits:  # than start-up takes
             taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

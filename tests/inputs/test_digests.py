@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -74,15 +75,16 @@ def test_a_file_that_the_list_does_not_name_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="sha256sum is not installed")
 def test_what_sha256sum_writes_is_read(tmp_path: Path) -> None:
-    names = ["plain.h5", "with space.h5", "back\\slash.h5", "new\nline.h5", "ünï.h5"]
+    encoded = ["plain.h5", "with space.h5", "back\\slash.h5", "new\nline.h5", "ünï.h5"]
+    names = [os.fsdecode(name.encode()) for name in encoded]  # whatever the locale makes of it
     for name in names:
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_bytes(os.fsencode(name))
     for options in ([], ["--binary"]):
         command = ["sha256sum", *options, "--", *names]
         written = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
         (tmp_path / "SHA256SUMS").write_bytes(written)
         assert read_digests(tmp_path / "SHA256SUMS") == {
-            tmp_path / name: hashlib.sha256(name.encode()).hexdigest() for name in names
+            tmp_path / name: hashlib.sha256(os.fsencode(name)).hexdigest() for name in names
         }
 
 

@@ -444,7 +444,7 @@ def test_outputs_replace_others_only_when_told_to(folder: Path, swa_avg: Cli) ->
     ended = swa_avg(*options)
     assert ended.err.endswith("\nwrote out.png\nwrote out.html\n")
     assert Path("out.png").read_bytes().startswith(b"\x89PNG")
-    assert Path("out.html").read_text().startswith("<!DOCTYPE html>")
+    assert Path("out.html").read_text("utf-8").startswith("<!DOCTYPE html>")
     assert swa_avg(*options).code == 2
     Path("out.png").write_bytes(b"")
     assert swa_avg(*options, "--overwrite").code == 0

@@ -172,7 +172,7 @@ def test_the_test_notices_what_is_broken(tmp_path: Path, chromium: Browser) -> N
 def test_the_page_fetches_nothing_and_escapes_what_files_say(run: Path, tmp_path: Path, swa_avg: Cli) -> None:
     page = tmp_path / "report.html"
     swa_avg("inspect", run / "*.keras", "--report", page)
-    text = page.read_text()
+    text = page.read_text("utf-8")
     assert "<img src=x" not in text
     assert "http:" not in text
     assert "https:" not in text
