@@ -7,7 +7,7 @@ checksums that fit, so that the damage reaches what reads its members. How a run
 
     same      the output holds what it does without the damage
     refused   exit code 3 or 4, one line on standard error, no output, no temporary
-    carried   the damage lies in what an average takes from the newest checkpoint as it is (optimizer state,
+    carried   the damage lies in what an average takes from the newest checkpoint as it is (values of
               attributes, compile settings), and the output differs in nothing else
     value     the damage lies in values that have no checksum (everything but .keras), or one that fits, and
               the output differs in those values of that tensor alone

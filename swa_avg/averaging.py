@@ -158,11 +158,11 @@ def average(
             `.keras` inputs it may end with `.weights.h5`.
         epochs: Use only these epochs: `A:B[:STEP]`, both ends included; by the index beside the checkpoints,
             else as the names tell. A number or a `range`, whose end is not included, does as well.
-        best: Of these, the best so many by a metric in the index.
+        best: Of these, keep this many: those with the best values of a metric.
         monitor: That metric; the one that the index monitors by default.
         mode: `min` or `max`, for a metric that the index does not monitor and whose name does not tell.
-        last: Of these, the last so many.
-        every: Of these, every so many-th, counted back from the newest.
+        last: Of these, keep this many: the last ones.
+        every: Of these, keep every nth, counted back from the newest.
         method: How much each checkpoint counts: `uniform`, `ema:DECAY`, `power-ema:SIGMA_REL`,
             `half-life:FRACTION`, `decay:linear`, `decay:cosine`, `decay:1-sqrt` or `weights:W,W,...`, as
             `swa_avg.planning.methods` explains them; or a sequence of weights, one per checkpoint in

@@ -45,6 +45,26 @@ class Odd(L.Layer):
 
 
 @keras.utils.register_keras_serializable("tests")
+class OwnNames(L.Layer):
+    """Chooses what its variables are called in a checkpoint, and one name that is a path."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(name="scale", shape=(shape[-1],), initializer="ones")
+        self.shift = self.add_weight(name="shift", shape=(shape[-1],), initializer="zeros")
+
+    def call(self, x):
+        return x * self.scale + self.shift
+
+    def save_own_variables(self, store):
+        store["table"] = self.scale.numpy() if LEGACY else keras.ops.convert_to_numpy(self.scale)
+        store["by/7"] = self.shift.numpy() if LEGACY else keras.ops.convert_to_numpy(self.shift)
+
+    def load_own_variables(self, store):
+        self.scale.assign(store["table"])
+        self.shift.assign(store["by/7"])
+
+
+@keras.utils.register_keras_serializable("tests")
 class Subclassed(keras.Model):
     """Layers as attributes and in a list, with BatchNorm."""
 
@@ -116,6 +136,27 @@ def odd():
     return keras.Model(inputs, L.Dense(2)(Odd()(inputs)))
 
 
+def own_names():
+    inputs = keras.Input((3,))
+    return keras.Model(inputs, L.Dense(2)(OwnNames()(inputs)))
+
+
+def averaging_optimizer():
+    model = normalization()
+    accumulate = {} if LEGACY else {"gradient_accumulation_steps": 2}
+    _compile(model, keras.optimizers.SGD(momentum=0.9, use_ema=True, **accumulate))
+    return model
+
+
+def several_optimizers():
+    model = odd()
+    if hasattr(keras.optimizers, "MultiOptimizer"):
+        choose = {"dense/.*": keras.optimizers.Adam(), "odd/.*": keras.optimizers.Lion()}
+        choose = keras.optimizers.OptimizerMap(keras.optimizers.SGD(momentum=0.9), choose)
+        _compile(model, keras.optimizers.MultiOptimizer(choose))
+    return model
+
+
 def textvec():
     layer = L.TextVectorization(max_tokens=20, output_mode="int", output_sequence_length=4)
     layer.adapt(["the cat sat", "on the mat"])
@@ -155,13 +196,15 @@ MODELS = {
     "recurrent": recurrent,
     "normalization": normalization,
     "odd": odd,
+    "own_names": own_names,
+    "averaging_optimizer": averaging_optimizer,
     **{
         policy: lambda policy=policy: dense_with_policy(policy)
         for policy in ("float16", "bfloat16", "float64", "mixed_float16", "mixed_bfloat16")
     },
 }
 if not LEGACY:
-    MODELS |= {"lora": lora, "spectral": spectral}
+    MODELS |= {"lora": lora, "spectral": spectral, "several_optimizers": several_optimizers}
     if keras.backend.backend() == "tensorflow":
         MODELS["textvec"] = textvec
 
@@ -169,8 +212,8 @@ if not LEGACY:
 UNSAVABLE = {("textvec", "legacy"), ("subclassed", "legacy"), ("textvec", "legacy-weights")}
 
 
-def _compile(model):
-    model.compile(keras.optimizers.Adam(), "mse")
+def _compile(model, optimizer=None):
+    model.compile(optimizer or keras.optimizers.Adam(), "mse")
     model.optimizer.build(model.trainable_variables)
 
 

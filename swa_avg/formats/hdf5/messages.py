@@ -29,6 +29,7 @@ _INTEGER, _FLOAT, _FIXED_STRING, _VARIABLE_LENGTH = 0, 1, 3, 9
 _TYPE_BYTES = {_INTEGER: 12, _FLOAT: 20}  # a message is padded to a multiple of eight
 _CHARACTERS = bytes.fromhex("00 10000000 10000000 01000000 00000800").rstrip(b"\0")
 """The end of the type of variable-length strings: 16 bytes each, which refer to unsigned bytes."""
+_PADDING = 8
 _MAX_BYTES = 96 * 2**20  # more than the longest configuration that is parsed
 _NUMBERS = {  # class and the rest of a datatype message -> NumPy's name
     (
@@ -216,8 +217,9 @@ def decode(body: bytes) -> Attribute:
         if name.find(b"\0") != len(name) - 1:
             raise DamagedStructureError("an attribute's name has the wrong length")
         attribute = Attribute(name[:-1], shape_of(space), datatype, body[position:])
-        if len(attribute.data) < math.prod(attribute.shape) * attribute.size:
-            raise DamagedStructureError("an attribute is cut short")
+        left = len(attribute.data) - math.prod(attribute.shape) * attribute.size
+        if not 0 <= left < _PADDING:
+            raise DamagedStructureError("an attribute is cut short, or too long")
         return attribute
     except (struct.error, IndexError) as error:
         raise DamagedStructureError("an attribute is cut short") from error

@@ -24,10 +24,13 @@ Message = tuple[int, int, bytes]
 
 _ATTRIBUTE, _CONTINUATION, _SYMBOL_TABLE = 0x000C, 0x0010, 0x0011
 _NEWER_GROUP = (0x0002, 0x0006)  # link info, link
-_USED = {0x0001, 0x0003, 0x0007, 0x0008, 0x000B, _ATTRIBUTE, _SYMBOL_TABLE, *_NEWER_GROUP}
-_OLD_FILL_VALUE, _OLD_TIME = 0x0004, 0x000E
-# Nothing, fill values, group info, times, attribute info, references: what else an object may have.
-_PASSED_OVER = {0x0000, _OLD_FILL_VALUE, 0x0005, 0x000A, _OLD_TIME, _CONTINUATION, 0x0012, 0x0015, 0x0016}
+_OF_GROUPS = {_SYMBOL_TABLE, *_NEWER_GROUP}
+_OF_DATASETS = {0x0001, 0x0003, 0x0007, 0x0008, 0x000B}
+_USED = {*_OF_DATASETS, _ATTRIBUTE, *_OF_GROUPS}
+# Nothing, fill values, group info, attribute info, references: what else an object may have.
+_OLD_FILL_VALUE = 0x0004
+_PASSED_OVER = {0x0000, _OLD_FILL_VALUE, 0x0005, 0x000A, 0x0015, 0x0016}
+_LENGTHS = {0x000E: 16, _CONTINUATION: 16, _SYMBOL_TABLE: 16, 0x0012: 8}  # times among them
 _MAX_BLOCK = 2**26
 _UNDEFINED = 2**64 - 1
 _SHARED = 2
@@ -59,11 +62,11 @@ def _free_bytes(heap: bytes, free: int) -> int:
 
 
 def _is_known(kind: int, body: bytes) -> bool:
-    """Tell whether an object can have such a message; otherwise its kind is damaged."""
+    """Tell whether an object can have such a message; otherwise its kind or its length is damaged."""
+    if kind in _LENGTHS:
+        return len(body) == _LENGTHS[kind]
     if kind == _OLD_FILL_VALUE:
         return int.from_bytes(body[:4], "little") + 4 <= len(body)
-    if kind == _OLD_TIME:
-        return len(body) == 16
     return kind in _USED or kind in _PASSED_OVER
 
 
@@ -124,6 +127,9 @@ class Structures:
                 position += 8 + length
         if len(messages) != count:
             raise DamagedStructureError("an object header has the wrong number of messages")
+        kinds = {kind for kind, _, _ in messages}
+        if kinds & _OF_GROUPS and kinds & _OF_DATASETS:
+            raise DamagedStructureError("an object is a group and a dataset at once")
         return [message for message in messages if message[0] in _USED]
 
     @staticmethod
