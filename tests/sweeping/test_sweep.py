@@ -422,7 +422,7 @@ def test_what_cannot_be_scored_is_one_line(here: Path, swa_avg: Cli) -> None:
     command = ("sweep", "ckpt_*.keras", "--val", "val.npz", "-q")
     before = _names(here)
     _line(swa_avg(*command, "--monitor", "auc"), 2, "monitor 'auc': the model has accuracy, loss")
-    _line(swa_avg(*command, "--metric", "elsewhere:none"), 2, "--metric returned NoneType; expected a number")
+    _line(swa_avg(*command, "--metric", "elsewhere:none"), 2, "metric returned NoneType; expected a number")
     _line(
         swa_avg(*command, "--metric", "elsewhere:nan", "--mode", "min"),
         4,
