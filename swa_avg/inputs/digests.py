@@ -7,6 +7,7 @@ to the checkpoints, when they were known to be good, tells.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -34,7 +35,7 @@ def read_digests(path: Location) -> dict[Location, str]:
     with closing(open_source(path)) as source:
         if source.size > _MAX_BYTES:
             raise UnreadableError(path, f"a list of digests larger than {_MAX_BYTES >> 20} MiB")
-        text = Region(source).read(0, source.size).decode("utf-8", "surrogateescape")
+        text = os.fsdecode(Region(source).read(0, source.size))  # as the names of files are
     digests: dict[Location, str] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():

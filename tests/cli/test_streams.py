@@ -336,9 +336,12 @@ def test_characters_that_the_terminal_lacks_stop_no_run(
     names = [os.fsdecode(f"ünï_{number}.keras".encode()) for number in (1, 2, 3)]
     for number, name in enumerate(names):
         makers.write_archive(tmp_path / name, makers.weights(number))
+    digests = [hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names]
+    lines = [f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True)]
+    (tmp_path / "SHA256SUMS").write_bytes(os.fsencode("".join(lines)))
     report = ["--report", "page.html"] if find_spec("matplotlib") else []
     for command in (
-        [*names, "-o", "swa.keras", "--verbose", "--json"],
+        [*names, "-o", "swa.keras", "--expect-sha256", "SHA256SUMS", "--verbose", "--json"],
         ["inspect", *names, "--verbose", *report, "--json"],
     ):
         code, out, err, _ = _run((*MODULE, *command), tmp_path, environment=environment)
