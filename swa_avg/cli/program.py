@@ -69,7 +69,11 @@ for _command in (average, inspect, sweep, verify):
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 2 usage, 3 to 5 by the error's class, 130 or 143 interrupted."""
-    output = take_streams()
+    try:
+        output = take_streams()
+    except OSError as error:
+        _complain(_message(error))
+        sys.exit(5)
     interrupts.begin()
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

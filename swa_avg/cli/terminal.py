@@ -60,10 +60,15 @@ def take_streams() -> Stream:
     with 5, whatever else its outcome. Messages go to standard error: where they cannot be delivered, they are
     lost, and the outcome is what it is. Descriptors that are closed refuse what is written to them as before,
     but no file that is opened later gets their number, and with it what others print.
+
+    Raises:
+        OSError: a descriptor is closed, and nothing can take its place.
     """
-    while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the lowest free number is the one that is given
+            os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
     output, errors = Stream(1, sys.stdout), Stream(2, sys.stderr)
     sys.stdout, sys.stderr = _text(output, sys.stdout), _text(errors, sys.stderr)
     return output
