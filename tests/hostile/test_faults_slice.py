@@ -55,7 +55,7 @@ def _check(faults: Any, tries: Mapping[str, Callable[[], str]], workers: int = W
 )
 def test_a_system_that_fails_leaves_all_or_nothing(kind: str, faults: Any, bench: Any) -> None:
     possible = faults.kinds(bench)[kind]
-    assert len(possible) >= CASES
+    assert 2 * len(possible) >= CASES  # where there are fewer, some are tried twice
     _check(faults, faults.injections(bench, faults.chosen(possible, CASES, SEED)))
 
 
