@@ -658,7 +658,10 @@ def test_names_from_files_are_printed_escaped(tmp_path: Path, swa_avg: Cli) -> N
             ("inspect", "ckpt_*.keras", "--method", "weights", "--weights", "1,1"),
             "no such option: --weights; use --method weights:W,W,... (see swa-avg --help)",
         ),
-        (("verify", "swa.keras", "--decay", "1"), "No such option '--decay'. (see swa-avg --help)"),
+        (
+            ("verify", "swa.keras", "--decay", "1"),
+            f"{click.NoSuchOption('--decay').format_message()} (see swa-avg --help)",  # Click's versions differ
+        ),
     ],
 )
 def test_requests_that_cannot_be_met(
