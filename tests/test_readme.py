@@ -1,26 +1,55 @@
-"""What the README says of the command line is what the command line says of itself."""
+"""What the README says of the command line, of tests and of other sections is so, and its page is short."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from conftest import Ended
 
-README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+COMMANDS = ("average", "inspect", "sweep", "verify")
 
 
-@pytest.mark.parametrize("command", ["", " inspect", " sweep", " verify"])
-def test_the_help_text_is_current(
-    command: str, swa_avg: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    block = re.search(f"<!-- help{command} -->\n```\n(.*?)```\n<!-- /help{command} -->", README, re.DOTALL)
-    assert block is not None
-    assert block.group(1) == swa_avg(*command.split(), "--help").out
+def options_named(text: str) -> list[tuple[str, str]]:
+    """Return (command, option) for all options of swa-avg; the command is "" where the text does not say it."""
+    named = []
+    for line in re.findall(r"^swa-avg .*$", text, re.MULTILINE) + re.findall(r"`(swa-avg [^`]*)`", text):
+        words = line.split()
+        command = words[1] if words[1] in COMMANDS else "average"
+        named += [(command, word) for word in words if re.fullmatch(r"--?[a-z][\w-]*", word)]
+    return named + [("", option) for option in re.findall(r"`(--?[a-z][\w-]*)[^`]*`", text)]
+
+
+def test_it_is_a_page_that_a_newcomer_finishes() -> None:
+    assert len(README.splitlines()) <= 300
+
+
+def test_every_option_that_it_names_exists(swa_avg: Callable[..., Ended]) -> None:
+    own = README.split("**Scripts of timm")[0]
+    helps = {command: swa_avg(command, "--help").out for command in COMMANDS}
+    known = {command: set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text)) for command, text in helps.items()}
+    known[""] = set().union(*known.values())
+    named = options_named(own)
+    assert len(named) > 30
+    assert [pair for pair in named if pair[1] not in known[pair[0]]] == []
+
+
+def test_every_link_within_the_repository_leads_somewhere() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", README)
+    assert links
+    for name, section in links:
+        target = ROOT / name if name else ROOT / "README.md"
+        assert target.exists(), name
+        if section:
+            headings = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.MULTILINE)
+            assert section in [heading.lower().replace(" ", "-") for heading in headings]
 
 
 def test_every_guarantee_names_the_tests_that_hold_it() -> None:
@@ -31,12 +60,58 @@ def test_every_guarantee_names_the_tests_that_hold_it() -> None:
         assert re.search(r"`tests/[\w/]+\.py`", guarantee), guarantee
 
 
-def test_every_test_file_that_holds_a_guarantee_exists() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)`", README)
-    assert named
+def test_every_file_that_it_names_exists() -> None:
+    named = re.findall(r"`((?:tests|scripts)/[\w/]*(?:\.\w+)?)`", README)
+    assert len(named) > 10
     for name in named:
-        assert (Path(__file__).parents[1] / name).exists(), name
+        assert (ROOT / name).exists(), name
+
+
+def test_sections_that_the_code_names_exist() -> None:
+    sources = [path.read_text("utf-8") for path in (ROOT / "swa_avg").rglob("*.py")]
+    named = re.findall(r'"([^"\n]*)"\s+in\s+the\s+README', "\n".join(sources))
+    assert named
+    for section in named:
+        assert f"\n## {section}\n" in README
 
 
 def test_the_set_up_commands_are_the_scripts() -> None:
     assert "\nbash scripts/demo.sh\nbash scripts/test.sh\n" in README
+
+
+@pytest.mark.keras
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, with NumPy 2.4
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_help_ends_with_two_examples_that_run(
+    command: str, swa_avg: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keras = pytest.importorskip("keras")
+    from swa_avg.callbacks import CheckpointSaver
+
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(32, 3)).astype("float32"), rng.integers(0, 2, 32)
+    np.savez("train.npz", x=x, y=y)
+    np.savez("val.npz", x=x, y=y)
+    layers = [keras.Input((3,)), keras.layers.BatchNormalization(), keras.layers.Dense(2)]
+    model = keras.Sequential(layers)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    model.fit(x, y, epochs=10, verbose=0, callbacks=[CheckpointSaver("run")])
+    for path in Path("run").glob("*.keras"):
+        shutil.copy(path, ".")
+    assert swa_avg("run", "-o", "swa.keras").code == 0
+    shutil.copy("swa.keras", "run")
+
+    examples = swa_avg(command, "--help").out.split("\nExamples:\n")[1].strip().splitlines()
+    assert len(examples) == 2
+    for example in examples:
+        words = example.split()
+        assert words[:1] == ["swa-avg"]
+        names = [
+            name
+            for word in words[1:]
+            for name in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
+        ]
+        output = [] if command in ("inspect", "verify") else ["--overwrite"]
+        ended = swa_avg(*names, *output)
+        assert ended.code == 0, (example, ended.err)
