@@ -9,7 +9,8 @@ import click
 
 from swa_avg.cli.command import Command
 from swa_avg.cli.options import LOADING, REPEATED, RESOURCES, printing, refresh_of, values_of
-from swa_avg.cli.terminal import progress_bar, say
+from swa_avg.cli.progress import Stage, progress_of
+from swa_avg.cli.terminal import say
 from swa_avg.errors import MismatchError
 from swa_avg.text import first_few
 
@@ -53,8 +54,16 @@ def verify(output: str, inputs: Sequence[str], as_json: bool, quiet: bool, **opt
     from swa_avg.verification import verify as run
 
     refresh = refresh_of(options)
-    with progress_bar(quiet, "refreshing") as rows:
-        result = run(output, inputs, refresh=refresh, **values_of(RESOURCES, options), refresh_progress=rows)
+    stages = [Stage("comparing", "bytes"), *([] if refresh is None else [Stage("refreshing")])]
+    with progress_of(quiet, *stages) as (progress, *rows):
+        result = run(
+            output,
+            inputs,
+            refresh=refresh,
+            **values_of(RESOURCES, options),
+            progress=progress,
+            refresh_progress=rows[0] if rows else None,
+        )
     if as_json:
         import json
 

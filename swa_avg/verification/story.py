@@ -44,6 +44,7 @@ def verify(
     refresh: Any = None,
     max_memory: int | str | None = None,
     threads: int | None = None,
+    progress: Progress | None = None,
     refresh_progress: Progress | None = None,
 ) -> Verification:
     """Derive an output of swa-avg again from the inputs that it names, in bounded memory, without Keras.
@@ -63,6 +64,7 @@ def verify(
             up to 0.001 standard deviations is taken for rounding.
         max_memory: Bytes of resident memory to stay under; or as text, such as `200M`.
         threads: Worker threads; the machine's cores up to 4 by default, 10 where a file is named by a URL.
+        progress: Told how many bytes have been read.
         refresh_progress: Told how many rows of data have been used.
 
     Returns:
@@ -98,7 +100,7 @@ def verify(
         coefficients = [entry.coefficient for entry in record.inputs]
         plan = make_plan(checkpoints, template, coefficients, drop_optimizer=record.optimizer == "drop")
         # The inputs' bytes have just been read and found to be unchanged.
-        combiner = Combiner(plan, [coefficients], workers, verify=False)
+        combiner = Combiner(plan, [coefficients], workers, verify=False, progress=progress)
         statistics = batchnorm_statistics(checkpoints[-1])
         excused = {name for name in record.values if name in statistics and name in found.tensors}
         method, contradictions = _derived(found, record, paths)
@@ -200,7 +202,7 @@ def _repeated(
     with temporary_folder() as folder:
         path = folder / found.path.name
         with _room():
-            write_draft(path, template, combiner.stream)
+            write_draft(path, template, replace(combiner, progress=None).stream)
         with closing(open_checkpoint(path)) as draft:
             return repeat_refresh(draft, found, refresh, progress)
 
