@@ -16,7 +16,7 @@ from swa_avg.data.batches import ArrayData, Data, as_array
 from swa_avg.data.binding import check_rows, has_structure, pick, unpack
 from swa_avg.data.permutation import Permutation
 from swa_avg.data.rows import MemoryRows, Rows, describe
-from swa_avg.data.spec import TARGET, Spec
+from swa_avg.data.spec import TARGET, WEIGHT, Spec
 from swa_avg.data.streams import StreamData
 from swa_avg.data.structure import flatten
 from swa_avg.data.tfdata import open_saved
@@ -128,7 +128,7 @@ def _from_arrays(made: Any, source: str, spec: Spec) -> Data:
         alone = "x" if spec.purpose.targets else "array"
         keys |= {name: alone for name in keys if name[:1] != TARGET}
     if rest and not isinstance(rest[0], Mapping | list | tuple):
-        keys |= {name: "y" for name in keys if name[:1] == TARGET}
+        keys |= {name: "y" for name in keys if name[:1] == TARGET and name[:2] != WEIGHT}
     rows: dict[str, Rows] = {name: MemoryRows(as_array(values)) for name, (_, values) in picked.items()}
     check_rows(source, spec, {name: (keys[name], array) for name, array in rows.items()})
     data = ArrayData(source, spec, rows, keys)
