@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from swa_avg.combine import Combiner, open_workers
 from swa_avg.combine.drafts import write_draft
 from swa_avg.errors import escape, warn
-from swa_avg.files.location import Location, any_remote, local_copy, location
+from swa_avg.files.location import Location, any_remote, location
 from swa_avg.files.publication import check_output, publication_at
 from swa_avg.files.temporary import temporary_folder
 from swa_avg.formats import Tensor, open_checkpoint
@@ -29,7 +29,7 @@ from swa_avg.planning.record import describe
 from swa_avg.text import Progress, counted
 
 if TYPE_CHECKING:
-    from swa_avg.batchnorm import Refresh, RefreshReport
+    from swa_avg.batchnorm import RefreshReport
 
 __all__ = ["Report", "average"]
 
@@ -233,7 +233,7 @@ def average(
             if refresh is not None:
                 from swa_avg.batchnorm.loading import check_request
 
-                refresh = _with_model(refresh, plan, dry_run)
+                refresh = refresh.for_output(plan.template, plan.inputs[-1], dry_run=dry_run)
                 check_request(refresh, plan.template)
             report = Report(
                 target,
@@ -269,11 +269,3 @@ def average(
     report = replace(report, plan=combiner.settled, written=True)
     warn([*listing.notes, *report.warnings])
     return report
-
-
-def _with_model(refresh: Refresh, plan: Plan, dry_run: bool) -> Refresh:
-    """Name the newest input as the source of the model where the output holds its weights alone."""
-    newest = plan.inputs[-1]
-    if refresh.model is None and plan.template.kind != newest.kind:
-        return replace(refresh, model=str(newest.path if dry_run else local_copy(newest.path)))
-    return refresh

@@ -136,7 +136,9 @@ def test_one_checkpoint_alone_is_named(tmp_path: Path, swa_avg: Cli) -> None:
     _write_inputs(tmp_path, ".keras")
     target = tmp_path / "swa.keras"
     assert swa_avg(tmp_path / "ckpt_2.keras", "-o", target).code == 0
-    assert swa_avg("verify", target).err.startswith(f"equal: {target} is ckpt_2.keras (")
+    assert swa_avg("verify", target).err.startswith(
+        f"equal: {target} is a copy of ckpt_2.keras, no average ("
+    )
 
 
 def test_values_in_another_block_are_compared_too(tmp_path: Path, swa_avg: Cli) -> None:

@@ -26,7 +26,8 @@ from swa_avg.cli.options import (
     refresh_of,
     values_of,
 )
-from swa_avg.cli.terminal import REFRESH_BY, progress_bar, say
+from swa_avg.cli.progress import Stage, progress_of
+from swa_avg.cli.terminal import REFRESH_BY, say
 from swa_avg.text import __version__
 
 if TYPE_CHECKING:
@@ -73,10 +74,8 @@ def average(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
     from swa_avg.averaging import average as run
 
     refresh = refresh_of(options)
-    with (
-        progress_bar(quiet, "averaging", in_bytes=True) as progress,
-        progress_bar(quiet, "refreshing") as rows,
-    ):
+    stages = [Stage("averaging", "bytes"), *([] if refresh is None else [Stage("refreshing")])]
+    with progress_of(quiet, *stages) as (progress, *rows):
         report = run(
             checkpoints,
             options["output"],
@@ -91,7 +90,7 @@ def average(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
             refresh=refresh,
             dry_run=options["dry_run"],
             progress=progress,
-            refresh_progress=rows,
+            refresh_progress=rows[0] if rows else None,
         )
     if not quiet:
         say(_lines(report, verbose=verbose))

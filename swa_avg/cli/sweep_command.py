@@ -27,7 +27,8 @@ from swa_avg.cli.options import (
     refresh_of,
     values_of,
 )
-from swa_avg.cli.terminal import REFRESH_BY, progress_bar, say
+from swa_avg.cli.progress import Stage, progress_of
+from swa_avg.cli.terminal import REFRESH_BY, say
 from swa_avg.errors import NoImprovementError
 
 if TYPE_CHECKING:
@@ -142,11 +143,9 @@ def sweep(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool,
         monitor=options["monitor"],
         mode=options["mode"],
     )
+    stages = Stage("averaging", "bytes"), Stage("scoring", "candidates")
     try:
-        with (
-            progress_bar(quiet, "averaging", in_bytes=True) as progress,
-            progress_bar(quiet, "scoring", unit="candidates") as scores,
-        ):
+        with progress_of(quiet, *stages) as (progress, scores):
             report = run(
                 checkpoints,
                 options["output"],
