@@ -14,11 +14,14 @@ from swa_avg.files.sources import LocalSource
 from swa_avg.files.untrusted_json import parse_json
 from swa_avg.formats.base import (
     RECORD_NAME,
+    Buffer,
     Checkpoint,
     Format,
+    Settings,
     Stage,
     StoredRecord,
     Stream,
+    Tensor,
     write_shard,
 )
 from swa_avg.formats.hdf5.layout import SIGNATURE, Layout, read_layout
@@ -50,6 +53,10 @@ class Hdf5Checkpoint(Checkpoint):
             write_record(file, made, self.path, self.tensors.values())
         # What was copied has no checksum of its own that would reveal damage.
         check_readable(Region(LocalSource(self.path, file)), self.tensors)
+
+    def write_again(self, value: Callable[[Tensor], Buffer], settings: Settings | None, stage: Stage) -> None:
+        # What lies between the tensors was parsed, and comes from memory: libhdf5 need not look at it.
+        write_shard(stage.create(stage.output.name, self.shards[0].size), self.refilled(value)(0))
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         from swa_avg.formats.hdf5.rebuild import strip
