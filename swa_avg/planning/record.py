@@ -18,7 +18,7 @@ from swa_avg.text import __version__
 __all__ = ["Record", "RecordedInput", "describe", "read_record"]
 
 _CRC32 = re.compile(r"[0-9a-f]{8}")
-_LAST = re.compile(r"last:[1-9][0-9]{0,8}")
+_SOME = re.compile(r"(last|best):[1-9][0-9]{0,8}")
 _WITHOUT_VALUE = ("ema", "power-ema", "weights", "single", "greedy")
 """Besides the grammar of methods: what version 0.1.0 wrote, and what sweeps call their winners."""
 _ROUNDING = 1e-12
@@ -118,7 +118,7 @@ def _record(value: Mapping[str, Any]) -> Record:
 
 def _is_method(text: str) -> bool:
     """Tell whether some version wrote this for a method."""
-    if text in _WITHOUT_VALUE or _LAST.fullmatch(text):
+    if text in _WITHOUT_VALUE or _SOME.fullmatch(text):
         return True
     try:
         Method.parse(text)
