@@ -102,6 +102,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Return all of it as JSON's types."""
         inputs = zip(self.plan.inputs, self.plan.coefficients, strict=True)
+        ranking = self.listing.ranking
         return {
             "output": str(self.output),
             "written": self.written,
@@ -114,6 +115,7 @@ class Report:
             "refresh": None if self.refresh is None else self.refresh.as_json(),
             "bytes_to_read": self.bytes_to_read,
             "peak_memory": self.peak_memory,
+            **({} if ranking is None else {"best": ranking.as_json(self.listing.files)}),
         }
 
 
@@ -125,6 +127,7 @@ def average(
     best: int | None = None,
     monitor: str | None = None,
     mode: str | None = None,
+    metrics: str | Path | None = None,
     last: int | None = None,
     every: int | None = None,
     method: str | Sequence[float] = "uniform",
@@ -159,8 +162,10 @@ def average(
         epochs: Use only these epochs: `A:B[:STEP]`, both ends included; by the index beside the checkpoints,
             else as the names tell. A number or a `range`, whose end is not included, does as well.
         best: Of these, keep this many: those with the best values of a metric.
-        monitor: That metric; the one that the index monitors by default.
+        monitor: That metric; by default the one that the index monitors, else the only one that is known.
         mode: `min` or `max`, for a metric that the index does not monitor and whose name does not tell.
+        metrics: A log as `CSVLogger` writes it, whose metrics go before all others. Without it, they are
+            those of the index, of the only such log beside the checkpoints, and of the names, in this order.
         last: Of these, keep this many: the last ones.
         every: Of these, keep every nth, counted back from the newest.
         method: How much each checkpoint counts: `uniform`, `ema:DECAY`, `power-ema:SIGMA_REL`,
@@ -203,7 +208,7 @@ def average(
 
         refresh = Refresh.of(refresh)
     chosen_method = Method.parse(method)
-    wanted = Selection(epochs, best, monitor, mode, last, every)
+    wanted = Selection(epochs, best, monitor, mode, metrics, last, every)
     named = list_checkpoints(inputs)
     target = output_path(output, named.paths)
     listing = select(named, wanted)

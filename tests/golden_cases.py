@@ -282,6 +282,7 @@ def printed(ended: Any, method: str | None) -> dict[str, Any]:
     if method is not None:
         assert value.pop("method") == method
     value.pop("peak_memory", None)
+    value.pop("best", None)  # by which values they were chosen
     result: dict[str, Any] = {}
     if "geometry" in value:  # linear algebra, in whichever order the processor likes best
         result["geometry"] = value.pop("geometry")

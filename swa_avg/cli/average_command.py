@@ -32,6 +32,7 @@ from swa_avg.text import __version__
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Report
+    from swa_avg.inputs.listing import Listing
 
 __all__ = ["average"]
 
@@ -110,10 +111,12 @@ def _lines(report: Report, *, verbose: bool) -> list[str]:
     lines = []
     if verbose or not report.written:
         kind = plan.inputs[-1].kind
-        lines.append(f"{'epoch':>5}  {'coefficient':>12}  checkpoint ({kind}, {report.method})")
-        for listed, coefficient in zip(report.listing.files, plan.coefficients, strict=True):
+        column = _ranking_column(report.listing)
+        lines.append(f"{'epoch':>5}  {'coefficient':>12}  {column[0]}checkpoint ({kind}, {report.method})")
+        rows = zip(report.listing.files, plan.coefficients, column[1:], strict=True)
+        for listed, coefficient, value in rows:
             epoch = "" if listed.epoch is None else str(listed.epoch)
-            lines.append(f"{epoch:>5}  {coefficient:12.6g}  {listed.path}")
+            lines.append(f"{epoch:>5}  {coefficient:12.6g}  {value}{listed.path}")
         for title, tensors in report.treatments.items():
             lines.append(
                 f"{title}: {counted(len(tensors), 'tensor')}, {size_text(sum(t.nbytes for t in tensors))}"
@@ -132,3 +135,13 @@ def _lines(report: Report, *, verbose: bool) -> list[str]:
     if not report.verify and any_remote(checkpoint.path for checkpoint in plan.inputs):
         lines.append("of URLs only what is averaged is read, and no checksum checked; --verify does both")
     return [*lines, str(report)]
+
+
+def _ranking_column(listing: Listing) -> list[str]:
+    """Return a column of what the best were chosen by, and where it was found; empty cells without that."""
+    if listing.ranking is None:
+        return [""] * (1 + len(listing.files))
+    name = listing.ranking.monitor
+    cells = [name, *(f"{listed.metrics[name]:.6g} ({listed.sources[name]})" for listed in listing.files)]
+    width = max(map(len, cells))
+    return [f"{cell:>{width}}  " for cell in cells]

@@ -22,6 +22,7 @@ __all__ = [
     "LOADING",
     "METHOD",
     "METHOD_ROWS",
+    "METRICS",
     "MODE",
     "OPTIMIZER",
     "POSITION",
@@ -61,10 +62,21 @@ MODE = Option(
     ["--mode"], type=click.Choice(["min", "max"]), help="Whether lower or higher values of it are better."
 )
 _EPOCHS = Option(["--epochs"], metavar="A:B[:STEP]", help="Only epochs A to B, both included.")
+METRICS = Option(
+    ["--metrics"],
+    metavar="FILE.csv",
+    help="Take the metrics from this log, as CSVLogger writes it.  [default: the one beside the checkpoints]",
+)
 _METRIC = (
-    Option(["--best"], type=int, metavar="N", help="The best N of these, by a metric in checkpoints.json."),
+    Option(
+        ["--best"],
+        type=int,
+        metavar="N",
+        help="The best N of these, by a metric in checkpoints.json, a CSVLogger's file or the names.",
+    ),
     Option(["--monitor"], metavar="NAME", help="The metric for --best.  [default: the monitored one]"),
     MODE,
+    METRICS,
 )
 _PLACE = (
     Option(["--last"], type=int, metavar="N", help="The last N of these."),

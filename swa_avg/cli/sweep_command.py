@@ -14,6 +14,7 @@ from swa_avg.cli.options import (
     DTYPE,
     LOADING,
     METHOD_ROWS,
+    METRICS,
     MODE,
     OPTIMIZER,
     POSITION,
@@ -100,7 +101,7 @@ _PATH = click.Option(
     sections={
         "Which checkpoints": POSITION,
         "Validation": _VALIDATION,
-        "How": (_CANDIDATES, _IMPROVEMENT, OPTIMIZER, DTYPE),
+        "How": (_CANDIDATES, METRICS, _IMPROVEMENT, OPTIMIZER, DTYPE),
         "BatchNorm": REFRESH,
         "Model": LOADING,
         "Output": (output("the best"), overwrite(), _PATH, *printing("List every single checkpoint, too.")),
@@ -110,6 +111,7 @@ _PATH = click.Option(
     values={
         "Candidates": [
             ("last:K", "The mean of the last K checkpoints."),
+            ("best:K", "The mean of the best K, by the metrics of the training, as --best K chooses them."),
             ("greedy", "The greedy soup: the best checkpoint, and each other one that does not hurt."),
             *METHOD_ROWS,
         ]
@@ -153,6 +155,7 @@ def sweep(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool,
                 refresh=refresh,
                 loading=loading_of(options),
                 tried=options["candidates"],
+                metrics=options["metrics"],
                 **values_of(POSITION, options),
                 optimizer=options["optimizer"],
                 dtype=options["dtype"],

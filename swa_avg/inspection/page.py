@@ -112,7 +112,7 @@ def _draws(inspection: Inspection) -> list[tuple[str, pictures.Draw]]:
 
 
 def _training(inspection: Inspection) -> list[tuple[str, pictures.Draw]]:
-    """Return the pictures of what the index says: metrics, those of one kind together, and learning rate."""
+    """Return the pictures of the training: metrics, those of one kind together, and learning rates."""
     known = [contents for contents in inspection.checkpoints if contents.epoch is not None]
     epochs = [float(contents.epoch or 0) for contents in known]
     groups: dict[str, list[str]] = {}
@@ -124,12 +124,13 @@ def _training(inspection: Inspection) -> list[tuple[str, pictures.Draw]]:
     for title, names in list(groups.items())[:_MOST_GROUPS]:
         values = {name: [c.metrics.get(name, np.nan) for c in known] for name in names[:_MOST_SERIES]}
         large = pictures.undrawn(value for series in values.values() for value in series)
-        caption = f"{' and '.join(values)} by epoch, from checkpoints.json.{large}"
+        found = (listed.sources.get(name) for name in values for listed in inspection.listing.files)
+        sources = " and ".join(dict.fromkeys(filter(None, found)))
+        caption = f"{' and '.join(values)} by epoch, from {sources}.{large}"
         draws.append((caption, pictures.lines(title, "epoch", title, epochs, values)))
     rates = [np.nan if c.learning_rate is None else c.learning_rate for c in known]
     if np.isfinite(rates).any():
-        caption = "The learning rate in effect when each checkpoint was saved, from checkpoints.json."
-        caption += pictures.undrawn(rates)
+        caption = "The learning rate in effect when each checkpoint was saved." + pictures.undrawn(rates)
         drawing = pictures.lines("Learning rate", "epoch", "learning rate", epochs, {"learning rate": rates})
         draws.append((caption, drawing))
     return draws

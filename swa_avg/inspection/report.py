@@ -10,6 +10,7 @@ import numpy as np
 
 from swa_avg.errors import Finding, escape
 from swa_avg.files.location import Location
+from swa_avg.inputs.listing import Listing
 from swa_avg.inspection.geometry import Geometry
 from swa_avg.text import counted, finite_or_none
 
@@ -42,11 +43,11 @@ class Contents:
     is_average: bool
     """Whether swa-avg wrote it."""
     epoch: int | None
-    """By the index beside it, else the last whole number in its name."""
+    """By the index beside it, else by its name."""
     learning_rate: float | None
-    """By the index."""
+    """By the index or the log."""
     metrics: Mapping[str, float]
-    """By the index; may hold NaN and infinities."""
+    """By the index, the log or its name; may hold NaN and infinities."""
 
     @property
     def optimizer_share(self) -> float:
@@ -60,6 +61,8 @@ class Inspection:
 
     checkpoints: tuple[Contents, ...]
     """In training order."""
+    listing: Listing
+    """What is known of each without opening it."""
     method: str
     """The average that coefficients and geometry are of, such as `ema:0.9`."""
     coefficients: tuple[float, ...]
@@ -77,8 +80,6 @@ class Inspection:
     Its mean is the method's, the coefficients of `measured` scaled to sum 1."""
     constants: tuple[str, ...] = ()
     """Tensors that hold NaN or infinity, and are the same in all checkpoints."""
-    notes: tuple[str, ...] = ()
-    """What the user may not expect of the order of the checkpoints."""
 
     @property
     def outliers(self) -> tuple[Contents, ...]:
@@ -118,6 +119,8 @@ class Inspection:
             "tensors": self.treatments,
             "geometry": None,
         }
+        if self.listing.ranking is not None:
+            result["best"] = self.listing.ranking.as_json(self.listing.files)
         if self.geometry is not None:
             result["geometry"] = {
                 "checkpoints": self.measured,

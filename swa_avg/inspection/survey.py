@@ -17,6 +17,7 @@ from swa_avg.files.publication import check_output, publish_file
 from swa_avg.formats import Checkpoint, Tensor
 from swa_avg.inputs.listing import Listing, list_checkpoints
 from swa_avg.inputs.opening import check_contents, check_shared_files, opened
+from swa_avg.inputs.ranking import with_log
 from swa_avg.inputs.selection import Selection, select
 from swa_avg.inspection.geometry import Measurement, geometry_of
 from swa_avg.inspection.report import Contents, Inspection
@@ -39,6 +40,7 @@ def inspect_checkpoints(
     best: int | None = None,
     monitor: str | None = None,
     mode: str | None = None,
+    metrics: str | Path | None = None,
     last: int | None = None,
     every: int | None = None,
     method: str | Sequence[float] = "uniform",
@@ -57,6 +59,7 @@ def inspect_checkpoints(
 
     Args:
         inputs, epochs, best, monitor, mode, last, every: Which checkpoints, as for `average`.
+        metrics: The log that holds their metrics, as for `average`; they are shown without `best`, too.
         method: The average whose distances are measured, as for `average`.
         dtype: `bfloat16`, where untagged 2-byte tensors of weights-only files hold that.
         plot: A `.png`, `.svg` or `.pdf` to draw the pictures into; needs matplotlib.
@@ -78,16 +81,12 @@ def inspect_checkpoints(
     """
     chosen_method = Method.parse(method)
     outputs = _outputs(plot, report, overwrite)
-    listing = select(list_checkpoints(inputs), Selection(epochs, best, monitor, mode, last, every))
+    wanted = Selection(epochs, best, monitor, mode, None if best is None else metrics, last, every)
+    listing = select(with_log(list_checkpoints(inputs), metrics), wanted)
     coefficients = coefficients_of(chosen_method, listing)
     with opened(listing.paths, dtype) as checkpoints:
         inspection = Inspection(
-            _contents(checkpoints, listing),
-            str(chosen_method),
-            tuple(coefficients),
-            {},
-            (),
-            notes=listing.notes,
+            _contents(checkpoints, listing), listing, str(chosen_method), tuple(coefficients), {}, ()
         )
         try:
             plan = make_plan(checkpoints, checkpoints[-1], coefficients)
@@ -151,7 +150,7 @@ def _contents(checkpoints: Sequence[Checkpoint], listing: Listing) -> tuple[Cont
                 is_average=checkpoint.is_average,
                 epoch=listed.epoch,
                 learning_rate=listed.learning_rate,
-                metrics=dict(listed.metrics) if listed.index is not None else {},
+                metrics=dict(listed.metrics),
             )
         )
     return tuple(result)

@@ -93,10 +93,15 @@ def checkpoint_table(inspection: Inspection) -> Table:
         ]
         for contents, coefficient in zip(inspection.checkpoints, inspection.coefficients, strict=True)
     ]
+    ranking = inspection.listing.ranking
+    if ranking is not None:
+        headers.insert(1, ranking.monitor)
+        for cells, contents in zip(rows, inspection.checkpoints, strict=True):
+            cells.insert(1, number_text(contents.metrics[ranking.monitor], 6))
     geometry = inspection.geometry
     if geometry is None:
         return headers, rows
-    headers[3:3] = ["norm", "step", "turn", "to average", "similarity"]
+    headers[-1:-1] = ["norm", "step", "turn", "to average", "similarity"]
     measured = {row: number for number, row in enumerate(inspection.measured)}
     for row, cells in enumerate(rows):
         number = measured.get(row)
@@ -110,7 +115,7 @@ def checkpoint_table(inspection: Inspection) -> Table:
                 number_text(geometry.to_mean[number]),
                 f"{_nearest(inspection, number):.3f}",
             ]
-        cells[3:3] = values
+        cells[-1:-1] = values
     return headers, rows
 
 
@@ -125,7 +130,7 @@ def epoch_labels(inspection: Inspection) -> tuple[list[str], str]:
 
 def observations(inspection: Inspection) -> list[str]:
     """Return what can be said of all of them together, a sentence each."""
-    sentences = [*inspection.notes]
+    sentences = [*inspection.listing.notes]
     if inspection.findings or len(inspection.checkpoints) > 1:
         sentences.append(str(inspection))
     geometry = inspection.geometry

@@ -19,7 +19,7 @@ __all__ = ["Record", "RecordedInput", "RecordedRefresh", "describe", "read_recor
 
 _CRC32 = re.compile(r"[0-9a-f]{8}")
 _DIGEST = re.compile(r"([0-9a-f]{64})?")
-_LAST = re.compile(r"last:[1-9][0-9]{0,8}")
+_SOME = re.compile(r"(last|best):[1-9][0-9]{0,8}")
 _WITHOUT_VALUE = ("ema", "power-ema", "weights", "single", "greedy")
 """Besides the grammar of methods: what version 0.1.0 wrote, and what sweeps call their winners."""
 _ROUNDING = 1e-12
@@ -164,7 +164,7 @@ def _count(value: Any, least: int = 0) -> int:
 
 def _is_method(text: str) -> bool:
     """Tell whether some version wrote this for a method."""
-    if text in _WITHOUT_VALUE or _LAST.fullmatch(text):
+    if text in _WITHOUT_VALUE or _SOME.fullmatch(text):
         return True
     try:
         Method.parse(text)

@@ -21,6 +21,7 @@ from swa_avg.files.temporary import temporary_folder
 from swa_avg.formats.base import Stream
 from swa_avg.inputs.listing import Listing, list_checkpoints
 from swa_avg.inputs.opening import check_contents, opened
+from swa_avg.inputs.ranking import ranked, with_log
 from swa_avg.inputs.selection import Selection, select
 from swa_avg.planning.output import output_path, plan_output
 from swa_avg.planning.policy import batchnorm_layers
@@ -45,6 +46,7 @@ def sweep(
     refresh: Any = None,
     loading: Loading | None = None,
     tried: str | Sequence[str] = (),
+    metrics: str | Path | None = None,
     epochs: str | int | range | None = None,
     last: int | None = None,
     every: int | None = None,
@@ -75,8 +77,10 @@ def sweep(
             not report the score that it was chosen by.
         refresh: Training data to re-estimate BatchNorm statistics on, or a `Refresh`, as for `average`.
         loading: How to load the model; where `refresh` is a `Refresh`, that says it itself.
-        tried: Averages: methods as for `average`, `last:K` for the mean of the last K, and `greedy` for the
-            greedy soup; by default, those of `candidates.default_candidates`.
+        tried: Averages: methods as for `average`, `last:K` for the mean of the last K, `best:K` for that of
+            the best K, as `average` ranks them by the metrics of their training, and `greedy` for the greedy
+            soup; by default, those of `candidates.default_candidates`.
+        metrics: For `best:K`, the log that holds these metrics, as for `average`.
         require_improvement: Write nothing if no average is better than the best single checkpoint.
         path: Also score 11 points on the line from the last checkpoint to the best average, each refreshed
             likewise, and draw them into this `.png`, `.svg` or `.pdf`; needs matplotlib.
@@ -98,6 +102,10 @@ def sweep(
     refresh = Refresh.of(refresh, loading)
     tried = [tried] if isinstance(tried, str) else tried
     named = list_checkpoints(inputs)
+    if any(map(candidates.needs_ranking, tried)):
+        named = with_log(named, metrics)
+    elif metrics is not None:
+        raise UsageError(f"metrics goes with a candidate {candidates.BEST}")
     for data in (validation.data, refresh and refresh.data):
         if isinstance(data, Iterator):
             raise UsageError(
@@ -111,7 +119,7 @@ def sweep(
         raise UsageError("a sweep compares averages of at least 2 checkpoints; found 1")
     check_output(target, overwrite=overwrite)
     draw = _drawing(Path(path), overwrite=overwrite) if path is not None else None
-    rows, with_greedy = candidate_rows(listing, tried)
+    listing, rows, with_greedy = candidate_rows(listing, tried, validation)
     far = any_remote(paths)
     verify = not far if verify is None else verify
     most_rows = max(len(rows), POINTS if draw else 1)
@@ -179,9 +187,11 @@ def _drawing(output: Path, *, overwrite: bool) -> Callable[[SweepReport], bytes]
     return partial(plot, suffix=output.suffix)
 
 
-def candidate_rows(listing: Listing, tried: Sequence[str]) -> tuple[list[Candidate], bool]:
+def candidate_rows(
+    listing: Listing, tried: Sequence[str], validation: Validation
+) -> tuple[Listing, list[Candidate], bool]:
     """Return the candidates that are known beforehand, single checkpoints first, and whether a soup is asked
-    for."""
+    for; with the listing, to which it is noted what ranks the best."""
     paths = listing.paths
     count = len(paths)
     listing.check_order("candidates")
@@ -197,9 +207,29 @@ def candidate_rows(listing: Listing, tried: Sequence[str]) -> tuple[list[Candida
         for number, name in enumerate(short_names(paths))
     ]
     texts = tried or candidates.default_candidates(count, times)
-    averages = [candidates.parse(text, count, times) for text in texts]
+    order: list[int] = []
+    if any(map(candidates.needs_ranking, texts)):
+        listing, order = _ranked(listing, validation)
+    averages = [candidates.parse(text, count, times, order) for text in texts]
     known = dict.fromkeys(average for average in averages if average is not None)
-    return [*singles, *known], None in averages
+    return listing, [*singles, *known], None in averages
+
+
+def _ranked(listing: Listing, validation: Validation) -> tuple[Listing, list[int]]:
+    """Return the numbers of the checkpoints, the best first, and the listing with what ranks them.
+
+    That is the namesake of the metric that decides, as Keras logs it of validation data, where one is named.
+    """
+    listing.check_indices()
+    monitor, mode = validation.monitor, validation.mode
+    if monitor is None and validation.metric is not None:
+        mode = None  # which is that of another metric
+    if monitor is not None and any(f"val_{monitor}" in listed.metrics for listed in listing.files):
+        monitor = f"val_{monitor}"
+    ranking, order = ranked(listing, monitor, mode)
+    sources = " and ".join(dict.fromkeys(listing.files[row].sources[ranking.monitor] for row in order))
+    note = f"{candidates.BEST} goes by {ranking.monitor} ({ranking.mode}) from {sources}"
+    return replace(listing, notes=(*listing.notes, note)), order
 
 
 def _report(

@@ -61,7 +61,7 @@ def test_metrics_are_read_with_their_labels() -> None:
     assert [reading.epoch for reading in readings] == [3, 4]
     assert [reading.metrics["val_loss"] for reading in readings] == [-0.42, 0.10]
     assert math.isnan(readings[0].metrics["acc"])
-    assert read_names(["03-0.42.keras", "04-0.41.keras"])[0][1] == NameReading(4, None, {"": 0.41})
+    assert read_names(["03-0.42.keras", "04-0.41.keras"])[0][1] == NameReading(4, None, {"number": 0.41})
 
 
 def test_steps_count_within_epochs() -> None:

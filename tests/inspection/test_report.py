@@ -232,7 +232,7 @@ def test_numbers_of_any_size_have_a_page_and_pictures(
     ended = swa_avg("inspect", tmp_path, "--report", page, "--plot", picture, "-q")
     assert (ended.code, ended.err) == (0, "")
     count = "1 value" if undrawn == 1 else f"{undrawn} values"
-    said = f"from checkpoints.json. Not drawn, beyond 1e+300 in size: {count}."
+    said = f". Not drawn, beyond 1e+300 in size: {count}."
     assert page.read_text().count(said) == (4 if undrawn else 0)  # of metric and rate, twice each
     assert picture.read_bytes().startswith(b"\x89PNG")
 

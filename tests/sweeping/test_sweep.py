@@ -165,6 +165,7 @@ def _contents(path: Path) -> dict[str, object]:
     ("candidate", "alone"),
     [
         ("last:2", ("--last", "2")),
+        ("best:3", ("--best", "3")),
         ("uniform", ()),
         ("power-ema:0.1", ("--method", "power-ema:0.1")),
         ("ema:0.5", ("--method", "ema:0.5", "--optimizer", "drop")),
@@ -174,6 +175,7 @@ def test_the_winner_has_the_bytes_that_averaging_alone_writes(
     candidate: str, alone: tuple[str, ...], refresh: tuple[str, ...], here: Path, swa_avg: Cli
 ) -> None:
     extra = ("--optimizer", "drop") if "drop" in alone else ()
+    Path("log.csv").write_text("epoch,val_loss\n0,4\n1,2\n2,3\n3,1\n")
     # Scored such that an average wins: the smaller, the more checkpoints.
     (here / "more.py").write_text(
         "calls = []\ndef later(targets, predictions):\n    calls.append(1)\n    return -len(calls)\n"
@@ -202,6 +204,19 @@ def test_a_greedy_soup_has_the_bytes_of_averaging_its_files_alone(here: Path, sw
     assert report["winner"] == "greedy"
     assert swa_avg(*files, "-o", "alone.keras").code == 0
     assert _contents(Path("swa.keras")) == _contents(Path("alone.keras"))
+
+
+def test_the_best_by_the_metrics_of_training_are_a_candidate(here: Path, swa_avg: Cli) -> None:
+    Path("log.csv").write_text("epoch,val_accuracy,accuracy\n0,1,0\n1,2,0\n2,4,9\n3,1,9\n")
+    swept = ("sweep", "ckpt_*.keras", "--val", "val.npz", "-o", "swept.keras")
+    ended = swa_avg(*swept, "--monitor", "accuracy", "--candidates", "best:3", "--json")
+    assert ended.code == 0, ended.err
+    assert "best:K goes by val_accuracy (max) from log.csv" in ended.err.splitlines()
+    (average,) = json.loads(ended.out)["averages"]
+    assert (average["name"], average["coefficients"]) == ("best:3", [0.0, 1 / 3, 1 / 3, 1 / 3])
+    named = "best needs monitor, a metric of ckpt_1.keras: val_accuracy (1), accuracy (0)"
+    _line(swa_avg(*swept, "--overwrite", "--candidates", "best:3"), 2, named)
+    _line(swa_avg(*swept, "--overwrite", "--metrics", "log.csv"), 2, "metrics goes with a candidate best:K")
 
 
 def test_the_soup_accepts_what_recipe_1_accepts_by_hand(here: Path, swa_avg: Cli) -> None:
