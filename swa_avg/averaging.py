@@ -19,7 +19,7 @@ from swa_avg.formats import Tensor, open_checkpoint
 from swa_avg.formats.base import Stream
 from swa_avg.inputs.digests import check_digests, read_digests
 from swa_avg.inputs.listing import Listing, list_checkpoints
-from swa_avg.inputs.opening import check_contents, check_shared_files, opened
+from swa_avg.inputs.opening import check_averages, check_contents, check_shared_files, opened
 from swa_avg.inputs.related import Relation, check_related
 from swa_avg.inputs.selection import Selection, select
 from swa_avg.planning.methods import Method
@@ -283,11 +283,12 @@ def average(
 
 
 def _checked(combiner: Combiner, *, allow_unrelated: bool) -> Relation:
-    """Check that the inputs are distinct, and that those which count are related."""
+    """Check that the inputs are distinct, and that those which count are related, and each counts once."""
     plan = combiner.plan
     check_shared_files(plan.inputs)
     check_contents(plan.inputs, combiner.checksums)
     used = [input for input, share in zip(plan.inputs, plan.coefficients, strict=True) if share]
+    check_averages(used)
     return check_related(used, plan.averaged, allow=allow_unrelated)
 
 

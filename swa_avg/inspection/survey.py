@@ -16,7 +16,7 @@ from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.files.publication import check_output, publish_file
 from swa_avg.formats import Checkpoint
 from swa_avg.inputs.listing import Listing, list_checkpoints
-from swa_avg.inputs.opening import check_contents, check_shared_files, opened
+from swa_avg.inputs.opening import check_averages, check_contents, check_shared_files, opened
 from swa_avg.inputs.related import kernels_among
 from swa_avg.inputs.selection import Selection, select
 from swa_avg.inspection.geometry import Measurement, geometry_of
@@ -93,6 +93,7 @@ def inspect_checkpoints(
         try:
             plan = make_plan(checkpoints, checkpoints[-1], coefficients)
             check_shared_files(checkpoints)
+            check_averages(checkpoints)
             check_contents(
                 checkpoints, [[shard.crc32 for shard in checkpoint.shards] for checkpoint in checkpoints]
             )

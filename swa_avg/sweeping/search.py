@@ -20,7 +20,7 @@ from swa_avg.files.publication import check_output, publication_at, publish_file
 from swa_avg.files.temporary import temporary_folder
 from swa_avg.formats.base import Stream
 from swa_avg.inputs.listing import Listing, list_checkpoints
-from swa_avg.inputs.opening import check_contents, opened
+from swa_avg.inputs.opening import check_averages, check_contents, opened
 from swa_avg.inputs.related import Relation, check_related
 from swa_avg.inputs.selection import Selection, select
 from swa_avg.planning.output import output_path, plan_output
@@ -140,6 +140,7 @@ def sweep(
                 score_progress and partial(score_progress, steps),
                 drop_optimizer=optimizer == "drop",
             )
+            check_averages(checkpoints)
             relation = check_related(checkpoints, trials.combiner(rows).plan.averaged, allow=allow_unrelated)
             scored = trials.scored(rows, verify=verify, progress=progress)
             singles, averages = scored[: len(paths)], scored[len(paths) :]

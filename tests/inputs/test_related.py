@@ -254,3 +254,56 @@ def test_groups_are_chains_the_largest_first() -> None:
     for one, other in ((0, 3), (1, 2), (2, 4)):
         related[one, other] = related[other, one] = True
     assert groups_of(related) == ((1, 2, 4), (0, 3), (5,))
+
+
+# --- an average among its own inputs
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+@pytest.mark.parametrize("options", [(), ("--no-verify",), ("--dry-run",)], ids=str)
+def test_an_average_among_its_own_inputs_ends_the_run(
+    options: tuple[str, ...], suffix: str, tmp_path: Path, swa_avg: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _write(Path(), _run(1, 3), suffix)
+    assert swa_avg(f"ckpt_1{suffix}", f"ckpt_2{suffix}", "-o", f"ckpt_9{suffix}").code == 0
+    Path(f"ckpt_2{suffix}").rename(f"ckpt_5{suffix}")  # by what it holds, not by its name
+    for command in ((), ("inspect",)):
+        if command and options:
+            continue
+        ended = swa_avg(*command, f"ckpt_*{suffix}", *options, *(() if command else ("-o", f"swa{suffix}")))
+        assert ended.code == 4
+        assert ended.err.endswith(
+            f"swa-avg: error: ckpt_9{suffix}: record: is an average of ckpt_1{suffix}, ckpt_5{suffix}, which "
+            "would count twice; leave this average out\n"
+        )
+    assert not Path(f"swa{suffix}").exists()
+
+
+def test_an_average_of_other_things_stays_a_warning(
+    tmp_path: Path, swa_avg: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _write(Path(), _run(1, 4))
+    assert swa_avg("ckpt_1.keras", "ckpt_2.keras", "-o", "ckpt_9.keras").code == 0
+    ended = swa_avg("ckpt_3.keras", "ckpt_4.keras", "ckpt_9.keras", "-o", "swa.keras")
+    assert ended.code == 0
+    assert "warning: ckpt_9.keras is itself an average that swa-avg wrote\n" in ended.err
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [None, 3, [], [3], [{}], [{"size": [], "crc32": [None], "coefficient": 1}], [{"crc32": 7}]],
+    ids=str,
+)
+def test_a_record_that_says_nothing_of_inputs_is_a_warning_too(
+    inputs: Any, tmp_path: Path, swa_avg: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, kernel in enumerate(_run(1, 2)):
+        record = {"keras_version": "3.15.1", "swa_avg": {"inputs": inputs}} if number else {}
+        metadata = {"metadata.json": json.dumps(record).encode()}
+        makers.write_archive(Path(f"ckpt_{number}.keras"), {KERNEL: kernel}, **metadata)
+    ended = swa_avg("ckpt_*.keras", "-o", "swa.keras")
+    assert ended.code == 0, ended.err
+    assert "warning: ckpt_1.keras is itself an average that swa-avg wrote\n" in ended.err
