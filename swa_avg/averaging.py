@@ -19,7 +19,8 @@ from swa_avg.formats import Tensor, open_checkpoint
 from swa_avg.formats.base import Stream
 from swa_avg.inputs.digests import check_digests, read_digests
 from swa_avg.inputs.listing import Listing, list_checkpoints
-from swa_avg.inputs.opening import check_contents, check_shared_files, opened
+from swa_avg.inputs.opening import check_averages, check_contents, check_shared_files, opened
+from swa_avg.inputs.related import Relation, check_related
 from swa_avg.inputs.selection import Selection, select
 from swa_avg.planning.methods import Method
 from swa_avg.planning.output import output_path, plan_output
@@ -48,8 +49,10 @@ class Report:
     """As it is written in the output's record, such as `ema:0.9`."""
     verify: bool
     """Whether every byte of every input is read and checked."""
+    relation: Relation
+    """Whether the inputs that count are related."""
     bytes_to_read: int
-    """In all, of the inputs."""
+    """In all, of the inputs, but for the sample that tells whether they are related."""
     peak_memory: int
     """Predicted peak of the process's resident memory, in bytes, without a refresh."""
     refresh: RefreshReport | None = None
@@ -80,6 +83,8 @@ class Report:
 
     def warnings_naming(self, refresh: str) -> Iterator[str]:
         """Yield the warnings; `refresh` is how a refresh is asked for."""
+        if self.relation.problem is not None:
+            yield self.relation.problem
         for checkpoint in self.plan.inputs:
             if checkpoint.is_average:
                 yield f"{checkpoint.path} is itself an average that swa-avg wrote"
@@ -111,6 +116,7 @@ class Report:
             "verify": self.verify,
             "inputs": [{"path": str(input.path), "coefficient": share} for input, share in inputs],
             "tensors": {title: [tensor.name for tensor in group] for title, group in self.treatments.items()},
+            "relation": self.relation.as_json(),
             "batchnorm_layers": self.batchnorm_layers,
             "refresh": None if self.refresh is None else self.refresh.as_json(),
             "bytes_to_read": self.bytes_to_read,
@@ -133,6 +139,7 @@ def average(
     method: str | Sequence[float] = "uniform",
     optimizer: str = "keep",
     dtype: str | None = None,
+    allow_unrelated: bool = False,
     overwrite: bool = False,
     verify: bool | None = None,
     expect_sha256: str | Path | None = None,
@@ -174,6 +181,8 @@ def average(
             training order.
         optimizer: `keep` copies the newest checkpoint's optimizer state, `drop` leaves it out.
         dtype: `bfloat16`, where untagged 2-byte tensors of weights-only files hold that.
+        allow_unrelated: Average even what a sample of the kernels shows to be of unrelated runs, such as
+            folds or seeds, with a warning.
         overwrite: Replace an existing output.
         verify: Read every byte and check it against the CRC-32 that archives store; by default, unless an
             input is a URL.
@@ -195,7 +204,8 @@ def average(
     Raises:
         UsageError: the request cannot be met as it was made.
         UnreadableError: an input is missing, damaged, or changed while it was read.
-        MismatchError: the inputs do not fit together or hold values that cannot be averaged.
+        MismatchError: the inputs do not fit together, are not related, or hold values that cannot be
+            averaged.
         SystemRefusalError: disk full, permission denied, input/output error; a service refused; no cluster,
             or one that was lost.
 
@@ -233,8 +243,7 @@ def average(
                 checkpoints, coefficients, publication.output, scratch, optimizer=optimizer, dry_run=dry_run
             )
             combiner = Combiner(plan, [coefficients], workers, verify, progress)
-            check_shared_files(checkpoints)
-            check_contents(checkpoints, combiner.checksums)
+            relation = _checked(combiner, allow_unrelated=allow_unrelated)
             if refresh is not None:
                 from swa_avg.batchnorm.loading import check_request
 
@@ -246,6 +255,7 @@ def average(
                 plan,
                 str(chosen_method),
                 verify,
+                relation,
                 combiner.bytes_to_read,
                 combiner.peak_memory,
             )
@@ -266,7 +276,8 @@ def average(
                 report = replace(report, refresh=statistics.report)
 
             def record() -> dict[str, Any]:
-                return describe(combiner.settled, report.method, combiner.checksums, dtype) | further
+                checksums = combiner.checksums
+                return describe(combiner.settled, report.method, checksums, relation.related, dtype) | further
 
             plan.template.write(stream, record, publication)
             check_contents(checkpoints, combiner.checksums)
@@ -274,3 +285,13 @@ def average(
     report = replace(report, plan=combiner.settled, written=True)
     warn([*listing.notes, *report.warnings])
     return report
+
+
+def _checked(combiner: Combiner, *, allow_unrelated: bool) -> Relation:
+    """Check that the inputs are distinct, and that those which count are related, and each counts once."""
+    plan = combiner.plan
+    check_shared_files(plan.inputs)
+    check_contents(plan.inputs, combiner.checksums)
+    used = [input for input, share in zip(plan.inputs, plan.coefficients, strict=True) if share]
+    check_averages(used)
+    return check_related(used, plan.averaged, allow=allow_unrelated)

@@ -19,6 +19,7 @@ from swa_avg.cli.options import (
     REFRESH,
     RESOURCES,
     SELECTION,
+    UNRELATED,
     VERIFY,
     output,
     overwrite,
@@ -51,7 +52,7 @@ _DIGESTS = click.Option(
     params=[CHECKPOINTS],
     sections={
         "Which checkpoints": SELECTION,
-        "How": (METHOD, OPTIMIZER, DTYPE),
+        "How": (METHOD, OPTIMIZER, DTYPE, UNRELATED),
         "BatchNorm": (*REFRESH, *LOADING),
         "Output": (output("the average"), overwrite(), _DRY_RUN, *printing("List every tensor.")),
         "Checks": (VERIFY, _DIGESTS),
@@ -84,6 +85,7 @@ def average(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
             method=options["method"],
             optimizer=options["optimizer"],
             dtype=options["dtype"],
+            allow_unrelated=options["allow_unrelated"],
             overwrite=options["overwrite"],
             verify=options["verify"],
             expect_sha256=options["expect_sha256"],
@@ -123,6 +125,8 @@ def _lines(report: Report, *, verbose: bool) -> list[str]:
             )
             if verbose:
                 lines.extend(f"  {tensor.name}  {tensor}" for tensor in tensors)
+        if report.relation.related:
+            lines.append(f"all are related: similarity to the nearest {report.relation.least:.3f} or more")
         memory = size_text(report.peak_memory)
         lines.append(f"bytes to read: {size_text(report.bytes_to_read)}; peak memory: about {memory}")
     lines.extend(report.listing.notes)

@@ -30,6 +30,7 @@ __all__ = [
     "REPEATED",
     "RESOURCES",
     "SELECTION",
+    "UNRELATED",
     "VERIFY",
     "loading_of",
     "output",
@@ -105,6 +106,10 @@ OPTIMIZER = Option(
     help="Copy the optimizer state of the newest averaged checkpoint, or leave it out.",
 )
 DTYPE = Option(["--dtype"], type=click.Choice(["bfloat16"]), help="The type of untagged 2-byte values.")
+
+UNRELATED = Option(
+    ["--allow-unrelated"], is_flag=True, help="Average unrelated runs, such as folds or seeds, all the same."
+)
 
 # --- BatchNorm and the model
 

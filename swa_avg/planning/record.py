@@ -76,12 +76,17 @@ class Record:
 
 
 def describe(
-    plan: Plan, method: str, checksums: Sequence[Sequence[int | None]], dtype: str | None = None
+    plan: Plan,
+    method: str,
+    checksums: Sequence[Sequence[int | None]],
+    related: bool | None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Return the record of an output: enough to derive it again, and no clock time.
 
     Each input has one CRC-32 (hexadecimal) for each shard, which in an archive is `model.weights.h5`; null
-    where it was not computed.
+    where it was not computed. `related` says whether the inputs were found to be; None, and no line of the
+    record, where that could not be told.
     """
     return {
         "version": __version__,
@@ -100,6 +105,7 @@ def describe(
         ],
         "averaged": len(plan.averaged),
         "copied": len(plan.copied) + len(plan.compared),
+        **({} if related is None else {"related": related}),
     }
 
 
