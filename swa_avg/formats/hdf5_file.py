@@ -86,6 +86,7 @@ def _keras_checkpoint(region: Region, layout: Layout) -> Hdf5Checkpoint:
         for key, name in (("config", "model_config"), ("training_config", "training_config")):
             if name in root:
                 own[key] = parse_json(b"".join(root[name]), path, name)
+        own["optimizer_config"] = own.get("training_config", {}).get("optimizer_config")
     elif "layer_names" in root:
         own |= {"kind": _LEGACY_WEIGHTS, "suffixes": _LEGACY_SUFFIXES, "is_legacy": True}
         _check_legacy_groups(reader, layout, "")

@@ -23,7 +23,7 @@ from swa_avg.inspection.geometry import Measurement, geometry_of
 from swa_avg.inspection.report import Contents, Inspection
 from swa_avg.planning.methods import Method
 from swa_avg.planning.plan import Plan, coefficients_of, make_plan
-from swa_avg.planning.policy import FLOATS, batchnorm_layers
+from swa_avg.planning.policy import FLOATS, batchnorm_layers, other_weights
 from swa_avg.text import Progress
 
 __all__ = ["inspect_checkpoints"]
@@ -88,6 +88,7 @@ def inspect_checkpoints(
             tuple(coefficients),
             {},
             (),
+            other_weights=other_weights(checkpoints[-1].optimizer_config),
             notes=listing.notes,
         )
         try:
