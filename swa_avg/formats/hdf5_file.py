@@ -94,7 +94,7 @@ def _keras_checkpoint(region: Region, layout: Layout) -> Hdf5Checkpoint:
         own["tensors"] = {name: replace(tensor, role="weight") for name, tensor in layout.tensors.items()}
     elif is_keras_store(layout.groups):
         own |= {"layer_names": layer_names(region, layout), "empty_groups": check_store(path, layout)}
-    else:
+    elif "lora" not in layout.groups:  # KerasHub's factors alone, which no plan takes
         raise UnreadableError(
             path, "an HDF5 file, but not one that Keras wrote: no `vars` groups, no `layer_names`"
         )

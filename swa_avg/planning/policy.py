@@ -79,9 +79,10 @@ def refusals(checkpoint: Checkpoint) -> Iterator[Finding]:
         elif tensor.dtype == "int8":
             problem = "holds int8 codes, which cannot be averaged: average before you quantize"
             yield Finding(checkpoint.path, tensor.name, problem)
-        elif checkpoint.is_legacy and _LORA.search(tensor.name):
+        elif _LORA.search(tensor.name):
             problem = (
-                "is a LoRA factor, and factors do not average: save .keras or .weights.h5, which merge them"
+                "is a LoRA factor, and factors do not average (the mean of products is not the product of "
+                "means): save the model as .keras or .weights.h5, which merge them"
             )
             yield Finding(checkpoint.path, tensor.name, problem)
 
