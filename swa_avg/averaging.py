@@ -25,7 +25,13 @@ from swa_avg.inputs.selection import Selection, select
 from swa_avg.planning.methods import Method
 from swa_avg.planning.output import output_path, plan_output
 from swa_avg.planning.plan import Plan, coefficients_of
-from swa_avg.planning.policy import FLOATS, batchnorm_layers, batchnorm_warning, constants_warning
+from swa_avg.planning.policy import (
+    FLOATS,
+    batchnorm_layers,
+    batchnorm_warning,
+    constants_warning,
+    other_weights,
+)
 from swa_avg.planning.record import describe
 from swa_avg.text import Progress, counted
 
@@ -77,6 +83,11 @@ class Report:
         return [] if alone else batchnorm_layers(self.plan.inputs[-1])
 
     @property
+    def other_weights(self) -> str | None:
+        """What to know of an optimizer that keeps an average of its own."""
+        return other_weights(self.plan.inputs[-1].optimizer_config)
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should look at; `average` warns of each."""
         return tuple(self.warnings_naming("refresh=DATA"))
@@ -88,6 +99,8 @@ class Report:
         for checkpoint in self.plan.inputs:
             if checkpoint.is_average:
                 yield f"{checkpoint.path} is itself an average that swa-avg wrote"
+        if self.other_weights is not None:
+            yield self.other_weights
         constants = [tensor.name for tensor in self.plan.compared if tensor.dtype in FLOATS]
         if constants:
             yield constants_warning(constants)
@@ -117,6 +130,7 @@ class Report:
             "inputs": [{"path": str(input.path), "coefficient": share} for input, share in inputs],
             "tensors": {title: [tensor.name for tensor in group] for title, group in self.treatments.items()},
             "relation": self.relation.as_json(),
+            "other_weights": self.other_weights,
             "batchnorm_layers": self.batchnorm_layers,
             "refresh": None if self.refresh is None else self.refresh.as_json(),
             "bytes_to_read": self.bytes_to_read,

@@ -16,6 +16,7 @@ import keras
 
 from swa_avg.batchnorm.loading import check_model
 from swa_avg.callbacks.filenames import FileNames
+from swa_avg.callbacks.kept_average import kept_average_warnings
 from swa_avg.callbacks.model_state import is_chief, learning_rate, scalars, steps, sync
 from swa_avg.callbacks.run_folder import RunFolder, published
 from swa_avg.callbacks.snapshot import Snapshot, Task, saved_view
@@ -214,6 +215,7 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
         self._missed = set()
         self._epoch = None
         if is_chief(self.model):
+            self._warn(kept_average_warnings(self))
             self._open()
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:

@@ -148,9 +148,12 @@ def _checkpoint(
     like: Checkpoint | None,
 ) -> ArchiveCheckpoint:
     if isinstance(like, ArchiveCheckpoint) and like.config_bytes == config_bytes:
-        config = like.config
+        config, optimizer = like.config, like.optimizer_config
     else:
-        config = {k: v for k, v in parse_json(config_bytes, path, _CONFIG).items() if k != "compile_config"}
+        settings = parse_json(config_bytes, path, _CONFIG)
+        config = {k: v for k, v in settings.items() if k != "compile_config"}
+        compiled = settings.get("compile_config")
+        optimizer = compiled.get("optimizer") if isinstance(compiled, dict) else None
     version = metadata.get("keras_version")
     own: dict[str, Any] = {
         "path": path,
@@ -158,6 +161,7 @@ def _checkpoint(
         "archive": archive,
         "config_bytes": config_bytes,
         "config": config,
+        "optimizer_config": optimizer,
         "metadata": metadata,
         "record": record_in(metadata, path),
         "writer": f"Keras {version}" if isinstance(version, str) else None,

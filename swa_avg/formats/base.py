@@ -115,6 +115,8 @@ class Checkpoint(ABC):
     """Paths of the `vars` groups without a tensor: those of layers without weights."""
     training_config: Mapping[str, Any] | None = None
     """How the model was compiled, where Keras's safe mode does not check that itself."""
+    optimizer_config: Any = None
+    """Class and settings of the optimizer, as Keras writes them, where the checkpoint says so."""
     record: StoredRecord = None
     """What swa-avg says of how it was made; None where something else wrote it."""
     writer: str | None = None

@@ -93,6 +93,7 @@ def _keras_checkpoint(region: Region, layout: Layout) -> Hdf5Checkpoint:
         for key, name in (("config", "model_config"), ("training_config", "training_config")):
             if name in root:
                 own[key] = parse_json(b"".join(root[name]), path, name)
+        own["optimizer_config"] = own.get("training_config", {}).get("optimizer_config")
     elif "layer_names" in root:
         own |= {"kind": _LEGACY_WEIGHTS, "suffixes": _LEGACY_SUFFIXES, "is_legacy": True}
         _check_legacy_groups(reader, layout, "")
@@ -100,7 +101,7 @@ def _keras_checkpoint(region: Region, layout: Layout) -> Hdf5Checkpoint:
         own["tensors"] = {name: replace(tensor, role="weight") for name, tensor in layout.tensors.items()}
     elif is_keras_store(layout.groups):
         own |= {"layer_names": layer_names(region, layout), "empty_groups": check_store(path, layout)}
-    else:
+    elif "lora" not in layout.groups:  # KerasHub's factors alone, which no plan takes
         raise UnreadableError(
             path, "an HDF5 file, but not one that Keras wrote: no `vars` groups, no `layer_names`"
         )

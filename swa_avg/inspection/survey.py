@@ -24,7 +24,7 @@ from swa_avg.inspection.geometry import Measurement, geometry_of
 from swa_avg.inspection.report import Contents, Inspection
 from swa_avg.planning.methods import Method
 from swa_avg.planning.plan import Plan, coefficients_of, make_plan
-from swa_avg.planning.policy import FLOATS, batchnorm_layers
+from swa_avg.planning.policy import FLOATS, batchnorm_layers, other_weights
 from swa_avg.text import Progress
 
 __all__ = ["inspect_checkpoints"]
@@ -87,7 +87,13 @@ def inspect_checkpoints(
     coefficients = coefficients_of(chosen_method, listing)
     with opened(listing.paths, dtype) as checkpoints:
         inspection = Inspection(
-            _contents(checkpoints, listing), listing, str(chosen_method), tuple(coefficients), {}, ()
+            _contents(checkpoints, listing),
+            listing,
+            str(chosen_method),
+            tuple(coefficients),
+            {},
+            (),
+            other_weights=other_weights(checkpoints[-1].optimizer_config),
         )
         try:
             plan = make_plan(checkpoints, checkpoints[-1], coefficients)

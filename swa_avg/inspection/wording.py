@@ -165,6 +165,8 @@ def warnings(inspection: Inspection) -> list[str]:
         for name, contents in zip(names, inspection.checkpoints, strict=True)
         if contents.is_average
     ]
+    if inspection.other_weights is not None:
+        sentences.append(inspection.other_weights)
     if inspection.constants:
         sentences.append(constants_warning(inspection.constants))
     if geometry is None:

@@ -76,6 +76,8 @@ class SweepReport:
     """BLAKE2b-256 of these rows."""
     relation: Relation
     """Whether the checkpoints are related."""
+    other_weights: str | None = None
+    """What to know of an optimizer that keeps an average of its own."""
     batchnorm_layers: tuple[str, ...] = ()
     """BatchNorm layers whose statistics are averages of statistics, for want of a refresh."""
     path: tuple[Mapping[str, float], ...] = ()
@@ -113,6 +115,8 @@ class SweepReport:
         """Yield the warnings; `refresh` is how a refresh is asked for."""
         if self.relation.problem is not None:
             yield self.relation.problem
+        if self.other_weights is not None:
+            yield self.other_weights
         if self.winner.refresh is not None:
             yield from self.winner.refresh.warnings
         elif self.batchnorm_layers and self.winner.candidate.is_average:
@@ -149,6 +153,7 @@ class SweepReport:
             "best_single": self.best_single.candidate.name,
             "improved": self.improved,
             "relation": self.relation.as_json(),
+            "other_weights": self.other_weights,
             "batchnorm_layers": list(self.batchnorm_layers),
             "path": [_finite(point) for point in self.path],
         }

@@ -25,7 +25,7 @@ from swa_avg.inputs.ranking import ranked, with_log
 from swa_avg.inputs.related import Relation, check_related
 from swa_avg.inputs.selection import Selection, select
 from swa_avg.planning.output import output_path, plan_output
-from swa_avg.planning.policy import batchnorm_layers
+from swa_avg.planning.policy import batchnorm_layers, other_weights
 from swa_avg.planning.record import describe
 from swa_avg.sweeping import candidates
 from swa_avg.sweeping.candidates import Candidate
@@ -270,6 +270,7 @@ def _report(
         epochs=tuple(listing.epochs("candidates")) if by_epochs else (),
         notes=listing.notes,
         relation=relation,
+        other_weights=other_weights(newest.optimizer_config),
     )
 
 
