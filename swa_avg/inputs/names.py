@@ -139,9 +139,8 @@ def _roles(
             return coarse, fine, None
     for coarse, fine in combinations(candidates, 2):
         if _begins_again(fine, coarse):
-            if not _counts(fine):
-                return coarse, fine, None
-            return coarse, fine, Ambiguity(names[0], (coarse.numbers[0], fine.numbers[0]), True)
+            either = coarse.numbers[0], fine.numbers[0]
+            return coarse, fine, Ambiguity(names[0], either, order_differs=True) if _counts(fine) else None
     candidates = list(filter(_differs, candidates)) or candidates
     first, last = candidates[0], candidates[-1]
     if first is last:
