@@ -329,6 +329,14 @@ def test_coefficients_that_do_not_sum_to_one_are_refused_in_one_line(
         lambda record: record["inputs"][0].update(name="a\0b"),
         lambda record: record["inputs"][0].update(name="a\ud800"),
         lambda record: record.update(inputs=[]),
+        lambda record: record.update(batchnorm=_refresh() | {"samples": -1}),
+        lambda record: record.update(batchnorm=_refresh() | {"samples": True}),
+        lambda record: record.update(batchnorm=_refresh() | {"batch_size": 0}),
+        lambda record: record.update(batchnorm=_refresh() | {"seed": 0.5}),
+        lambda record: record.update(batchnorm=_refresh() | {"estimator": "median"}),
+        lambda record: record.update(batchnorm=_refresh() | {"digest": "equal: it is"}),
+        lambda record: record.update(batchnorm=_refresh(a="1")),
+        lambda record: record.update(batchnorm=[]),
     ],
 )
 def test_a_record_that_no_version_writes_is_damaged(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, permutations
+from itertools import combinations, pairwise, permutations
 
 from swa_avg.inputs.metrics import KNOWN
 
@@ -152,6 +152,10 @@ def _roles(
     for coarse, fine in permutations([one for one in whole if one in candidates or one is step], 2):
         if _is_finer(fine, coarse):
             return coarse, fine, None
+    for coarse, fine in combinations(candidates, 2):
+        if _begins_again(fine, coarse):
+            either = coarse.numbers[0], fine.numbers[0]
+            return coarse, fine, Ambiguity(names[0], either, order_differs=True) if _counts(fine) else None
     candidates = list(filter(_differs, candidates)) or candidates
     first, last = candidates[0], candidates[-1]
     if first is last:
@@ -188,3 +192,13 @@ def _is_finer(steps: _Field, epochs: _Field) -> bool:
     ordered = [epochs.numbers[row] for row in rows]
     within = not _differs(epochs) or len(steps.texts[0]) >= max(_WIDE, 2 * len(epochs.texts[0]))
     return len(rows) > 1 and _differs(steps) and ordered == sorted(ordered) and within
+
+
+def _begins_again(steps: _Field, epochs: _Field) -> bool:
+    """Tell whether one field may count anew within each value of the other, as batches do in `m-02-0004`."""
+    values = sorted(set(epochs.numbers))
+    return (
+        1 < len(values) < len(epochs.numbers)
+        and values == list(range(values[0], values[-1] + 1))
+        and len(set(zip(epochs.numbers, steps.numbers, strict=True))) == len(epochs.numbers)
+    )

@@ -84,6 +84,9 @@ class Verification:
 
     def as_json(self) -> dict[str, Any]:
         """Return all of it as JSON's types."""
+        again = {}
+        if self.data is not None:
+            again = {"derived_again": list(self.refreshed), "standard_deviations_off": self.off}
         return {
             "output": str(self.output),
             "equal": self.equal,
@@ -91,9 +94,8 @@ class Verification:
             "inputs": [str(path) for path in self.inputs],
             "averaged": self.averaged,
             "copied": self.copied,
-            "by_digest": [] if self.data else list(self.refreshed),
-            "derived_again": list(self.refreshed) if self.data else [],
-            "standard_deviations_off": self.off,
+            "by_digest": list(self.refreshed) if self.data is None else [],
+            **again,
             "findings": [
                 {"path": str(f.path), "subject": f.subject, "problem": f.problem} for f in self.findings
             ],

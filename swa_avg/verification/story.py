@@ -176,7 +176,7 @@ def _as_recorded(refresh: Any, record: Record, output: Location) -> Refresh:
     from swa_avg.batchnorm import Refresh
 
     recorded = record.refresh
-    if recorded is None:
+    if recorded is None or not recorded.samples:  # 0 where the model has no BatchNorm
         raise UsageError(f"{output} does not say that BatchNorm was refreshed; verify it without data")
     wanted = Refresh.of(refresh)
     assert wanted is not None

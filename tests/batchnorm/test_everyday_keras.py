@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import Ended
-from swa_avg.errors import UnreadableError, UsageError
+from swa_avg.errors import SwaAvgWarning, UnreadableError, UsageError
 
 keras = pytest.importorskip("keras")
 tf = pytest.importorskip("tensorflow")
@@ -521,10 +521,10 @@ def test_a_model_that_decides_by_values_runs_eagerly_and_says_so() -> None:
 class Block(L.Layer):
     """A layer that holds layers, two of a kind."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, scale: bool = False, center: bool = True, **options: Any) -> None:
         super().__init__(**options)
         self.first, self.second = L.Dense(4), L.Dense(4)
-        self.norm = L.BatchNormalization(scale=False)
+        self.norm = L.BatchNormalization(scale=scale, center=center)
 
     def build(self, shape: Any) -> None:
         self.first.build(shape)
@@ -538,6 +538,21 @@ class Block(L.Layer):
 
 def block_model() -> Any:
     return keras.Sequential([keras.Input((4,)), Block(name="block"), L.Dense(2)])
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5", ".h5"])
+@pytest.mark.parametrize(("scale", "center"), [(True, True), (True, False), (False, True), (False, False)])
+def test_statistics_in_a_custom_layer_are_not_averaged_without_a_word(
+    scale: bool, center: bool, suffix: str, tmp_path: Path
+) -> None:
+    model = keras.Sequential([keras.Input((4,)), Block(scale, center), L.Dense(2)])
+    for number in (1, 2):
+        model.set_weights([weights + number for weights in model.get_weights()])
+        (model.save_weights if suffix == ".weights.h5" else model.save)(tmp_path / f"a_{number}{suffix}")
+    with pytest.warns(
+        SwaAvgWarning, match=rf"^BatchNorm statistics are averaged.*\({model.layers[0].norm.name}\)"
+    ):
+        average(tmp_path / f"a_*{suffix}", tmp_path / f"swa{suffix}")
 
 
 def reordered_model() -> Any:

@@ -225,6 +225,21 @@ def test_an_output_without_a_refresh_takes_no_data(run: Path, swa_avg: Cli, tmp_
     )
 
 
+def test_a_refresh_that_found_no_batchnorm_cannot_be_repeated(
+    run: Path, swa_avg: Cli, tmp_path: Path
+) -> None:
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
+    for number in (1, 2):
+        model.set_weights([weights + number for weights in model.get_weights()])
+        model.save(tmp_path / f"ckpt_{number}.keras")
+    target = tmp_path / "swa.keras"
+    assert swa_avg(tmp_path / "ckpt_?.keras", "-o", target, "--bn-refresh", run / "train.npz").code == 0
+    assert swa_avg("verify", target).code == 0
+    ended = swa_avg("verify", target, "--bn-refresh", run / "train.npz")
+    assert ended.code == 2
+    assert "does not say that BatchNorm was refreshed" in ended.err
+
+
 def test_weights_alone_need_the_model(run: Path, swa_avg: Cli, tmp_path: Path) -> None:
     target = _refreshed(run, swa_avg, tmp_path)
     ended = swa_avg("verify", target, "--inputs", run, "--bn-refresh", run / "train.npz")

@@ -70,6 +70,20 @@ def test_steps_count_within_epochs() -> None:
     assert [(reading.epoch, reading.step) for reading in readings] == [(1, 500), (1, 1000), (2, 1500)]
 
 
+def test_batches_that_begin_again_with_each_epoch_are_no_epochs() -> None:
+    """As ModelCheckpoint(save_freq=...) names files by {epoch} and {batch}, which is that in the epoch."""
+    names = [f"m-{epoch:02d}-{batch:04d}.keras" for epoch, batch in ((1, 500), (1, 1000), (2, 125), (2, 625))]
+    readings, ambiguity = read_names([*names, "m-03-0250.keras"])
+    assert [(one.epoch, one.step) for one in readings] == [(1, 500), (1, 1000), (2, 125), (2, 625), (3, 250)]
+    assert ambiguity is None
+    # Here the second field counts as well, from 1 to 8: the first may be a percentage.
+    pairs = ((1, 3), (1, 6), (2, 1), (2, 4), (2, 7), (3, 2), (3, 5), (3, 8))
+    readings, ambiguity = read_names([f"m-{epoch:02d}-{batch:04d}.keras" for epoch, batch in pairs])
+    assert ambiguity is not None
+    assert ambiguity.epochs == (1, 3)
+    assert ambiguity.order_differs
+
+
 def test_what_no_field_tells_is_not_guessed() -> None:
     readings, _ = read_names(["fold1.keras", "fold2.keras", "best.keras", "model-0.91.keras"])
     assert [reading.epoch for reading in readings] == [None] * 4
