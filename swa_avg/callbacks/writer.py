@@ -28,6 +28,7 @@ except ImportError:  # a Keras that keeps them elsewhere: it then writes every f
 __all__ = ["ModelWriter"]
 
 _WEIGHTS_SUFFIX = ".weights.h5"
+_KERAS_OWN = ("save", "save_weights")
 
 
 class ModelWriter:
@@ -44,7 +45,8 @@ class ModelWriter:
 
     Keras's internals, which may change, are not trusted in this: a layout counts as learnt only if what was
     noted gives, bit for bit, the file that Keras has just written. Where it does not, where a layer saves
-    assets, and where a Keras has no such internals, Keras writes every file.
+    assets, where a model's class saves in a way of its own, and where a Keras has no such internals, Keras
+    writes every file.
     """
 
     def __init__(self) -> None:
@@ -122,6 +124,8 @@ class _Store(H5IOStore):  # type: ignore[misc]
 
         Nothing counts as handed over where this is not all that it saves, or where this fails.
         """
+        if any(getattr(model, name).__func__ is not getattr(keras.Model, name) for name in _KERAS_OWN):
+            return None
         try:
             assets = _NoAssets() if whole else None
             saving_lib._save_state(model, self, assets, "", set())

@@ -6,9 +6,7 @@ import contextlib
 import errno
 import io
 import os
-import secrets
 import stat
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -112,7 +110,7 @@ class Publication:
 
     def create(self, name: str, size: int = 0) -> IO[bytes]:
         final = self.output.with_name(name)
-        temporary = self.output.with_name(f".{self.output.name}.{secrets.token_hex(6)}.tmp")
+        temporary = self.output.with_name(f".{self.output.name}.{os.urandom(6).hex()}.tmp")
         # Before it exists: an interrupt may come between any two steps.
         self._temporaries.append(temporary)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -123,6 +121,8 @@ class Publication:
 
     def scratch(self) -> IO[bytes]:
         """Return a temporary file without a name in the output's folder."""
+        import tempfile
+
         file = tempfile.TemporaryFile(dir=self.output.parent)  # noqa: SIM115 (closed on leaving)
         self._scratch.append(file)
         return file

@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import inspect
+import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -184,7 +184,7 @@ def upload(source: Path, target: RemotePath, *, overwrite: bool) -> None:
                 raise exists from None
             return
         folder, _, name = key.rpartition("/")
-        temporary = f"{folder}/.{name}.{secrets.token_hex(6)}.tmp"
+        temporary = f"{folder}/.{name}.{os.urandom(6).hex()}.tmp"
         try:
             _put(system, source, temporary, "overwrite")
             system.mv(temporary, key)

@@ -6,7 +6,6 @@ to the checkpoints, when they were known to be good, tells.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -79,6 +78,8 @@ def check_digests(
 
 def _sha256(opened: Region | None, path: Location) -> str:
     """Return the digest of a whole file: by the descriptor that is averaged from, or of a map by its name."""
+    import hashlib  # which loads OpenSSL
+
     digest = hashlib.sha256()
     with nullcontext(opened.source) if opened else closing(open_source(path)) as source:
         for chunk in Region(source).chunks():

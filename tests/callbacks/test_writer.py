@@ -303,6 +303,24 @@ def test_where_the_first_file_does_not_come_out_again_keras_writes_every_file(tm
     assert len(by_keras) == 3
 
 
+@keras.saving.register_keras_serializable("writer")
+class SavesItself(Subclassed):
+    """Writes something beside every file."""
+
+    def save(self, path, *arguments, **options):
+        super().save(path, *arguments, **options)
+        path.with_suffix(".txt").write_text("beside")
+
+
+def test_a_class_that_saves_in_a_way_of_its_own_is_asked_every_time(tmp_path):
+    model = compiled(SavesItself())
+    train(model)
+    saver = CheckpointSaver(tmp_path / "run")
+    for epoch in range(3):
+        save_beside(saver, model, tmp_path, epoch)
+    assert len(list((tmp_path / "run").glob(".tmp-*.txt"))) == 3
+
+
 def test_another_keras_without_these_internals_writes_every_file(tmp_path, by_keras, monkeypatch):
     monkeypatch.setattr(writer, "saving_lib", object())
     model = small()
