@@ -33,5 +33,7 @@ class _Folder:
         self.files: list[IO[bytes]] = []
 
     def create(self, name: str, size: int = 0) -> IO[bytes]:
-        self.files.append(self.output.with_name(name).open("w+b"))
+        path = self.output.parent / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.files.append(path.open("w+b"))
         return self.files[-1]

@@ -88,7 +88,8 @@ class RemotePath:
         return self.parent / name
 
     def __truediv__(self, name: str) -> RemotePath:
-        return RemotePath(self.url + ("" if self.is_dir() else "/") + name, self.copies)
+        copies = self.copies and self.copies / self.name  # which is empty behind a slash
+        return RemotePath(self.url + ("" if self.is_dir() else "/") + name, copies)
 
     def absolute(self) -> RemotePath:
         return self
@@ -117,6 +118,15 @@ class RemotePath:
             system.invalidate_cache()
             keys = system.glob(key, **limit(system))
         return [RemotePath(start + key.rpartition("://")[2]) for key in keys]  # over HTTP, keys are URLs
+
+    def files(self) -> dict[str, RemotePath]:
+        """Return every file in this folder, by its path inside it."""
+        system, key = self.filesystem()
+        with service_errors(self.url):
+            system.invalidate_cache()
+            start = key.rstrip("/") + "/"
+            keys = system.find(key, **limit(system))
+        return {key.removeprefix(start): self / key.removeprefix(start) for key in keys}
 
     def check_bucket(self) -> None:
         """Raise SystemRefusalError if the service says that the bucket of the object does not exist."""

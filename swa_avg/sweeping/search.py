@@ -18,6 +18,7 @@ from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageErro
 from swa_avg.files.location import Location, any_remote
 from swa_avg.files.publication import check_output, publication_at, publish_file
 from swa_avg.files.temporary import temporary_folder
+from swa_avg.formats import is_model_alone
 from swa_avg.formats.base import Stream
 from swa_avg.inputs.listing import Listing, list_checkpoints
 from swa_avg.inputs.opening import check_contents, opened
@@ -117,7 +118,7 @@ def sweep(
     paths = listing.paths
     if len(paths) < 2:
         raise UsageError("a sweep compares averages of at least 2 checkpoints; found 1")
-    check_output(target, overwrite=overwrite)
+    check_output(target, overwrite=overwrite, is_folder_of_ours=is_model_alone)
     draw = _drawing(Path(path), overwrite=overwrite) if path is not None else None
     listing, rows, with_greedy = candidate_rows(listing, tried, validation)
     far = any_remote(paths)
