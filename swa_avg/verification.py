@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from swa_avg.combine import Combiner, open_workers
 from swa_avg.combine.blocks import Block
 from swa_avg.errors import Finding, MismatchError, SystemRefusalError, UnreadableError, escape
-from swa_avg.files.location import Location, any_remote, cached_locally, location
+from swa_avg.files.location import Location, any_remote, cached_locally, folder_itself, location
 from swa_avg.formats import Checkpoint, Tensor, open_checkpoint
 from swa_avg.inputs.listing import list_again
 from swa_avg.inputs.opening import check_contents, check_shared_files, opened, resolve_dtypes
@@ -135,7 +135,7 @@ def verify(
         >>> verify("swa.keras", "run").equal
         True
     """
-    target = location(output)
+    target = folder_itself(location(output))
     with ExitStack() as stack:
         found = stack.enter_context(closing(open_checkpoint(stack.enter_context(cached_locally(target)))))
         record = read_record(found)

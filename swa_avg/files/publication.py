@@ -249,14 +249,22 @@ class _Upload(Publication):
     def publish(self) -> None:
         super().publish()
         done: list[RemotePath] = []
+        folders: dict[RemotePath, None] = {}
         try:
             for _, file in self._files:
-                target = self._target.parent / file.relative_to(self.output.parent).as_posix()
+                inside = file.relative_to(self.output.parent)
+                for folder in reversed(inside.parents[:-1]):
+                    where = self._target.parent / folder.as_posix()
+                    folders[where] = None
+                    where.make_folder()
+                target = self._target.parent / inside.as_posix()
                 upload(file, target, overwrite=self._may_replace and file == self.output)
                 done.append(target)
         except BaseException:
             for target in done:
                 target.remove()
+            for where in reversed(folders):
+                where.remove_folder()
             raise
         interrupts.ignore()
 

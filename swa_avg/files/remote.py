@@ -88,8 +88,10 @@ class RemotePath:
         return self.parent / name
 
     def __truediv__(self, name: str) -> RemotePath:
+        first, _, rest = name.partition("/")
         copies = self.copies and self.copies / self.name  # which is empty behind a slash
-        return RemotePath(self.url + ("" if self.is_dir() else "/") + name, copies)
+        inside = RemotePath(self.url + ("" if self.is_dir() else "/") + first, copies)
+        return inside / rest if rest else inside
 
     def absolute(self) -> RemotePath:
         return self
@@ -140,6 +142,19 @@ class RemotePath:
         with contextlib.suppress(Exception):
             system, key = self.filesystem()
             system.rm_file(key)
+
+    def make_folder(self) -> None:
+        """Make the folder of this name, and those above it, where the service has folders."""
+        system, key = self.filesystem()
+        if not _protocols(system) & _OBJECT_STORES:
+            with service_errors(self.url):
+                system.makedirs(key, exist_ok=True)
+
+    def remove_folder(self) -> None:
+        """Remove the folder of this name if it is empty, where the service has folders."""
+        with contextlib.suppress(Exception):
+            system, key = self.filesystem()
+            system.rmdir(key)
 
     def info(self) -> Mapping[str, Any]:
         """Return the filesystem's current description of the object.

@@ -19,12 +19,12 @@ def output_path(output: str | Path | None, named: Sequence[Location]) -> Locatio
     """Return where the output goes, in the current folder by default, and never over an input."""
     target = folder_itself(location(output)) if output is not None else Path("swa" + suffix_of(named[-1]))
     for path in named:
-        if _same_file(target.parent, path):
-            raise UsageError(f"the output {target} lies in an input; name one elsewhere")
         if _same_file(target, path):
             raise UsageError(
                 f"the output {target} is also an input ({path}); name another output, or narrower inputs"
             )
+        if _same_file(target.parent, path):
+            raise UsageError(f"the output {target} lies in an input; name one elsewhere")
     return target
 
 
