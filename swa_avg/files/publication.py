@@ -25,6 +25,7 @@ from swa_avg.interrupts import interrupts, interrupts_held
 __all__ = ["Publication", "cannot_write", "check_output", "publication_at", "publish_file", "sync_folder"]
 
 _WRITEBACK = 32 * 2**20
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE (renameat2(2))
 
 
 def check_output(
@@ -168,13 +169,15 @@ class Publication:
             self._settled()
 
     def _replace(self, temporary: Path, final: Path) -> None:
-        """Give ours the name of the output, and remove a folder that had it.
+        """Give ours the name of the output; a folder that had it is removed on leaving.
 
-        No folder can be replaced in one step: the old one has another name for a moment, and gets it back if
-        ours cannot have it.
+        Where two folders cannot exchange their names, none has the output's for a moment, and the old one gets
+        it back if ours cannot have it.
         """
         if not final.is_dir():
             temporary.replace(final)
+            return
+        if _exchange(temporary, final):
             return
         old = self._hidden("old")
         final.rename(old)
@@ -222,6 +225,17 @@ def _delete(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Give two folders each other's names in one step; return False where the system cannot (Linux can)."""
+    import ctypes
+
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows
+        return False
+    return bool(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0)
 
 
 def _move_to_free_name(temporary: Path, final: Path) -> None:

@@ -32,7 +32,7 @@ _OBJECT_STORES = _BUCKETS | {"memory"}
 # Keys of `info`, in one filesystem or another, whose values change when an object's contents do.
 _VERSION = {
     "size", "etag", "lastmodified", "last_modified", "mtime", "modified", "updated", "created",
-    "generation", "versionid", "version_id", "md5hash", "content_md5", "checksum",
+    "generation", "versionid", "version_id", "md5hash", "content_md5", "checksum", "blob_id",
 }  # fmt: skip
 
 

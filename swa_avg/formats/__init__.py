@@ -72,7 +72,7 @@ def open_checkpoint(path: Location, like: Checkpoint | None = None) -> Checkpoin
 def _open(path: Location, like: Checkpoint | None) -> Checkpoint:
     try:
         whole = Region(open_source(path))
-    except NotRegularError:
+    except NotRegularError:  # a folder has no first bytes: what is in it tells
         if is_model_folder(path):
             return open_folder(path, like, _open)
         raise

@@ -40,7 +40,7 @@ _WEIGHTS = ("model.weights.h5", "model.weights.json")
 _HEAD = "task.weights.h5"
 _JSON = re.compile(r"[a-z_]+\.json")
 _SHARD = re.compile(r"model_[0-9]{5,}\.weights\.h5")
-_MAX_FILES = 10_000
+_MAX_FILES = 1_000  # all are open until they are published
 
 OpenFile = Callable[[Location, Checkpoint | None], Checkpoint]
 

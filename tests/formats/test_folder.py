@@ -241,6 +241,33 @@ def test_a_list_of_digests_names_the_files_of_a_folder(tmp_path: Path, swa_avg: 
     assert swa_avg(*command).code == 3
 
 
+def test_a_run_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    inputs = [_preset(tmp_path / f"ckpt_{n}", n) for n in NUMBERS]
+
+    def interrupt(total: int | None, count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        average(inputs, tmp_path / "swa", progress=interrupt)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt_1", "ckpt_2", "ckpt_3"]
+
+
+def test_an_output_that_appears_meanwhile_stays(tmp_path: Path) -> None:
+    inputs = [makers.write_folder(tmp_path / f"ckpt_{n}", makers.weights(n)) for n in NUMBERS]
+
+    def appear(total: int | None, count: int) -> None:
+        if not (tmp_path / "swa").exists():
+            makers.write_folder(tmp_path / "swa", makers.weights(9))
+
+    with pytest.raises(UsageError, match="exists; name another one, or overwrite it"):
+        average(inputs, tmp_path / "swa", progress=appear)
+    found = oracle.read_arrays(tmp_path / "swa")
+    assert {name: value.tobytes() for name, value in found.items()} == {
+        name: value.tobytes() for name, value in makers.weights(9).items()
+    }
+    assert len([*tmp_path.iterdir()]) == 4
+
+
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -262,6 +289,19 @@ sys.addaudithook(count)
 average(f"{place}/run/*", f"{place}/out/swa", overwrite=True)
 print(seen)
 """
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_is_replaced_where_names_cannot_be_exchanged_too(
+    can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr("swa_avg.files.publication._exchange", lambda one, other: False)
+    inputs = [makers.write_folder(tmp_path / f"ckpt_{n}", makers.weights(n)) for n in NUMBERS]
+    output = _preset(tmp_path / "swa", 7)
+    average(inputs, output, overwrite=True)
+    assert _names(output) == ["config.json", "metadata.json", "model.weights.h5"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt_1", "ckpt_2", "ckpt_3", "swa"]
 
 
 @pytest.mark.parametrize("exists", [False, True])
