@@ -171,8 +171,8 @@ class Publication:
     def _replace(self, temporary: Path, final: Path) -> None:
         """Give ours the name of the output; a folder that had it is removed on leaving.
 
-        Where two folders cannot exchange their names, none has the output's for a moment, and the old one gets
-        it back if ours cannot have it.
+        Where two folders cannot exchange their names, none has the output's for a moment, and the old one
+        gets it back if ours cannot have it.
         """
         if not final.is_dir():
             temporary.replace(final)
