@@ -37,7 +37,7 @@ rng = np.random.default_rng(0)
 for path in sys.argv[1:]:
     for variable in model.variables:
         if variable.dtype == "float32":
-            variable.assign(rng.standard_normal(variable.shape, dtype=np.float32))
+            variable.assign(2 + rng.standard_normal(variable.shape, dtype=np.float32))
     model.save(path)
 """
 
@@ -51,7 +51,7 @@ for path in sys.argv[3:]:
     with h5py.File(buffer, "w") as file:
         file.create_group("vars")
         for number in range(variables):
-            file[f"layers/dense_{number}/vars/0"] = rng.standard_normal(size // 4, dtype=np.float32)
+            file[f"layers/dense_{number}/vars/0"] = 2 + rng.standard_normal((size // 4, 1), dtype=np.float32)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(zipfile.ZipInfo("metadata.json"), "{}")
         config = json.dumps({"class_name": "Functional", "config": {}})

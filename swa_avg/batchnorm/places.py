@@ -44,6 +44,13 @@ class Places:
             for variable, name in self.statistics
         }
 
+    def arrays(self, checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
+        """Return the statistics that a checkpoint of this layout stores, by tensor."""
+        return {
+            name: np.frombuffer(_bytes(checkpoint, name), _dtype(checkpoint.tensors[name]))
+            for _, name in self.statistics
+        }
+
 
 def find_places(model: Any, checkpoint: Checkpoint) -> Places:
     """Find the places of all statistics that a refresh may change.

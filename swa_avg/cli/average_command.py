@@ -19,6 +19,7 @@ from swa_avg.cli.options import (
     REFRESH,
     RESOURCES,
     SELECTION,
+    UNRELATED,
     VERIFY,
     output,
     overwrite,
@@ -26,7 +27,8 @@ from swa_avg.cli.options import (
     refresh_of,
     values_of,
 )
-from swa_avg.cli.terminal import REFRESH_BY, progress_bar, say
+from swa_avg.cli.progress import Stage, progress_of
+from swa_avg.cli.terminal import REFRESH_BY, say
 from swa_avg.text import __version__
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ _DIGESTS = click.Option(
     params=[CHECKPOINTS],
     sections={
         "Which checkpoints": SELECTION,
-        "How": (METHOD, OPTIMIZER, DTYPE),
+        "How": (METHOD, OPTIMIZER, DTYPE, UNRELATED),
         "BatchNorm": (*REFRESH, *LOADING),
         "Output": (output("the average"), overwrite(), _DRY_RUN, *printing("List every tensor.")),
         "Checks": (VERIFY, _DIGESTS),
@@ -74,10 +76,8 @@ def average(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
     from swa_avg.averaging import average as run
 
     refresh = refresh_of(options)
-    with (
-        progress_bar(quiet, "averaging", in_bytes=True) as progress,
-        progress_bar(quiet, "refreshing") as rows,
-    ):
+    stages = [Stage("averaging", "bytes"), *([] if refresh is None else [Stage("refreshing")])]
+    with progress_of(quiet, *stages) as (progress, *rows):
         report = run(
             checkpoints,
             options["output"],
@@ -85,6 +85,7 @@ def average(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
             method=options["method"],
             optimizer=options["optimizer"],
             dtype=options["dtype"],
+            allow_unrelated=options["allow_unrelated"],
             overwrite=options["overwrite"],
             verify=options["verify"],
             expect_sha256=options["expect_sha256"],
@@ -92,7 +93,7 @@ def average(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
             refresh=refresh,
             dry_run=options["dry_run"],
             progress=progress,
-            refresh_progress=rows,
+            refresh_progress=rows[0] if rows else None,
         )
     if not quiet:
         say(_lines(report, verbose=verbose))
@@ -124,6 +125,8 @@ def _lines(report: Report, *, verbose: bool) -> list[str]:
             )
             if verbose:
                 lines.extend(f"  {tensor.name}  {tensor}" for tensor in tensors)
+        if report.relation.related:
+            lines.append(f"all are related: similarity to the nearest {report.relation.least:.3f} or more")
         memory = size_text(report.peak_memory)
         lines.append(f"bytes to read: {size_text(report.bytes_to_read)}; peak memory: about {memory}")
     lines.extend(report.listing.notes)

@@ -20,6 +20,7 @@ from swa_avg.cli.options import (
     POSITION,
     REFRESH,
     RESOURCES,
+    UNRELATED,
     VERIFY,
     loading_of,
     output,
@@ -28,7 +29,8 @@ from swa_avg.cli.options import (
     refresh_of,
     values_of,
 )
-from swa_avg.cli.terminal import REFRESH_BY, progress_bar, say
+from swa_avg.cli.progress import Stage, progress_of
+from swa_avg.cli.terminal import REFRESH_BY, say
 from swa_avg.errors import NoImprovementError
 
 if TYPE_CHECKING:
@@ -100,7 +102,7 @@ _PATH = click.Option(
     sections={
         "Which checkpoints": POSITION,
         "Validation": _VALIDATION,
-        "How": (_CANDIDATES, METRICS, _IMPROVEMENT, OPTIMIZER, DTYPE),
+        "How": (_CANDIDATES, METRICS, _IMPROVEMENT, OPTIMIZER, DTYPE, UNRELATED),
         "BatchNorm": REFRESH,
         "Model": LOADING,
         "Output": (output("the best"), overwrite(), _PATH, *printing("List every single checkpoint, too.")),
@@ -144,11 +146,9 @@ def sweep(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool,
         monitor=options["monitor"],
         mode=options["mode"],
     )
+    stages = Stage("averaging", "bytes"), Stage("scoring", "candidates")
     try:
-        with (
-            progress_bar(quiet, "averaging", in_bytes=True) as progress,
-            progress_bar(quiet, "scoring", unit="candidates") as scores,
-        ):
+        with progress_of(quiet, *stages) as (progress, scores):
             report = run(
                 checkpoints,
                 options["output"],
@@ -160,6 +160,7 @@ def sweep(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool,
                 **values_of(POSITION, options),
                 optimizer=options["optimizer"],
                 dtype=options["dtype"],
+                allow_unrelated=options["allow_unrelated"],
                 overwrite=options["overwrite"],
                 verify=options["verify"],
                 **values_of((*RESOURCES, CLUSTER), options),

@@ -80,6 +80,8 @@ class Inspection:
     Its mean is the method's, the coefficients of `measured` scaled to sum 1."""
     constants: tuple[str, ...] = ()
     """Tensors that hold NaN or infinity, and are the same in all checkpoints."""
+    other_weights: str | None = None
+    """What to know of an optimizer that keeps an average of its own."""
 
     @property
     def outliers(self) -> tuple[Contents, ...]:
@@ -117,6 +119,7 @@ class Inspection:
                 for contents, coefficient in zip(self.checkpoints, self.coefficients, strict=True)
             ],
             "tensors": self.treatments,
+            "other_weights": self.other_weights,
             "geometry": None,
         }
         if self.listing.ranking is not None:

@@ -14,16 +14,17 @@ from swa_avg.combine.blocks import Source, is_same
 from swa_avg.combine.values import invalid_values, stream_values
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.files.publication import check_output, publish_file
-from swa_avg.formats import Checkpoint, Tensor
+from swa_avg.formats import Checkpoint
 from swa_avg.inputs.listing import Listing, list_checkpoints
-from swa_avg.inputs.opening import check_contents, check_shared_files, opened
+from swa_avg.inputs.opening import check_averages, check_contents, check_shared_files, opened
 from swa_avg.inputs.ranking import with_log
+from swa_avg.inputs.related import kernels_among
 from swa_avg.inputs.selection import Selection, select
 from swa_avg.inspection.geometry import Measurement, geometry_of
 from swa_avg.inspection.report import Contents, Inspection
 from swa_avg.planning.methods import Method
 from swa_avg.planning.plan import Plan, coefficients_of, make_plan
-from swa_avg.planning.policy import FLOATS, batchnorm_layers
+from swa_avg.planning.policy import FLOATS, batchnorm_layers, other_weights
 from swa_avg.text import Progress
 
 __all__ = ["inspect_checkpoints"]
@@ -86,11 +87,18 @@ def inspect_checkpoints(
     coefficients = coefficients_of(chosen_method, listing)
     with opened(listing.paths, dtype) as checkpoints:
         inspection = Inspection(
-            _contents(checkpoints, listing), listing, str(chosen_method), tuple(coefficients), {}, ()
+            _contents(checkpoints, listing),
+            listing,
+            str(chosen_method),
+            tuple(coefficients),
+            {},
+            (),
+            other_weights=other_weights(checkpoints[-1].optimizer_config),
         )
         try:
             plan = make_plan(checkpoints, checkpoints[-1], coefficients)
             check_shared_files(checkpoints)
+            check_averages(checkpoints)
             check_contents(
                 checkpoints, [[shard.crc32 for shard in checkpoint.shards] for checkpoint in checkpoints]
             )
@@ -202,14 +210,14 @@ def _measure(plan: Plan, progress: Progress | None) -> tuple[Measurement, set[in
     block_bytes = columns * min((FLOATS[tensor.dtype] for tensor in plan.averaged), default=8)
     rows = np.empty((count, columns))
     total = count * sum(tensor.nbytes for tensor in (*plan.averaged, *plan.compared))
-    is_kernel = _kernels(plan.averaged)
+    within = {tensor.name for tensor in kernels_among(plan.averaged) or plan.averaged}
     sources = list(map(Source.of, plan.inputs))
     for block in stream_values(plan, block_bytes):
         width = kernels = 0
         integers: list[bytes] = []
         for number, values in enumerate(block):
             floats = sorted(
-                ((not is_kernel(tensor), array) for tensor, array in values if tensor.dtype in FLOATS),
+                ((tensor.name not in within, array) for tensor, array in values if tensor.dtype in FLOATS),
                 key=lambda entry: entry[0],
             )
             kernels = sum(len(array) for other, array in floats if not other)
@@ -232,9 +240,3 @@ def _measure(plan: Plan, progress: Progress | None) -> tuple[Measurement, set[in
                 progress(total, sum(array.nbytes for _, array in values))
         measurement.add(rows[:, :width], kernels)
     return measurement, odd, unequal, constants
-
-
-def _kernels(tensors: Sequence[Tensor]) -> Callable[[Tensor], bool]:
-    """Return which tensors are kernels: those of two dimensions or more, or all where there are none."""
-    least = 2 if any(len(tensor.shape) > 1 for tensor in tensors) else 0
-    return lambda tensor: len(tensor.shape) >= least

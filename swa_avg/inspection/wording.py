@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from swa_avg.planning.policy import constants_warning
-from swa_avg.text import first_few, number_text, short_names, size_text
+from swa_avg.text import first_few, listed_text, number_text, short_names, size_text
 
 if TYPE_CHECKING:
     from swa_avg.inspection.report import Contents, Inspection
@@ -165,6 +165,8 @@ def warnings(inspection: Inspection) -> list[str]:
         for name, contents in zip(names, inspection.checkpoints, strict=True)
         if contents.is_average
     ]
+    if inspection.other_weights is not None:
+        sentences.append(inspection.other_weights)
     if inspection.constants:
         sentences.append(constants_warning(inspection.constants))
     if geometry is None:
@@ -188,7 +190,7 @@ def warnings(inspection: Inspection) -> list[str]:
             "is meaningless"
         )
     if len(groups) > 1:
-        each = "; ".join(_listed(group) for group in groups)
+        each = "; ".join(listed_text(group) for group in groups)
         sentences.append(
             f"{len(groups)} groups that are unrelated to each other, as if of {len(groups)} runs: {each}; "
             "average each by itself"
@@ -214,9 +216,3 @@ def _nearest(inspection: Inspection, number: int) -> float:
     assert inspection.geometry is not None
     row: list[float] = inspection.geometry.similarities[number].tolist()
     return max(value for other, value in enumerate(row) if other != number)
-
-
-def _listed(names: Sequence[str]) -> str:
-    if len(names) <= _FEW:
-        return ", ".join(names)
-    return f"{len(names)} checkpoints, {names[0]}, {names[1]} ... {names[-1]}"

@@ -21,11 +21,12 @@ from swa_avg.files.temporary import temporary_folder
 from swa_avg.formats import is_model_alone
 from swa_avg.formats.base import Stream
 from swa_avg.inputs.listing import Listing, list_checkpoints
-from swa_avg.inputs.opening import check_contents, opened
+from swa_avg.inputs.opening import check_averages, check_contents, opened
 from swa_avg.inputs.ranking import ranked, with_log
+from swa_avg.inputs.related import Relation, check_related
 from swa_avg.inputs.selection import Selection, select
 from swa_avg.planning.output import output_path, plan_output
-from swa_avg.planning.policy import batchnorm_layers
+from swa_avg.planning.policy import batchnorm_layers, other_weights
 from swa_avg.planning.record import describe
 from swa_avg.sweeping import candidates
 from swa_avg.sweeping.candidates import Candidate
@@ -53,6 +54,7 @@ def sweep(
     every: int | None = None,
     optimizer: str = "keep",
     dtype: str | None = None,
+    allow_unrelated: bool = False,
     overwrite: bool = False,
     verify: bool | None = None,
     max_memory: int | str | None = None,
@@ -72,7 +74,7 @@ def sweep(
 
     Args:
         inputs: As for `average`, and likewise `output`, `epochs`, `last`, `every`, `optimizer`, `dtype`,
-            `overwrite`, `verify`, `max_memory`, `threads`, `cluster` and `progress`.
+            `allow_unrelated`, `overwrite`, `verify`, `max_memory`, `threads`, `cluster` and `progress`.
         validation: Data with targets, such as arrays (x, y), batches of them or a `.npz`; or a `Validation`,
             which also says by what metric they are scored. Choose by data that you did not train on, and do
             not report the score that it was chosen by.
@@ -148,11 +150,13 @@ def sweep(
                 score_progress and partial(score_progress, steps),
                 drop_optimizer=optimizer == "drop",
             )
+            check_averages(checkpoints)
+            relation = check_related(checkpoints, trials.combiner(rows).plan.averaged, allow=allow_unrelated)
             scored = trials.scored(rows, verify=verify, progress=progress)
             singles, averages = scored[: len(paths)], scored[len(paths) :]
             if with_greedy:
                 averages = (*averages, greedy_soup(trials, singles))
-            report = _report(target, trials, singles, averages, refresh, listing)
+            report = _report(target, trials, singles, averages, refresh, listing, relation)
             if require_improvement and not report.improved:
                 raise NoImprovementError(_no_improvement(report), report)
             statistics = trials.best_statistics  # of the winner: the points of the line are scored after it
@@ -241,6 +245,7 @@ def _report(
     averages: Sequence[Scored],
     refresh: Refresh | None,
     listing: Listing,
+    relation: Relation,
 ) -> SweepReport:
     assert trials.best is not None
     assert trials.decides is not None
@@ -266,6 +271,8 @@ def _report(
         batchnorm_layers=tuple(batchnorm_layers(newest)) if refresh is None else (),
         epochs=tuple(listing.epochs("candidates")) if by_epochs else (),
         notes=listing.notes,
+        relation=relation,
+        other_weights=other_weights(newest.optimizer_config),
     )
 
 
@@ -296,6 +303,7 @@ def _write(
     coefficients = [winner.candidate.coefficients[number] for number in winner.candidate.used]
     plan = plan_output(inputs, coefficients, trials.publication.output, scratch, optimizer=optimizer)
     combiner = Combiner(plan, [coefficients], trials.workers, verify)
+    related = check_related(inputs, plan.averaged, allow=True).related
     method = winner.candidate.name if winner.candidate.is_average else "single"
     stream: Stream = combiner.stream
     further = {"sweep": _record(report)}
@@ -304,7 +312,7 @@ def _write(
         further["batchnorm"] = statistics.record()
     plan.template.write(
         stream,
-        lambda: describe(combiner.settled, method, combiner.checksums, dtype) | further,
+        lambda: describe(combiner.settled, method, combiner.checksums, related, dtype) | further,
         trials.publication,
     )
     check_contents(inputs, combiner.checksums)

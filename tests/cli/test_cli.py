@@ -568,9 +568,39 @@ def test_quantized_and_lora_checkpoints_are_refused(tmp_path: Path, swa_avg: Cli
     _refused(
         swa_avg(path, "-o", tmp_path / "swa.h5"),
         4,
-        f"{path}: dense/lora_kernel_a: is a LoRA factor, and factors do not average: save .keras or .weights.h5, "
-        "which merge them".replace("dense/lora", "model_weights/dense/dense/lora"),
+        f"{path}: model_weights/dense/dense/lora_kernel_a: {FACTOR}",
     )
+
+
+FACTOR = (
+    "is a LoRA factor, and factors do not average (the mean of products is not the product of means): save the "
+    "model as .keras or .weights.h5, which merge them"
+)
+
+
+@pytest.mark.parametrize("group", ["lora/0", "lora/0/vars"], ids=["without vars", "with vars"])
+def test_the_factors_that_keras_hub_saves_are_refused_as_such(
+    group: str, tmp_path: Path, swa_avg: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `save_lora_weights` writes them, with and without the groups that later versions of Keras add."""
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        with h5py.File(f"ckpt_{number}.lora.h5", "w") as file:
+            file[group.replace("/0", "") + "/rank"] = np.int64(2)
+            for name, shape in (("a", (4, 2)), ("b", (2, 4))):
+                file[f"{group}/lora_kernel_{name}"] = np.zeros(shape, np.float32)
+    lines = "\n".join(
+        f"swa-avg: error: ckpt_2.lora.h5: {group}/lora_kernel_{name}: {FACTOR}" for name in ("a", "b")
+    )
+    ended = swa_avg("ckpt_*.lora.h5", "-o", "swa.h5")
+    assert ended == Ended(4, "", f"{lines}\n")
+
+
+def test_factors_in_a_layer_of_ones_own_are_refused_too(tmp_path: Path, swa_avg: Cli) -> None:
+    arrays = makers.weights() | {"layers/mine/vars/lora_kernel_a": np.zeros((4, 2), np.float32)}
+    path = makers.write_weights(tmp_path / "ckpt_1.weights.h5", arrays)
+    ended = swa_avg(path, "-o", tmp_path / "swa.weights.h5")
+    _refused(ended, 4, f"{path}: layers/mine/vars/lora_kernel_a: {FACTOR}")
 
 
 @pytest.mark.parametrize("output", ["swa.keras", "swa.weights.h5", "swa.h5"])
@@ -774,7 +804,7 @@ def test_the_record_holds_the_method_as_text_and_what_was_used(
 
 
 def test_an_average_among_the_inputs_is_pointed_out(folder: Path, swa_avg: Cli) -> None:
-    swa_avg("ckpt_*.keras", "-o", "swa_3.keras")
+    swa_avg("ckpt_1.keras", "ckpt_2.keras", "-o", "swa_3.keras")
     ended = swa_avg("ckpt_10.keras", "swa_3.keras", "-o", "again.keras")
     assert "warning: swa_3.keras is itself an average that swa-avg wrote\n" in ended.err
 

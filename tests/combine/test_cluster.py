@@ -80,7 +80,7 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def arrays(number: int, dtype: str = "float32") -> dict[str, np.ndarray]:
-    values = np.random.default_rng(100 + number).standard_normal((311, 517))
+    values = 2 + np.random.default_rng(100 + number).standard_normal((311, 517))
     stored = (
         oracle.nearest_bfloat16(values).view("V2").reshape(values.shape)
         if dtype == "bfloat16"

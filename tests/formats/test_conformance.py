@@ -39,7 +39,7 @@ class Conformance:
     def arrays(self, seed: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(seed)
         return {
-            self.name("dense", "0"): rng.standard_normal((40, 30)).astype(np.float32),
+            self.name("dense", "0"): (2 + rng.standard_normal((40, 30))).astype(np.float32),
             self.name("dense", "1"): rng.standard_normal(30).astype(np.float16),
             self.name("odd", "0"): np.float64(seed),
             self.name("odd", "1"): np.zeros((0, 3), np.float32),

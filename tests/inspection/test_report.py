@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import subprocess
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -329,3 +330,25 @@ def test_sections_tables_and_facts_are_plain_text_made_html() -> None:
         "<li>&lt;i&gt;</li>",
     ):
         assert escaped in page
+
+
+@pytest.mark.parametrize("backend", ["nonsense", "module://no.such", "TkAgg", ""])
+def test_pictures_need_no_backend(
+    backend: str, tmp_path: Path, run_python: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    for number in (1, 2):
+        makers.write_archive(tmp_path / f"ckpt_{number}.keras", makers.weights(number))
+    page, picture = tmp_path / "run.html", tmp_path / "run.png"
+    code = (
+        "import os, sys\nfrom swa_avg import inspect_checkpoints\n"
+        "folder, page, picture, os.environ['MPLBACKEND'] = sys.argv[1:]\n"
+        "inspect_checkpoints(folder + '/ckpt_*.keras', report=page, plot=picture)\n"
+        "import matplotlib\nprint(os.environ['MPLBACKEND'], dict.__getitem__(matplotlib.rcParams, 'backend'))"
+    )
+    ended = run_python(code, tmp_path, page, picture, backend)
+    assert ended.returncode == 0, ended.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    kept, known = ended.stdout.rstrip("\n").split(" ", 1)
+    assert kept == backend
+    assert (known.lower() == "tkagg") == (backend == "TkAgg")
