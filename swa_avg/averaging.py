@@ -15,7 +15,7 @@ from swa_avg.errors import escape, warn
 from swa_avg.files.location import Location, any_remote, location
 from swa_avg.files.publication import check_output, publication_at
 from swa_avg.files.temporary import temporary_folder
-from swa_avg.formats import Tensor, open_checkpoint
+from swa_avg.formats import Tensor, is_model_alone, open_checkpoint
 from swa_avg.formats.base import Stream
 from swa_avg.inputs.digests import check_digests, read_digests
 from swa_avg.inputs.listing import Listing, list_checkpoints
@@ -238,7 +238,7 @@ def average(
     listing = select(named, wanted)
     paths = listing.paths
     if not dry_run:
-        check_output(target, overwrite=overwrite)
+        check_output(target, overwrite=overwrite, is_folder_of_ours=is_model_alone)
     coefficients = coefficients_of(chosen_method, listing)
     far = any_remote(paths)
     verify = not far if verify is None else verify

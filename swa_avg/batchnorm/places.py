@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -141,9 +142,7 @@ def _marked(checkpoint: Checkpoint, marks: Mapping[str, NDArray[Any]]) -> Iterat
         with closing(open_checkpoint(path)) as marked:
             yield marked
     finally:
-        for file in path.parent.iterdir():
-            file.unlink()
-        path.parent.rmdir()
+        rmtree(path.parent)
 
 
 @contextmanager

@@ -68,10 +68,10 @@ _DIGESTS = click.Option(
 def average(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Average Keras checkpoints into one model: exactly, in bounded memory, without TensorFlow.
 
-    CHECKPOINTS are the .keras, .weights.h5, .h5 or .weights.json files of one training run: names, quoted
-    patterns, or URLs such as s3://bucket/ckpt_*.keras. Their order is the natural one, ckpt_2 before ckpt_10.
-    A folder, by default the current one, stands for the files that its checkpoints.json lists, as
-    CheckpointSaver writes it.
+    CHECKPOINTS are the .keras, .weights.h5, .h5 or .weights.json files or model folders of one training run:
+    names, quoted patterns, or URLs such as s3://bucket/ckpt_*.keras. Their order is the natural one, ckpt_2
+    before ckpt_10. Any other folder, by default the current one, stands for the files that its
+    checkpoints.json lists, as CheckpointSaver writes it.
     """
     from swa_avg.averaging import average as run
 

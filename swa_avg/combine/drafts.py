@@ -30,7 +30,9 @@ class DraftFolder:
         self._files: list[IO[bytes]] = []
 
     def create(self, name: str, size: int = 0) -> IO[bytes]:
-        self._files.append(self.output.with_name(name).open("w+b"))
+        path = self.output.parent / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._files.append(path.open("w+b"))
         return self._files[-1]
 
     def __enter__(self) -> DraftFolder:

@@ -7,7 +7,7 @@ A format is one module and one entry in the table in `formats/__init__.py`. The 
   `without_optimizer`; of the rest it overrides what does not hold for it.
 
 Nothing outside this package asks which subclass it has at hand. A checkpoint of several files is named,
-opened and written by the one file that lists the others, which is published last.
+opened and written by the one file that lists the others, which is published last, or by its folder.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class Checkpoint(ABC):
     kind: str
     """The kind of checkpoint, in words for the user; all inputs of a run are of one kind."""
     suffixes: tuple[str, ...]
-    """What the name of an output may end with, so that Keras finds the right loader; the first is usual."""
+    """What the name of an output may end with, so that Keras finds the right loader; the first is usual, and
+    empty for a folder."""
     shards: tuple[Region, ...]
     """The files, or parts of files, that hold the tensors."""
     tensors: Mapping[str, Tensor]
@@ -128,6 +129,16 @@ class Checkpoint(ABC):
     def size(self) -> int:
         """Bytes of the shards."""
         return sum(shard.size for shard in self.shards)
+
+    @property
+    def files(self) -> tuple[Location, ...]:
+        """All its files."""
+        return tuple(dict.fromkeys([self.path, *(shard.path for shard in self.shards)]))
+
+    @property
+    def weights_path(self) -> Location | None:
+        """The file that Keras loads the weights from, without a model; None if it cannot load all of them."""
+        return self.path
 
     @property
     def is_average(self) -> bool:
@@ -325,6 +336,7 @@ class Stage(Protocol):
     def create(self, name: str, size: int = 0) -> IO[bytes]:
         """Return a new file, open for reading and writing, that is published as `name` beside the output.
 
+        If the output is a folder, `name` begins with its name and a slash, and the folder is published whole.
         Files are published in the order in which they were created. `size` bytes, the least that the file
         will hold, are reserved at once, so that a full disk is noticed before the work is done.
         """

@@ -66,7 +66,7 @@ def check_digests(
     """
     for checkpoint in checkpoints:
         opened = {shard.path: shard for shard in checkpoint.shards}
-        for path in dict.fromkeys([checkpoint.path, *opened]):
+        for path in checkpoint.files:
             expected = digests.get(path.absolute())
             if expected is None:
                 raise UsageError(f"{listed_in} does not name {path}: add it with sha256sum")

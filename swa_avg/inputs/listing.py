@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from swa_avg.errors import SystemRefusalError, UnreadableError, UsageError
-from swa_avg.files.location import Location, identity, location, matches
-from swa_avg.formats import SUFFIXES, TENSORFLOW, TENSORFLOW_FILE
+from swa_avg.files.location import Location, folder_itself, identity, location, matches
+from swa_avg.formats import SUFFIXES, TENSORFLOW, TENSORFLOW_FILE, is_model_folder
 from swa_avg.inputs.index import INDEX_NAME, Index, read_index
 from swa_avg.inputs.names import Ambiguity, read_names
 from swa_avg.text import finite_or_none
@@ -154,10 +154,9 @@ def list_checkpoints(patterns: str | Path | Sequence[str | Path]) -> Listing:
                 problem += f"; TensorFlow checkpoints do, which are not read: {TENSORFLOW}"
             raise UsageError(problem)
         named.extend(map(_existing, found))
-    if len(named) == 1 and named[0].is_dir():
-        return _described(_indexed(named[0]))
-    paths = [file for path in named for file in (_indexed(path) if path.is_dir() else [path])]
-    return _ordered(_described(_naturally(paths)))
+    if len(named) == 1:
+        return _described(_files_of(named[0]))
+    return _ordered(_described(_naturally(file for path in named for file in _files_of(path))))
 
 
 def list_again(paths: Sequence[Location]) -> list[Listing]:
@@ -177,6 +176,13 @@ def list_again(paths: Sequence[Location]) -> list[Listing]:
     chosen = tuple(listed for listed in among.files if listed.path in wanted)
     among = _ordered(replace(among, files=chosen))
     return [alone] if among == alone else [alone, among]
+
+
+def _files_of(path: Location) -> list[Location]:
+    """Return what a name stands for: a file, a model in a folder, or what the index of a folder names."""
+    if not path.is_dir():
+        return [path]
+    return [folder_itself(path)] if is_model_folder(path) else _indexed(path)
 
 
 def _naturally(paths: Iterable[Location]) -> list[Location]:
@@ -264,6 +270,11 @@ def _indexed(folder: Location) -> list[Location]:
         if "saved_model.pb" in names:
             hint = "load it in TensorFlow, and save its weights with model.save_weights to a .weights.h5"
             raise UnreadableError(folder, "a SavedModel, which is not read", hint=hint)
+        models = [path for path in matches(every) if path.is_dir() and is_model_folder(path)]
+        if models:
+            raise UnreadableError(
+                folder, f"a folder without {INDEX_NAME}", hint=f"name its models, such as '{every}/'"
+            )
         if any(map(TENSORFLOW_FILE.search, names)) and not any(name.endswith(SUFFIXES) for name in names):
             raise UnreadableError(folder, "holds TensorFlow checkpoints, which are not read", hint=TENSORFLOW)
         suffix = next((suffix for suffix in SUFFIXES for name in names if name.endswith(suffix)), ".keras")

@@ -18,6 +18,7 @@ from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageErro
 from swa_avg.files.location import Location, any_remote
 from swa_avg.files.publication import check_output, publication_at, publish_file
 from swa_avg.files.temporary import temporary_folder
+from swa_avg.formats import is_model_alone
 from swa_avg.formats.base import Stream
 from swa_avg.inputs.listing import Listing, list_checkpoints
 from swa_avg.inputs.opening import check_averages, check_contents, opened
@@ -119,9 +120,10 @@ def sweep(
     paths = listing.paths
     if len(paths) < 2:
         raise UsageError("a sweep compares averages of at least 2 checkpoints; found 1")
-    check_output(target, overwrite=overwrite)
+    check_output(target, overwrite=overwrite, is_folder_of_ours=is_model_alone)
     draw = _drawing(Path(path), overwrite=overwrite) if path is not None else None
-    listing, rows, with_greedy = candidate_rows(listing, tried, validation)
+    listing, order = _ranked(listing, tried, validation)
+    rows, with_greedy = candidate_rows(listing, tried, order)
     far = any_remote(paths)
     verify = not far if verify is None else verify
     most_rows = max(len(rows), POINTS if draw else 1)
@@ -192,10 +194,10 @@ def _drawing(output: Path, *, overwrite: bool) -> Callable[[SweepReport], bytes]
 
 
 def candidate_rows(
-    listing: Listing, tried: Sequence[str], validation: Validation
-) -> tuple[Listing, list[Candidate], bool]:
+    listing: Listing, tried: Sequence[str], order: Sequence[int] = ()
+) -> tuple[list[Candidate], bool]:
     """Return the candidates that are known beforehand, single checkpoints first, and whether a soup is asked
-    for; with the listing, to which it is noted what ranks the best."""
+    for; `order` holds the numbers of the checkpoints, the best first."""
     paths = listing.paths
     count = len(paths)
     listing.check_order("candidates")
@@ -211,19 +213,19 @@ def candidate_rows(
         for number, name in enumerate(short_names(paths))
     ]
     texts = tried or candidates.default_candidates(count, times)
-    order: list[int] = []
-    if any(map(candidates.needs_ranking, texts)):
-        listing, order = _ranked(listing, validation)
     averages = [candidates.parse(text, count, times, order) for text in texts]
     known = dict.fromkeys(average for average in averages if average is not None)
-    return listing, [*singles, *known], None in averages
+    return [*singles, *known], None in averages
 
 
-def _ranked(listing: Listing, validation: Validation) -> tuple[Listing, list[int]]:
-    """Return the numbers of the checkpoints, the best first, and the listing with what ranks them.
+def _ranked(listing: Listing, tried: Sequence[str], validation: Validation) -> tuple[Listing, Sequence[int]]:
+    """Return the numbers of the checkpoints, the best first, and the listing with a note of what ranks them;
+    none where no candidate asks for it.
 
     That is the namesake of the metric that decides, as Keras logs it of validation data, where one is named.
     """
+    if not any(map(candidates.needs_ranking, tried)):
+        return listing, ()
     listing.check_indices()
     monitor, mode = validation.monitor, validation.mode
     if monitor is None and validation.metric is not None:

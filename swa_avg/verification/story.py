@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 from swa_avg.combine import Combiner, open_workers
 from swa_avg.combine.drafts import write_draft
 from swa_avg.errors import Finding, SystemRefusalError, UsageError
-from swa_avg.files.location import Location, any_remote, cached_locally, location
+from swa_avg.files.location import Location, any_remote, cached_locally, folder_itself, location
 from swa_avg.files.temporary import temporary_folder
 from swa_avg.formats import Checkpoint, open_checkpoint
 from swa_avg.inputs.listing import list_again
@@ -81,7 +81,7 @@ def verify(
         >>> verify("swa.keras", "run").equal
         True
     """
-    target = location(output)
+    target = folder_itself(location(output))
     with ExitStack() as stack:
         found = stack.enter_context(closing(open_checkpoint(stack.enter_context(cached_locally(target)))))
         record = read_record(found)

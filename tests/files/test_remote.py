@@ -50,9 +50,11 @@ WRITERS: dict[str, Callable[[Path, makers.Arrays], Path]] = {
 def memory() -> Iterator[Any]:
     """fsspec's filesystem in memory, empty."""
     system = fsspec.filesystem("memory")
-    system.store.clear()
+    for clear in (system.store.clear, system.pseudo_dirs.clear):
+        clear()
     yield system
-    system.store.clear()
+    for clear in (system.store.clear, system.pseudo_dirs.clear):
+        clear()
 
 
 def _write(folder: Path, suffix: str) -> list[Path]:
@@ -345,6 +347,68 @@ def test_a_set_that_cannot_be_uploaded_whole_leaves_nothing(
     with pytest.raises(SystemRefusalError, match="access denied"):
         swa_avg.average("memory://run/ckpt_*.json", "memory://out/swa.weights.json")
     assert memory.find("/out") == []
+
+
+def _put_folders(memory: Any, folder: Path) -> list[Path]:
+    """Write models in folders, and put them into `memory`, where `hf://` would have them."""
+    paths = []
+    for number in NUMBERS:
+        files = {"assets/a/words.txt": b"cat", "assets/b/words.txt": b"mat"}
+        paths.append(makers.write_folder(folder / f"ckpt_{number}", _arrays(number), **files))
+    for path in folder.rglob("*"):
+        if path.is_file():
+            memory.pipe_file(f"/run/{path.relative_to(folder).as_posix()}", path.read_bytes())
+    return paths
+
+
+@pytest.mark.parametrize("named", ["memory://run/ckpt_*", "each", "each/"])
+@pytest.mark.parametrize("options", [{}, {"optimizer": "drop"}], ids=str)
+def test_folders_at_urls_give_the_bytes_that_those_on_disk_give(
+    named: str, options: dict[str, Any], tmp_path: Path, memory: Any
+) -> None:
+    paths = _put_folders(memory, tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    swa_avg.average(paths, tmp_path / "out" / "swa", verify=False, **options)
+    urls = [f"memory://run/{path.name}{'/' if named.endswith('/') else ''}" for path in paths]
+    swa_avg.average(urls if named.startswith("each") else named, "memory://out/swa/", **options)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    expected = {f"/out/{path.relative_to(tmp_path / 'out').as_posix()}": path.read_bytes() for path in files}
+    assert {name: memory.cat_file(name) for name in memory.find("/out")} == expected
+    assert len(expected) == 5
+    for url in ("memory://out/swa", "memory://out/swa/"):
+        assert swa_avg.verify(url, "memory://run").equal
+
+
+def test_a_folder_at_a_url_is_never_replaced_and_never_half_there(
+    tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _put_folders(memory, tmp_path / "in")
+    urls = [f"memory://run/ckpt_{number}" for number in NUMBERS]
+    swa_avg.average(urls, "memory://out/swa")
+    for overwrite, problem in (
+        (False, "exists; name another one"),
+        (True, "several files cannot be replaced"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            swa_avg.average(urls, "memory://out/swa", overwrite=overwrite)
+    put_file = type(memory).put_file
+
+    def refuse_the_last(self: Any, source: str, target: str, **options: Any) -> None:
+        if target.endswith("config.json"):
+            raise PermissionError("not yours")
+        put_file(self, source, target, **options)
+
+    monkeypatch.setattr(type(memory), "put_file", refuse_the_last)
+    with pytest.raises(SystemRefusalError, match="access denied"):
+        swa_avg.average(urls, "memory://out/other")
+    assert memory.find("/out/other") == []
+
+
+def test_a_folder_at_a_url_whose_names_lead_out_of_it_is_refused(tmp_path: Path, memory: Any) -> None:
+    _put_folders(memory, tmp_path / "in")
+    memory.store["/run/ckpt_1/assets/../../x"] = memory.store["/run/ckpt_1/config.json"]
+    with pytest.raises(UnreadableError, match=r"holds a file whose name leads out of it: assets/\.\./\.\./x"):
+        swa_avg.average("memory://run/ckpt_*", tmp_path / "swa")
 
 
 class TestFileSystemsWhereFilesGrow:

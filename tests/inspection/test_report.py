@@ -238,6 +238,23 @@ def test_numbers_of_any_size_have_a_page_and_pictures(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_metrics_of_a_log_and_of_names_have_pictures_that_say_where_they_are_from(
+    tmp_path: Path, swa_avg: Cli
+) -> None:
+    for epoch in (1, 2, 3):
+        makers.write_archive(tmp_path / f"{epoch:02d}-val_auc={epoch / 4}.keras", makers.weights(epoch))
+    (tmp_path / "log.csv").write_text("epoch,loss,lr\n0,3,0.1\n1,2,0.1\n2,1,0.01\n")
+    page = tmp_path / "run.html"
+    ended = swa_avg("inspect", tmp_path / "*.keras", "--report", page, "-q")
+    assert (ended.code, ended.err) == (0, "")
+    for caption in (
+        "loss by epoch, from log.csv.",
+        "val_auc by epoch, from the file name.",
+        "The learning rate in",
+    ):
+        assert page.read_text().count(f"<figcaption>{caption}") == 1
+
+
 def test_metrics_of_any_number_and_name_have_a_page(tmp_path: Path, swa_avg: Cli) -> None:
     names = [HOSTILE_METRIC, "$$", "_", "", "\u202egnp", "\u200b", "x" * 5000, "{", "val_", "\U0001f600"]
     metrics = [{name: float(epoch) for name in names} for epoch in (1, 2, 3)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable
@@ -55,6 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in NUMBERS:
         model.fit(images[:500], labels[:500], epochs=1, verbose=0)
         model.save(folder / f"ckpt_{number}.keras")
+        model.save(folder / f"ckpt_{number}", zipped=False)
         model.save_weights(folder / f"ckpt_{number}.weights.h5")
         model.save_weights(folder / f"ckpt_{number}.weights.json", max_shard_size=0.000001)
     for number in NUMBERS:  # last: once Keras has saved an .h5, it saves another optimizer in .keras
@@ -80,6 +82,8 @@ def here(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in run.iterdir():
         if path.is_file():
             (tmp_path / path.name).hardlink_to(path)
+        elif (path / "config.json").exists():
+            shutil.copytree(path, tmp_path / path.name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -327,9 +331,9 @@ def test_of_equal_scores_the_average_of_the_most_checkpoints_wins(here: Path, sw
     assert swa_avg(*command, *options, "--overwrite", "--require-improvement").code == 4
 
 
-@pytest.mark.parametrize("suffix", [".weights.h5", ".h5", ".weights.json"])
+@pytest.mark.parametrize("suffix", [".weights.h5", ".h5", ".weights.json", ""])
 def test_every_format_is_swept(suffix: str, here: Path, swa_avg: Cli) -> None:
-    model = () if suffix == ".h5" else ("--model", "ckpt_1.keras")
+    model = () if suffix in (".h5", "") else ("--model", "ckpt_1.keras")
     command = (
         "sweep",
         f"ckpt_?{suffix}",
