@@ -203,6 +203,8 @@ def _lines(report: SweepReport, *, verbose: bool) -> list[str]:
     if len(report.singles) > 2 and not verbose:
         lines.append(f"{len(report.singles)} single checkpoints were scored; --verbose lists them")
     lines.extend(report.notes)
+    if report.movement is not None:
+        lines.append(str(report.movement))
     if report.epochs:
         lines.append(f"power-ema and half-life count by the epochs {ranges_text(report.epochs)}")
     lines.extend(f"warning: {warning}" for warning in report.warnings_naming(REFRESH_BY))

@@ -23,6 +23,7 @@ from swa_avg.inputs.listing import Listing, list_checkpoints
 from swa_avg.inputs.opening import check_averages, check_contents, opened
 from swa_avg.inputs.related import Relation, check_related
 from swa_avg.inputs.selection import Selection, select
+from swa_avg.inspection.movement import Movement, movement_of
 from swa_avg.planning.output import output_path, plan_output
 from swa_avg.planning.policy import batchnorm_layers, other_weights
 from swa_avg.planning.record import describe
@@ -240,8 +241,15 @@ def _report(
         epochs=tuple(listing.epochs("candidates")) if by_epochs else (),
         notes=listing.notes,
         relation=relation,
+        movement=_movement(relation, listing),
         other_weights=other_weights(newest.optimizer_config),
     )
+
+
+def _movement(relation: Relation, listing: Listing) -> Movement | None:
+    if not relation.related:
+        return None
+    return movement_of(relation.squared, [listed.learning_rate for listed in listing.files])
 
 
 def _no_improvement(report: SweepReport) -> str:
