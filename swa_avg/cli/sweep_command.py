@@ -91,6 +91,9 @@ _PATH = click.Option(
     metavar="OUT.png",
     help="Draw the metrics on the line from the last checkpoint to the best average.",
 )
+_REPORT = click.Option(
+    ["--report"], type=click.Path(), metavar="OUT.html", help="Write a page with a verdict and the scores."
+)
 
 
 @click.command(
@@ -103,7 +106,13 @@ _PATH = click.Option(
         "How": (_CANDIDATES, _IMPROVEMENT, OPTIMIZER, DTYPE, UNRELATED),
         "BatchNorm": REFRESH,
         "Model": LOADING,
-        "Output": (output("the best"), overwrite(), _PATH, *printing("List every single checkpoint, too.")),
+        "Output": (
+            output("the best"),
+            overwrite(),
+            _PATH,
+            _REPORT,
+            *printing("List every single checkpoint, too."),
+        ),
         "Checks": (VERIFY,),
         "Resources": (*RESOURCES, CLUSTER),
     },
@@ -164,6 +173,7 @@ def sweep(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool,
                 **values_of((*RESOURCES, CLUSTER), options),
                 require_improvement=options["require_improvement"],
                 path=options["path"],
+                report=options["report"],
                 progress=progress,
                 score_progress=scores,
             )
