@@ -128,7 +128,7 @@ def main() -> None:
         opened.close()
     objects = {path: count for path, count in read.items() if path.endswith(".keras")}
     others = sum(read.values()) - sum(objects.values())
-    sample = 2**18  # by which related checkpoints are told
+    sample = 2**17  # by which related checkpoints are told
     allowed = options.count * (averaged + metadata + sample) + size
     print(f"{options.count} checkpoints of {size:,} bytes: averaged {averaged:,}, no tensor {metadata:,}")
     for path, count in sorted(objects.items()):

@@ -259,8 +259,8 @@ def test_a_copy_of_an_output_under_another_record_is_no_input_alone(forgery: For
 
 def test_inputs_that_are_averages_are_said_to_be(forgery: Forgery) -> None:
     first = forgery.folder / f"ckpt_20{forgery.suffix}"
-    assert forgery.cli(*forgery.inputs, "-o", first).code == 0
-    forgery.average(inputs=[*forgery.inputs, first])
+    assert forgery.cli(*forgery.inputs[:2], "-o", first).code == 0
+    forgery.average(inputs=[forgery.inputs[2], first])
     ended = forgery.cli("verify", forgery.target)
     assert ended.code == 0, ended.err
     said = "unchecked: how these inputs were made, which swa-avg wrote"

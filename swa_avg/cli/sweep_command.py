@@ -93,6 +93,9 @@ _PATH = click.Option(
     metavar="OUT.png",
     help="Draw the metrics on the line from the last checkpoint to the best average.",
 )
+_REPORT = click.Option(
+    ["--report"], type=click.Path(), metavar="OUT.html", help="Write a page with a verdict and the scores."
+)
 
 
 @click.command(
@@ -105,7 +108,13 @@ _PATH = click.Option(
         "How": (_CANDIDATES, METRICS, _IMPROVEMENT, OPTIMIZER, DTYPE, UNRELATED),
         "BatchNorm": REFRESH,
         "Model": LOADING,
-        "Output": (output("the best"), overwrite(), _PATH, *printing("List every single checkpoint, too.")),
+        "Output": (
+            output("the best"),
+            overwrite(),
+            _PATH,
+            _REPORT,
+            *printing("List every single checkpoint, too."),
+        ),
         "Checks": (VERIFY,),
         "Resources": (*RESOURCES, CLUSTER),
     },
@@ -166,6 +175,7 @@ def sweep(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool,
                 **values_of((*RESOURCES, CLUSTER), options),
                 require_improvement=options["require_improvement"],
                 path=options["path"],
+                report=options["report"],
                 progress=progress,
                 score_progress=scores,
             )
@@ -205,6 +215,8 @@ def _lines(report: SweepReport, *, verbose: bool) -> list[str]:
     if len(report.singles) > 2 and not verbose:
         lines.append(f"{len(report.singles)} single checkpoints were scored; --verbose lists them")
     lines.extend(report.notes)
+    if report.movement is not None:
+        lines.append(str(report.movement))
     if report.epochs:
         lines.append(f"power-ema and half-life count by the epochs {ranges_text(report.epochs)}")
     lines.extend(f"warning: {warning}" for warning in report.warnings_naming(REFRESH_BY))

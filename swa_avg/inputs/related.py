@@ -41,7 +41,7 @@ _ZERO = 1e-6  # of the largest norm
 _NOISE = 3.0
 _MOST_NOISE = 0.6
 _SAMPLE = 4 * 2**20  # bytes, of all inputs together
-_MOST = 2**18  # bytes, of one input
+_MOST = 2**17  # bytes, of one input
 _LEAST = 2**12
 _WINDOWS = 16
 _FEWEST = 1000  # values, from which chance and the size of steps are small enough to judge by
@@ -113,6 +113,8 @@ class Relation:
     paths: tuple[Location, ...]
     similarities: NDArray[np.float32]
     """float32[checkpoints, checkpoints]."""
+    squared: NDArray[np.float32]
+    """Squared distances of the samples, float32[checkpoints, checkpoints]."""
     threshold: float
     """Similarity from which two are related."""
     groups: tuple[tuple[int, ...], ...]
@@ -186,14 +188,19 @@ def _relation(checkpoints: Sequence[Checkpoint], averaged: Sequence[Tensor]) -> 
     count = sum(part.values for part in parts)
     threshold = similarity_threshold(count)
     if count < _FEWEST or len(checkpoints) < 2:
-        return Relation(paths, np.ones((len(paths),) * 2, np.float32), threshold, ())
+        alike = np.ones((len(paths),) * 2, np.float32)
+        return Relation(paths, alike, np.zeros_like(alike), threshold, ())
     with ThreadPoolExecutor(CONNECTIONS if any_remote(paths) else 1) as executor:
         rows = np.stack(list(executor.map(lambda checkpoint: _sample(checkpoint, parts), checkpoints)))
     with np.errstate(over="ignore", invalid="ignore"):
         if not np.isfinite(rows.sum()):  # reported, or copied, when they are averaged
             rows[:, ~np.isfinite(rows).all(axis=0)] = 0.0
         found = similarities(rows @ rows.T)
-    return Relation(paths, found, threshold, groups_of(found >= threshold))
+        rows -= rows.mean(axis=0)  # of neighbours' inner products, differences would keep few digits
+        inner = rows @ rows.T
+        squares = np.diagonal(inner)
+        squared = np.maximum(squares[:, None] + squares - 2.0 * inner, 0.0)
+    return Relation(paths, found, squared, threshold, groups_of(found >= threshold))
 
 
 class _Part(NamedTuple):

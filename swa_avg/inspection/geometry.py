@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from swa_avg.inputs.related import groups_of, similarities, similarity_threshold
 
-__all__ = ["Geometry", "Measurement", "Plane", "geometry_of"]
+__all__ = ["Geometry", "Measurement", "Plane", "geometry_of", "plane_of", "turns_of"]
 
 Array = NDArray[np.float64]
 
@@ -151,14 +151,14 @@ def geometry_of(measured: Measurement, coefficients: Array) -> Geometry | None:
         distances=np.sqrt(squared),
         norms=np.sqrt(measured.squared_norms),
         steps=np.sqrt(np.diagonal(squared, 1)),
-        turns=_turns(squared),
+        turns=turns_of(squared),
         to_mean=radii,
         mean_norm=math.sqrt(max(0.0, float(coefficients @ measured.squared_norms - spread))),
         angles=angles,
         similarities=alike,
         threshold=threshold,
         groups=groups_of(alike >= threshold),
-        plane=_plane(squared, coefficients),
+        plane=plane_of(squared, coefficients),
         effective_count=float(1.0 / (coefficients @ coefficients)),
     )
 
@@ -170,13 +170,14 @@ def _squared_to_mean(squared: Array, coefficients: Array) -> Array:
     return np.where(result > 1e-14 * squared.max(initial=0.0), result, 0.0)
 
 
-def _turns(squared: Array) -> Array:
+def turns_of(squared: Array) -> Array:
+    """Return the angle between each step and the next, degrees, from squared distances in training order."""
     steps = np.diagonal(squared, 1)
     inner = (np.diagonal(squared, 2) - steps[:-1] - steps[1:]) / 2.0
     return _degrees(_ratio(inner, np.sqrt(steps[:-1] * steps[1:])))
 
 
-def _plane(squared: Array, coefficients: Array) -> Plane:
+def plane_of(squared: Array, coefficients: Array) -> Plane:
     """Project on the two main directions: principal components, by the rows' inner products about their mean.
 
     They show a trajectory's shape, with the caution that a random walk in many dimensions gives smooth

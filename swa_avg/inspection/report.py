@@ -12,6 +12,7 @@ from swa_avg.errors import Finding, escape
 from swa_avg.files.location import Location
 from swa_avg.inputs.listing import Listing
 from swa_avg.inspection.geometry import Geometry
+from swa_avg.inspection.movement import Movement
 from swa_avg.text import counted, finite_or_none
 
 __all__ = ["Contents", "Inspection"]
@@ -80,6 +81,8 @@ class Inspection:
     Its mean is the method's, the coefficients of `measured` scaled to sum 1."""
     constants: tuple[str, ...] = ()
     """Tensors that hold NaN or infinity, and are the same in all checkpoints."""
+    movement: Movement | None = None
+    """Whether those of one run circle or still move."""
     other_weights: str | None = None
     """What to know of an optimizer that keeps an average of its own."""
 
@@ -119,6 +122,7 @@ class Inspection:
                 for contents, coefficient in zip(self.checkpoints, self.coefficients, strict=True)
             ],
             "tensors": self.treatments,
+            "movement": None if self.movement is None else self.movement.as_json(),
             "other_weights": self.other_weights,
             "geometry": None,
         }

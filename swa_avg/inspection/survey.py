@@ -21,6 +21,7 @@ from swa_avg.inputs.ranking import with_log
 from swa_avg.inputs.related import kernels_among
 from swa_avg.inputs.selection import Selection, select
 from swa_avg.inspection.geometry import Measurement, geometry_of
+from swa_avg.inspection.movement import movement_of
 from swa_avg.inspection.report import Contents, Inspection
 from swa_avg.planning.methods import Method
 from swa_avg.planning.plan import Plan, coefficients_of, make_plan
@@ -177,6 +178,10 @@ def _measured(inspection: Inspection, plan: Plan, progress: Progress | None) -> 
         if not chosen.sum() > 0.0:
             chosen = np.ones(len(measured))
         geometry = geometry_of(measurement.of(measured), chosen / chosen.sum())
+    movement = None
+    if geometry is not None and len(geometry.groups) == 1:
+        rates = [inspection.checkpoints[row].learning_rate for row in measured]
+        movement = movement_of(np.square(geometry.distances), rates)
     treatments = {
         title: tuple(tensor.name for tensor in tensors)
         for title, tensors in (
@@ -191,6 +196,7 @@ def _measured(inspection: Inspection, plan: Plan, progress: Progress | None) -> 
         treatments=treatments,
         measured=tuple(measured),
         geometry=geometry,
+        movement=movement,
         constants=tuple(sorted(constants)),
     )
 

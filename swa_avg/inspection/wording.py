@@ -153,6 +153,8 @@ def observations(inspection: Inspection) -> list[str]:
         sentences.append(
             f"all are related, as those of one run are (similarity to the nearest {nearest:.3f} or more)"
         )
+    if inspection.movement is not None:
+        sentences.append(str(inspection.movement))
     return sentences
 
 

@@ -10,6 +10,7 @@ from swa_avg.batchnorm import RefreshReport
 from swa_avg.errors import escape
 from swa_avg.files.location import Location
 from swa_avg.inputs.related import Relation
+from swa_avg.inspection.movement import Movement
 from swa_avg.planning.policy import batchnorm_warning
 from swa_avg.sweeping.candidates import Candidate
 from swa_avg.text import counted, finite_or_none
@@ -76,6 +77,8 @@ class SweepReport:
     """BLAKE2b-256 of these rows."""
     relation: Relation
     """Whether the checkpoints are related."""
+    movement: Movement | None = None
+    """Whether the checkpoints circle or still move, by the sample that tells whether they are related."""
     other_weights: str | None = None
     """What to know of an optimizer that keeps an average of its own."""
     batchnorm_layers: tuple[str, ...] = ()
@@ -153,6 +156,7 @@ class SweepReport:
             "best_single": self.best_single.candidate.name,
             "improved": self.improved,
             "relation": self.relation.as_json(),
+            "movement": None if self.movement is None else self.movement.as_json(),
             "other_weights": self.other_weights,
             "batchnorm_layers": list(self.batchnorm_layers),
             "path": [_finite(point) for point in self.path],

@@ -25,6 +25,7 @@ from swa_avg.inputs.opening import check_averages, check_contents, opened
 from swa_avg.inputs.ranking import ranked, with_log
 from swa_avg.inputs.related import Relation, check_related
 from swa_avg.inputs.selection import Selection, select
+from swa_avg.inspection.movement import Movement, movement_of
 from swa_avg.planning.output import output_path, plan_output
 from swa_avg.planning.policy import batchnorm_layers, other_weights
 from swa_avg.planning.record import describe
@@ -38,6 +39,7 @@ from swa_avg.text import Progress, finite_or_none, short_names
 __all__ = ["candidate_rows", "sweep"]
 
 _PICTURES = (".png", ".svg", ".pdf")
+_PAGE = ".html"
 
 
 def sweep(
@@ -62,6 +64,7 @@ def sweep(
     cluster: str | None = None,
     require_improvement: bool = False,
     path: str | Path | None = None,
+    report: str | Path | None = None,
     progress: Progress | None = None,
     score_progress: Progress | None = None,
 ) -> SweepReport:
@@ -87,6 +90,7 @@ def sweep(
         require_improvement: Write nothing if no average is better than the best single checkpoint.
         path: Also score 11 points on the line from the last checkpoint to the best average, each refreshed
             likewise, and draw them into this `.png`, `.svg` or `.pdf`; needs matplotlib.
+        report: A `.html` to write a page into, which begins with a verdict; needs matplotlib.
         score_progress: Called with (candidates to score, candidates scored since the last call).
 
     Returns:
@@ -121,12 +125,12 @@ def sweep(
     if len(paths) < 2:
         raise UsageError("a sweep compares averages of at least 2 checkpoints; found 1")
     check_output(target, overwrite=overwrite, is_folder_of_ours=is_model_alone)
-    draw = _drawing(Path(path), overwrite=overwrite) if path is not None else None
+    outputs = _outputs(path, report, overwrite=overwrite)
     listing, order = _ranked(listing, tried, validation)
     rows, with_greedy = candidate_rows(listing, tried, order)
     far = any_remote(paths)
     verify = not far if verify is None else verify
-    most_rows = max(len(rows), POINTS if draw else 1)
+    most_rows = max(len(rows), POINTS if path is not None else 1)
     loading = refresh or loading or Loading()
     if not isinstance(loading.model, str | Path | None):
         raise UsageError(
@@ -140,7 +144,7 @@ def sweep(
         # The newest is the template of most drafts; a copy on this machine is none on the workers'.
         with opened(paths, dtype, cache_newest=cluster is None) as checkpoints, ExitStack() as stack:
             check_request(loading, checkpoints[-1], "a sweep", compiled=validation.metric is None)
-            steps = len(rows) + (len(paths) - 1 if with_greedy else 0) + (POINTS if draw else 0)
+            steps = len(rows) + (len(paths) - 1 if with_greedy else 0) + (POINTS if path is not None else 0)
             trials = Trials(
                 checkpoints,
                 publication,
@@ -156,20 +160,21 @@ def sweep(
             singles, averages = scored[: len(paths)], scored[len(paths) :]
             if with_greedy:
                 averages = (*averages, greedy_soup(trials, singles))
-            report = _report(target, trials, singles, averages, refresh, listing, relation)
-            if require_improvement and not report.improved:
-                raise NoImprovementError(_no_improvement(report), report)
+            found = _report(target, trials, singles, averages, refresh, listing, relation)
+            if require_improvement and not found.improved:
+                raise NoImprovementError(_no_improvement(found), found)
             statistics = trials.best_statistics  # of the winner: the points of the line are scored after it
-            if draw and report.best_average is not None:
-                report = replace(report, path=line(trials, report.best_average.candidate))
+            if path is not None and found.best_average is not None:
+                found = replace(found, path=line(trials, found.best_average.candidate))
             scratch = stack.enter_context(workers.scratch(publication))
-            _write(report, statistics, trials, scratch, optimizer=optimizer, dtype=dtype, verify=verify)
+            _write(found, statistics, trials, scratch, optimizer=optimizer, dtype=dtype, verify=verify)
         publication.publish()
-    if path is not None and draw and report.path:
-        publish_file(Path(path), draw(report), overwrite=overwrite)
-    report = replace(report, written=True)
-    warn([*report.notes, *report.warnings])
-    return report
+    found = replace(found, written=True)
+    for picture, render in outputs.items():
+        if found.path or picture.suffix == _PAGE:
+            publish_file(picture, render(found), overwrite=overwrite)
+    warn([*found.notes, *found.warnings])
+    return found
 
 
 def _scoring(scorer: Scorer, workers: Workers) -> Callable[[Iterable[Path]], Iterator[tuple[Path, Scoring]]]:
@@ -179,18 +184,26 @@ def _scoring(scorer: Scorer, workers: Workers) -> Callable[[Iterable[Path]], Ite
     return partial(workers.processes.run, scorer.portable().score)
 
 
-def _drawing(output: Path, *, overwrite: bool) -> Callable[[SweepReport], bytes]:
-    """Return what draws a report's line, once it is sure that the picture can be written."""
-    if output.suffix not in _PICTURES:
-        raise UsageError(f"path {output}: expected a name that ends with {' or '.join(_PICTURES)}")
-    check_output(output, overwrite=overwrite)
-    try:
-        from swa_avg.sweeping.page import plot
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise UsageError(f"path {output}: needs matplotlib; pip install 'swa-avg[plot]'") from None
-    return partial(plot, suffix=output.suffix)
+def _outputs(
+    path: str | Path | None, report: str | Path | None, *, overwrite: bool
+) -> dict[Path, Callable[[SweepReport], bytes]]:
+    """Return what draws which picture or page, once it is sure that it can be written."""
+    outputs: dict[Path, Callable[[SweepReport], bytes]] = {}
+    for argument, name, suffixes in (("path", path, _PICTURES), ("report", report, (_PAGE,))):
+        if name is None:
+            continue
+        output = Path(name)
+        if output.suffix not in suffixes:
+            raise UsageError(f"{argument} {output}: expected a name that ends with {' or '.join(suffixes)}")
+        check_output(output, overwrite=overwrite)
+        try:
+            from swa_avg.sweeping.page import page, plot
+        except ModuleNotFoundError as error:
+            if error.name != "matplotlib":
+                raise
+            raise UsageError(f"{argument} {output}: needs matplotlib; pip install 'swa-avg[plot]'") from None
+        outputs[output] = page if argument == "report" else partial(plot, suffix=output.suffix)
+    return outputs
 
 
 def candidate_rows(
@@ -272,8 +285,15 @@ def _report(
         epochs=tuple(listing.epochs("candidates")) if by_epochs else (),
         notes=listing.notes,
         relation=relation,
+        movement=_movement(relation, listing),
         other_weights=other_weights(newest.optimizer_config),
     )
+
+
+def _movement(relation: Relation, listing: Listing) -> Movement | None:
+    if not relation.related:
+        return None
+    return movement_of(relation.squared, [listed.learning_rate for listed in listing.files])
 
 
 def _no_improvement(report: SweepReport) -> str:

@@ -570,7 +570,7 @@ class TestS3:
         size = (tmp_path / "in" / "ckpt_3.keras").stat().st_size
         averaged, optimizer = 500 * 500 * 4, 2 * 500 * 500 * 8
         outside = size - averaged - optimizer
-        sample = 2**18  # by which related checkpoints are told
+        sample = 2**17  # by which related checkpoints are told
         ahead = 6 * 16 * 1024  # the ends of the archive are read in blocks
         assert read["ckpt_3.keras"] == size
         for name in ("ckpt_1.keras", "ckpt_2.keras"):

@@ -227,7 +227,7 @@ def test_a_bounded_sample_is_read_at_the_same_places_of_each(
     assert set(read) == set(paths)
     assert len({tuple(sorted(places)) for places in read.values()}) == 1
     size = sum(length for _, length in read[paths[0]])
-    assert 2**16 <= size <= 2**18
+    assert 2**16 <= size <= 2**17
     assert size * count <= 2**22
     spread = np.diff(sorted(position for position, _ in read[paths[0]]))
     assert spread.max() < 1.1 * base.nbytes / 15

@@ -158,3 +158,18 @@ def test_a_sweep_refuses_likewise(runs: Path, tmp_path: Path, swa_avg: Cli) -> N
     assert allowed.code == 0, allowed.err
     assert "warning: 2 groups of checkpoints that are unrelated to each other" in allowed.err
     assert json.loads(allowed.out)["relation"]["related"] is False
+
+
+def test_a_sweep_says_whether_the_run_still_moves(runs: Path, tmp_path: Path, swa_avg: Cli) -> None:
+    np.savez(tmp_path / "val.npz", x=X[:32], y=Y[:32])
+    command = ("sweep", runs / "seed_0", "--val", tmp_path / "val.npz", "--candidates", "uniform")
+    ended = swa_avg(*command, "--monitor", "loss", "-o", tmp_path / "best.keras", "--json")
+    assert ended.code == 0, ended.err
+    report = json.loads(ended.out)
+    assert report["relation"]["related"] is True
+    assert f"\n{report['movement']['text']}\n" in ended.err
+    inspected = json.loads(swa_avg("inspect", runs / "seed_0", "--json", "-q").out)["movement"]
+    # By all that is averaged there, by kernels here.
+    assert report["movement"]["turn"] == pytest.approx(inspected["turn"], abs=15)
+    assert report["movement"]["share"] == pytest.approx(inspected["share"], abs=0.1)
+    assert report["movement"]["rates"] == inspected["rates"] == pytest.approx([0.01, 0.01])

@@ -122,7 +122,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @CHROME
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1600, 360])
 def test_a_browser_shows_every_picture(
     width: int,
     scheme: str,
@@ -322,11 +322,21 @@ def test_sections_tables_and_facts_are_plain_text_made_html() -> None:
     assert '<th class="text">b&lt;</th>' in table
     assert '<td>1</td><td class="text">x&amp;y</td>' in table
     assert '<tr class="marked"><td>2</td><td class="text">\\x1b[0m</td></tr>' in table
-    page = html.page("<t>", "lead", [html.Section("<s>", html.facts([("k", "<v>")]) + html.items(["<i>"]))])
+    page = html.page(
+        "<t>",
+        "lead",
+        [
+            html.Section(
+                "<s>", html.facts([("k", "<v>", "<m>")]) + html.command("a <b>") + html.items(["<i>"])
+            )
+        ],
+    )
     for escaped in (
         "<title>&lt;t&gt;</title>",
         "<h2>&lt;s&gt;</h2>",
         "<dd>&lt;v&gt;</dd>",
+        '<dd class="meaning">&lt;m&gt;</dd>',
+        "<pre><code>a &lt;b&gt;</code></pre>",
         "<li>&lt;i&gt;</li>",
     ):
         assert escaped in page

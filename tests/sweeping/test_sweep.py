@@ -668,8 +668,19 @@ def test_the_line_joins_the_last_checkpoint_and_the_best_average(
         "--candidates",
         "last:2",
     )
-    ended = swa_avg(*command, "--path", "line.png", "--json", *refresh)
+    ended = swa_avg(*command, "--path", "line.png", "--report", "page.html", "--json", *refresh)
     assert ended.code == 0, ended.err
+    page = Path("page.html").read_text()
+    titles = ("Verdict", "Scores", "Between the last checkpoint and the average")
+    places = [page.index(f"<h2>{title}</h2>") for title in titles]
+    assert places == sorted(places)
+    said = next(line for line in ended.err.splitlines() if line.startswith("wrote swa.keras: "))
+    assert f"average helps here: {said}.</p>" in page or f"single checkpoint here: {said}.</p>" in page
+    what = "4 checkpoints and 2 averages of them, by accuracy (higher is better) on 300 rows of val.npz."
+    assert f"<p>{what}</p>" in page
+    assert "<pre><code>swa-avg verify swa.keras</code></pre>" in page
+    assert page.count("<tr") == 7
+    assert ('role="note">BatchNorm' in page) == (not refresh)
     report = json.loads(ended.out)
     points = report["path"]
     assert [point["at"] for point in points] == [step / 10 for step in range(11)]
