@@ -71,8 +71,10 @@ class ModelWriter:
         try:
             with closing(open_checkpoint(path)) as written:
                 stream = written.refilled(store.value)
-                same = written.holds(settings) and all(
-                    _holds(shard, stream(index)) for index, shard in enumerate(written.shards)
+                same = (
+                    written.tensors.keys() == store.values.keys()
+                    and written.holds(settings)
+                    and all(_holds(shard, stream(index)) for index, shard in enumerate(written.shards))
                 )
         except (SwaAvgError, KeyError, TypeError, ValueError):
             return
@@ -95,7 +97,8 @@ class _Store(H5IOStore):  # type: ignore[misc]
         self.handed: list[Any] = []
         """The groups, each with its path and attributes, and the name, shape and dtype of each variable."""
         self._path = ""
-        self._values: dict[str, Any] = {}
+        self.values: dict[str, Any] = {}
+        """By the name of the tensor, variables and arrays."""
 
     def __bool__(self) -> bool:
         return True
@@ -109,12 +112,12 @@ class _Store(H5IOStore):  # type: ignore[misc]
         if not isinstance(value, keras.Variable):
             value = keras.ops.convert_to_numpy(value)
         name = self._path + key
-        self._values[name] = value
-        self.handed.append((name, tuple(value.shape), keras.backend.standardize_dtype(value.dtype)))
+        self.values[name] = value
+        self.handed.append((name, tuple(value.shape), str(value.dtype)))
 
     def value(self, tensor: Tensor) -> memoryview:
         """Return the bytes of a variable."""
-        value = self._values[tensor.name]
+        value = self.values[tensor.name]
         if isinstance(value, keras.Variable):
             value = value_of(value)
         return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
@@ -124,9 +127,9 @@ class _Store(H5IOStore):  # type: ignore[misc]
 
         Nothing counts as handed over where this is not all that it saves, or where this fails.
         """
-        if any(getattr(model, name).__func__ is not getattr(keras.Model, name) for name in _KERAS_OWN):
-            return None
         try:
+            if any(getattr(model, name).__func__ is not getattr(keras.Model, name) for name in _KERAS_OWN):
+                return None
             assets = _NoAssets() if whole else None
             saving_lib._save_state(model, self, assets, "", set())
             if whole:
