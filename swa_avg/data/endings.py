@@ -32,8 +32,7 @@ def ends(batches: Any) -> bool | None:
         return _returns(batches.gi_code)
     if isinstance(batches, _BUILTIN) or operator.length_hint(batches, -1) >= 0:
         return True
-    function = getattr(type(batches), "__iter__", None)
-    return _returns(function.__code__) if inspect.isgeneratorfunction(function) else None
+    return _made_by_ends(getattr(type(batches), "__iter__", None))
 
 
 def has_length(batches: Any) -> bool:
@@ -43,6 +42,11 @@ def has_length(batches: Any) -> bool:
     except (TypeError, NotImplementedError):
         return False
     return True
+
+
+def _made_by_ends(function: Any) -> bool | None:
+    """Tell whether what a function makes ends, if it is a generator function."""
+    return _returns(function.__code__) if inspect.isgeneratorfunction(function) else None
 
 
 def _returns(code: types.CodeType) -> bool:
@@ -64,8 +68,7 @@ def _dataset_ends(dataset: Any) -> bool | None:
     parts = [_dataset_ends(part) for part in dataset._inputs()]
     if type(dataset).__name__ in ("_ZipDataset", "_TakeWhileDataset"):  # they may end before their parts
         return True if True in parts else None
-    if any(map(_makes_a_generator, dataset._functions())):
-        parts.append(None)
+    parts += [_generator_ends(wrapper) for wrapper in dataset._functions() if _makes_a_generator(wrapper)]
     return False if False in parts else None if None in parts else True
 
 
@@ -74,3 +77,14 @@ def _makes_a_generator(wrapper: Any) -> bool:
     graph = wrapper.function.graph.as_graph_def()
     nodes = itertools.chain(graph.node, *(function.node_def for function in graph.library.function))
     return any(node.op == "GeneratorDataset" for node in nodes)
+
+
+def _generator_ends(wrapper: Any) -> bool | None:
+    """Tell whether what `from_generator` was given ends, if it is a generator function and is found.
+
+    Only the functions that TensorFlow made of it refer to it.
+    """
+    found = wrapper._func
+    for name in ("get_iterator_id_fn", "generator_state"):
+        found = inspect.getclosurevars(found).nonlocals.get(name) if inspect.isfunction(found) else None
+    return _made_by_ends(getattr(found, "_generator", None))
