@@ -32,7 +32,8 @@ def ends(batches: Any) -> bool | None:
         return _returns(batches.gi_code)
     if isinstance(batches, _BUILTIN) or operator.length_hint(batches, -1) >= 0:
         return True
-    return _made_by_ends(getattr(type(batches), "__iter__", None))
+    function = getattr(type(batches), "__iter__", None)
+    return _returns(function.__code__) if inspect.isgeneratorfunction(function) else None
 
 
 def has_length(batches: Any) -> bool:
@@ -42,11 +43,6 @@ def has_length(batches: Any) -> bool:
     except (TypeError, NotImplementedError):
         return False
     return True
-
-
-def _made_by_ends(function: Any) -> bool | None:
-    """Tell whether what a function makes ends, if it is a generator function."""
-    return _returns(function.__code__) if inspect.isgeneratorfunction(function) else None
 
 
 def _returns(code: types.CodeType) -> bool:
@@ -80,11 +76,12 @@ def _makes_a_generator(wrapper: Any) -> bool:
 
 
 def _generator_ends(wrapper: Any) -> bool | None:
-    """Tell whether what `from_generator` was given ends, if it is a generator function and is found.
+    """Tell whether what was given to `from_generator` makes ends; None where it is not found.
 
     Only the functions that TensorFlow made of it refer to it.
     """
     found = wrapper._func
     for name in ("get_iterator_id_fn", "generator_state"):
         found = inspect.getclosurevars(found).nonlocals.get(name) if inspect.isfunction(found) else None
-    return _made_by_ends(getattr(found, "_generator", None))
+    make = getattr(found, "_generator", None)
+    return None if make is None else ends(make())

@@ -390,6 +390,7 @@ def test_what_ends_is_read_once_through(tmp_path: Path) -> None:
         map(np.asarray, ending()),
         records(tmp_path),
         made_by(ending).map(lambda batch: batch).prefetch(1),
+        made_by(lambda: (batch for batch in ending())).batch(1).unbatch(),
         made_by(ending).take(4),
         made_by(ending).apply(tf.data.experimental.assert_cardinality(4)),
         made_by(endless).take(2).map(lambda batch: batch),
@@ -404,8 +405,8 @@ def test_what_ends_is_read_once_through(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: made_by(partial(itertools.chain, endless())).shuffle(4).prefetch(2),
-        lambda: made_by(partial(itertools.chain, ending())),
+        lambda: made_by(partial(Loader, endless)).shuffle(4).prefetch(2),
+        lambda: made_by(partial(Loader, ending)),
         lambda: tf.data.Dataset.range(2).interleave(lambda _: made_by(endless)),
         lambda: Loader(endless),
         lambda: Loader(ending),
