@@ -64,8 +64,7 @@ def _dataset_ends(dataset: Any) -> bool | None:
     parts = [_dataset_ends(part) for part in dataset._inputs()]
     if type(dataset).__name__ in ("_ZipDataset", "_TakeWhileDataset"):  # they may end before their parts
         return True if True in parts else None
-    if any(map(_makes_a_generator, dataset._functions())):
-        parts.append(None)
+    parts += [_generator_ends(wrapper) for wrapper in dataset._functions() if _makes_a_generator(wrapper)]
     return False if False in parts else None if None in parts else True
 
 
@@ -74,3 +73,15 @@ def _makes_a_generator(wrapper: Any) -> bool:
     graph = wrapper.function.graph.as_graph_def()
     nodes = itertools.chain(graph.node, *(function.node_def for function in graph.library.function))
     return any(node.op == "GeneratorDataset" for node in nodes)
+
+
+def _generator_ends(wrapper: Any) -> bool | None:
+    """Tell whether what was given to `from_generator` makes ends; None where it is not found.
+
+    Only the functions that TensorFlow made of it refer to it.
+    """
+    found = wrapper._func
+    for name in ("get_iterator_id_fn", "generator_state"):
+        found = inspect.getclosurevars(found).nonlocals.get(name) if inspect.isfunction(found) else None
+    make = getattr(found, "_generator", None)
+    return None if make is None else ends(make())

@@ -199,10 +199,9 @@ def _repeated(
     template = combiner.plan.template
     refresh = refresh.for_output(template, combiner.plan.inputs[-1])
     check_request(refresh, template)
-    with temporary_folder() as folder:
+    with _room(), temporary_folder() as folder:
         path = folder / found.path.name
-        with _room():
-            write_draft(path, template, replace(combiner, progress=None).stream)
+        write_draft(path, template, replace(combiner, progress=None).stream)
         with closing(open_checkpoint(path)) as draft:
             return repeat_refresh(draft, found, refresh, progress)
 

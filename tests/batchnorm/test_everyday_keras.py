@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -388,6 +389,8 @@ def test_what_ends_is_read_once_through(tmp_path: Path) -> None:
         iter([A]),
         map(np.asarray, ending()),
         records(tmp_path),
+        made_by(ending).map(lambda batch: batch).prefetch(1),
+        made_by(lambda: (batch for batch in ending())).batch(1).unbatch(),
         made_by(ending).take(4),
         made_by(ending).apply(tf.data.experimental.assert_cardinality(4)),
         made_by(endless).take(2).map(lambda batch: batch),
@@ -402,8 +405,8 @@ def test_what_ends_is_read_once_through(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: made_by(endless).shuffle(4).prefetch(2),
-        lambda: made_by(ending),
+        lambda: made_by(partial(Loader, endless)).shuffle(4).prefetch(2),
+        lambda: made_by(partial(Loader, ending)),
         lambda: tf.data.Dataset.range(2).interleave(lambda _: made_by(endless)),
         lambda: Loader(endless),
         lambda: Loader(ending),
@@ -434,6 +437,7 @@ def test_what_may_not_end_needs_a_number_of_samples(make: Callable[[], Any], tmp
         lambda: tf.data.Dataset.from_tensors(A).repeat(),
         lambda: tf.data.Dataset.from_tensors(A).repeat().filter(lambda batch: True),
         lambda: tf.data.Dataset.from_tensors(A).interleave(lambda batch: made_by(ending).repeat()).repeat(),
+        lambda: made_by(endless).shuffle(4).prefetch(2),
         Endless,
         lambda: (batch for batch in endless()),
         lambda: itertools.chain(endless()),

@@ -283,3 +283,15 @@ def test_an_swa_callbacks_average_is_derived_again(tmp_path: Path) -> None:
         model.fit(x, x[:, :1], epochs=4, verbose=0, callbacks=[swa])
     found = package.verify(tmp_path / "swa.keras", refresh=x)
     assert str(found).startswith("equal, with 2 statistics derived again from data: ")
+
+
+def test_where_no_temporary_folder_can_be_made_that_is_one_line(
+    run: Path, swa_avg: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = _refreshed(run, swa_avg, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+        ended = _verified(target, run, swa_avg)
+    assert ended.code == 5
+    (line,) = ended.err.splitlines()
+    assert str(tmp_path / "gone") in line
