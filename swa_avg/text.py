@@ -19,7 +19,7 @@ __all__ = [
     "size_text",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 Progress = Callable[[int | None, int], None]
 """Told how much there is to do in all, where that is known, and how much was done since the last call."""
