@@ -39,7 +39,7 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
     Each file appears under its name complete, and on disk, or not at all; a failed save leaves earlier files
     as they are and ends `fit` with its error. With `background`, training waits only until the arrays are
     copied to host memory; a thread writes the file, one at a time. Keras writes the first; later ones are its
-    bytes with the values of their moment, which is what Keras would write, in half the time.
+    bytes with the values of their moment, which is what Keras would write.
 
     The learning rate is never touched. Runs are continued: the index of the folder is read at the start, and
     epochs that are trained again replace their checkpoints. Two runs need two folders.
