@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from swa_avg.inspection.advice import advice
 from swa_avg.planning.policy import constants_warning
 from swa_avg.text import first_few, number_text, short_names, size_text
 
@@ -148,6 +149,7 @@ def observations(inspection: Inspection) -> list[str]:
         sentences.append(
             f"all are related, as those of one run are (similarity to the nearest {nearest:.3f} or more)"
         )
+        sentences += filter(None, [advice(geometry.steps)])
     return sentences
 
 
