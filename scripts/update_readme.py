@@ -1,6 +1,7 @@
 """Put what was recorded of evidence.py, and with a file of what demo.sh printed, the demo, into the READMEs.
 
-python scripts/update_readme.py [--check] [FILE]    `--check` only tells, by 1, whether the demo's words differ
+python scripts/update_readme.py [FILE]
+python scripts/update_readme.py --check FILE    tell, by 1, whether the demo's words differ from the README's
 """
 
 import re

@@ -79,6 +79,7 @@ class ModelWriter:
         except (SwaAvgError, KeyError, TypeError, ValueError):
             return
         if same:
+            # It is closed, and may soon be deleted: all that is needed of it is what `refilled` keeps.
             self._layout, self._template = store.handed, written
 
 
@@ -100,7 +101,7 @@ class _Store(H5IOStore):  # type: ignore[misc]
         self.values: dict[str, Any] = {}
         """By the name of the tensor, variables and arrays."""
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> bool:  # Keras's own asks its file, and there is none
         return True
 
     def make(self, path: str, metadata: Any = None) -> _Store:

@@ -27,7 +27,7 @@ from swa_avg.cli.options import (
     refresh_of,
     values_of,
 )
-from swa_avg.cli.progress import Stage, progress_of
+from swa_avg.cli.progress import Phase, progress_of
 from swa_avg.cli.terminal import REFRESH_BY, say
 from swa_avg.text import __version__
 
@@ -76,8 +76,8 @@ def average(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
     from swa_avg.averaging import average as run
 
     refresh = refresh_of(options)
-    stages = [Stage("averaging", "bytes"), *([] if refresh is None else [Stage("refreshing")])]
-    with progress_of(quiet, *stages) as (progress, *rows):
+    phases = [Phase("averaging", "bytes"), *([] if refresh is None else [Phase("refreshing")])]
+    with progress_of(quiet, *phases) as (progress, *rows):
         report = run(
             checkpoints,
             options["output"],

@@ -15,14 +15,14 @@ from swa_avg.text import Progress, size_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Stage", "progress_of"]
+__all__ = ["Phase", "progress_of"]
 
 _INTERVAL = 30  # seconds
 _PATIENCE = 1.0  # seconds, for a line that is on its way
 
 
 @dataclass
-class Stage:
+class Phase:
     """A part of a command that takes time."""
 
     title: str
@@ -51,40 +51,40 @@ class Stage:
 
 
 @contextmanager
-def progress_of(quiet: bool, *stages: Stage) -> Iterator[tuple[Progress | None, ...]]:
-    """Show how far the stages of a command are, which follow each other, and give what each is to call.
+def progress_of(quiet: bool, *phases: Phase) -> Iterator[tuple[Progress | None, ...]]:
+    """Show how far the phases of a command are, which follow each other, and give what each is to call.
 
     On a terminal each has a bar from the first time that there is progress. Elsewhere a line says every half
     minute how far it is, whether there was progress or not: it may be data that do not come, or do not end.
     """
     with ExitStack() as stack:
         if quiet:
-            yield (None,) * len(stages)
+            yield (None,) * len(phases)
             return
         console = _console()
         if console is not None:
-            yield tuple([stack.enter_context(_bar(console, stage)) for stage in stages])
+            yield tuple([stack.enter_context(_bar(console, phase)) for phase in phases])
             return
         ended = threading.Event()
         # A daemon: nothing waits for a line that nobody takes.
-        thread = threading.Thread(target=_lines, args=(stages, ended), name="progress", daemon=True)
+        thread = threading.Thread(target=_lines, args=(phases, ended), name="progress", daemon=True)
         thread.start()
         try:
-            yield tuple(stage.advance for stage in stages)
+            yield tuple(phase.advance for phase in phases)
         finally:
             ended.set()
             thread.join(_PATIENCE)
 
 
-def _lines(stages: Sequence[Stage], ended: threading.Event) -> None:
-    """Say again and again how far the first stage is that is not complete."""
+def _lines(phases: Sequence[Phase], ended: threading.Event) -> None:
+    """Say again and again how far the first phase is that is not complete."""
     seconds = 0
     while not ended.wait(_INTERVAL):
         seconds += _INTERVAL
         minutes = f"{seconds // 60} min" if seconds >= 60 else ""
         time = " ".join(part for part in (minutes, f"{seconds % 60} s" if seconds % 60 else "") if part)
-        stage = next((stage for stage in stages if not stage.complete), stages[-1])
-        say([f"{stage}, after {time}"])
+        phase = next((phase for phase in phases if not phase.complete), phases[-1])
+        say([f"{phase}, after {time}"])
 
 
 def _console() -> Console | None:
@@ -98,25 +98,25 @@ def _console() -> Console | None:
 
 
 @contextmanager
-def _bar(console: Any, stage: Stage) -> Iterator[Progress]:
+def _bar(console: Any, phase: Phase) -> Iterator[Progress]:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
         MofNCompleteColumn,
-        Progress,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.progress import Progress as Bars
 
     amounts = (
         (DownloadColumn(binary_units=True), TransferSpeedColumn())
-        if stage.unit == "bytes"
-        else (MofNCompleteColumn(), TextColumn("{task.speed:.0f} " + f"{stage.unit}/s"))
+        if phase.unit == "bytes"
+        else (MofNCompleteColumn(), TextColumn("{task.speed:.0f} " + f"{phase.unit}/s"))
     )
-    columns = (TextColumn(stage.title), BarColumn(), *amounts, TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task(stage.title, total=None)
+    columns = (TextColumn(phase.title), BarColumn(), *amounts, TimeRemainingColumn())
+    bar = Bars(*columns, console=console, transient=True)
+    task = bar.add_task(phase.title, total=None)
 
     def advance(total: int | None, count: int) -> None:
         bar.start()

@@ -29,7 +29,7 @@ from swa_avg.cli.options import (
     refresh_of,
     values_of,
 )
-from swa_avg.cli.progress import Stage, progress_of
+from swa_avg.cli.progress import Phase, progress_of
 from swa_avg.cli.terminal import REFRESH_BY, say
 from swa_avg.errors import NoImprovementError
 
@@ -155,9 +155,9 @@ def sweep(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool,
         monitor=options["monitor"],
         mode=options["mode"],
     )
-    stages = Stage("averaging", "bytes"), Stage("scoring", "candidates")
+    phases = Phase("averaging", "bytes"), Phase("scoring", "candidates")
     try:
-        with progress_of(quiet, *stages) as (progress, scores):
+        with progress_of(quiet, *phases) as (progress, scores):
             report = run(
                 checkpoints,
                 options["output"],

@@ -9,7 +9,7 @@ import click
 
 from swa_avg.cli.command import Command
 from swa_avg.cli.options import LOADING, REPEATED, RESOURCES, printing, refresh_of, values_of
-from swa_avg.cli.progress import Stage, progress_of
+from swa_avg.cli.progress import Phase, progress_of
 from swa_avg.cli.terminal import say
 from swa_avg.errors import MismatchError
 from swa_avg.text import first_few
@@ -54,8 +54,8 @@ def verify(output: str, inputs: Sequence[str], as_json: bool, quiet: bool, **opt
     from swa_avg.verification import verify as run
 
     refresh = refresh_of(options)
-    stages = [Stage("comparing", "bytes"), *([] if refresh is None else [Stage("refreshing")])]
-    with progress_of(quiet, *stages) as (progress, *rows):
+    phases = [Phase("comparing", "bytes"), *([] if refresh is None else [Phase("refreshing")])]
+    with progress_of(quiet, *phases) as (progress, *rows):
         result = run(
             output,
             inputs,

@@ -20,7 +20,7 @@ def ends(batches: Any) -> bool | None:
 
     What has a length ends. A generator is taken to end if its code can return: one that loops for ever has
     no place that does. Of a dataset of TensorFlow, the cardinality tells, or what it is made of: files end.
-    A Keras dataset without a length counts as infinite, there too.
+    A Keras dataset without a length counts as infinite, also in what a dataset of TensorFlow is made of.
     """
     if has_length(batches):
         return True
@@ -84,4 +84,5 @@ def _generator_ends(wrapper: Any) -> bool | None:
     for name in ("get_iterator_id_fn", "generator_state"):
         found = inspect.getclosurevars(found).nonlocals.get(name) if inspect.isfunction(found) else None
     make = getattr(found, "_generator", None)
+    # A generator function runs nothing of its own until it is asked for a first batch.
     return None if make is None else ends(make())

@@ -135,9 +135,9 @@ class _Inside:
 
 def is_model_folder(path: Location) -> bool:
     """Tell whether a folder holds a model."""
-    if not all((path / name).exists() for name in (_CONFIG, _METADATA)):
+    if not all((path / name).is_file() for name in (_CONFIG, _METADATA)):
         return False
-    return any((path / name).exists() for name in _WEIGHTS)
+    return any((path / name).is_file() for name in _WEIGHTS)
 
 
 def is_model_alone(path: Location) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from swa_avg.errors import UsageError
 
-__all__ = ["KNOWN", "badness", "direction", "main_metric"]
+__all__ = ["KNOWN", "RATES", "badness", "direction", "main_metric"]
 
 _GREATER_ONES = (
     "acc|accuracy|auc|f1|f1_score|fmeasure|precision|recall|sensitivity|specificity|iou|miou|io_u|dice|bleu|rouge|"
@@ -18,6 +18,8 @@ _GREATER_ONES = (
 _LOWER_ONES = "loss|error|err|mse|mae|rmse|mape|msle|perplexity|ppl|wer|cer|fid"
 KNOWN = f"{_GREATER_ONES}|{_LOWER_ONES}"
 """The well-known names of metrics, as a part of a regular expression."""
+RATES = ("learning_rate", "lr")
+"""What Keras logs beside the metrics."""
 _ACCURACY = re.compile(r"(^|_)(acc|accuracy)(_|$)")
 _GREATER = re.compile(rf"(^|_)({_GREATER_ONES})(_|$)")
 _LOWER = re.compile(rf"(^|_)({_LOWER_ONES})$")

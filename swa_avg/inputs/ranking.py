@@ -13,14 +13,12 @@ from swa_avg.errors import SystemRefusalError, UnreadableError, UsageError
 from swa_avg.files.location import Location, location, matches
 from swa_avg.inputs.index import INDEX_NAME, Index
 from swa_avg.inputs.listing import Listed, Listing, Ranking
-from swa_avg.inputs.metrics import badness, direction
+from swa_avg.inputs.metrics import RATES, badness, direction
 from swa_avg.inputs.training_log import TrainingLog, read_log
 from swa_avg.text import counted, first_few
 
 __all__ = ["best_of", "ranked", "with_log"]
 
-_RATES = ("learning_rate", "lr")
-"""What Keras logs beside the metrics."""
 _UNNAMED = re.compile("number[0-9]*")
 """What `read_names` calls decimals that have no label."""
 _SHOWN = 8
@@ -45,13 +43,15 @@ def with_log(listing: Listing, named: str | Location | None = None) -> Listing:
             found = _logs_in(folder)
             if len(found) == 1:
                 logs[folder] = found[0]
-    alike = Counter(listed.epoch for listed in listing.files)
-    # `fit` counts from 1 in names, and from 0 in logs; who names files from 0 does as the log does.
-    first = 0 if alike[0] else 1
+    # A log that is named is that of all checkpoints, one that was found that of its own folder.
+    folders = [None if named is not None else listed.path.parent for listed in listing.files]
+    counts = Counter((folder, listed.epoch) for folder, listed in zip(folders, listing.files, strict=True))
     files = []
-    for listed in listing.files:
+    for place, listed in zip(folders, listing.files, strict=True):
         log = logs.get(listed.path.parent)
-        if log is not None and listed.epoch is not None and alike[listed.epoch] == 1:
+        # `fit` counts from 1 in names, and from 0 in logs; who names files from 0 does as the log does.
+        first = 0 if counts[place, 0] else 1
+        if log is not None and listed.epoch is not None and counts[place, listed.epoch] == 1:
             files.append(_logged(listed, log, listed.epoch - first, prefer=named is not None))
         else:
             files.append(listed)
@@ -70,7 +70,7 @@ def _logs_in(folder: Location) -> list[TrainingLog]:
 
 def _logged(listed: Listed, log: TrainingLog, epoch: int, *, prefer: bool) -> Listed:
     metrics = dict(log.epochs.get(epoch, {}))
-    rates = [metrics.pop(name) for name in _RATES if name in metrics]
+    rates = [metrics.pop(name) for name in RATES if name in metrics]
     if listed.index is not None and not prefer:
         metrics = {name: value for name, value in metrics.items() if name not in listed.metrics}
     return replace(
@@ -95,11 +95,11 @@ def best_of(listing: Listing, count: int, monitor: str | None = None, mode: str 
     notes = listing.notes
     lacking = [listed for row, listed in enumerate(listing.files) if row not in order]
     if lacking:
-        of = f"{len(lacking)} of {len(listing.files)} have none, or NaN, such as {lacking[0].path.name}"
-        having = f"{counted(len(order), 'checkpoint')} with the metric {ranking.monitor!r}; {of}"
+        without = f"{len(lacking)} of {len(listing.files)} have none, or NaN, such as {lacking[0].path.name}"
+        found = f"{counted(len(order), 'checkpoint')} with the metric {ranking.monitor!r}; {without}"
         if count > len(order):
-            raise UsageError(f"best is {count}, but found only {having}")
-        notes = (*notes, f"the best {count} of {having}")
+            raise UsageError(f"best is {count}, but found only {found}")
+        notes = (*notes, f"the best {count} of {found}")
     files = tuple(listing.files[row] for row in sorted(order[:count]))
     return replace(listing, files=files, ranking=ranking, notes=notes)
 
@@ -117,11 +117,11 @@ def ranked(listing: Listing, monitor: str | None, mode: str | None) -> tuple[Ran
     values = [listed.metrics.get(name, math.nan) for listed in listing.files]
     rows = [row for row, value in enumerate(values) if not math.isnan(value)]
     if not rows:
-        there = dict.fromkeys(known for listed in listing.files for known in listed.metrics)
-        if name in there:
+        known = dict.fromkeys(metric for listed in listing.files for metric in listed.metrics)
+        if name in known:
             raise UsageError(f"the metric {name!r} is NaN in each of the checkpoints")
-        has = f"{listing.files[0].path.name} has no metric {name!r}, but {', '.join(there) or 'none'}"
-        raise UsageError(has)
+        first = listing.files[0].path.name
+        raise UsageError(f"{first} has no metric {name!r}, but {', '.join(known) or 'none'}")
     better = mode or _direction(listing, name)
     return Ranking(name, better), sorted(rows, key=lambda row: (badness(values[row], better), -row))
 
@@ -133,7 +133,7 @@ def _monitor(listing: Listing) -> str:
         UsageError: no metric is known, or several are.
     """
     monitored = {name for index in _indices(listing) if (name := index.monitor) is not None}
-    known = dict.fromkeys(name for listed in listing.files for name in listed.metrics if name not in _RATES)
+    known = dict.fromkeys(name for listed in listing.files for name in listed.metrics if name not in RATES)
     choice = [*monitored] or [name for name in known if not _UNNAMED.fullmatch(name)] or [*known]
     if len(choice) == 1:
         return choice[0]

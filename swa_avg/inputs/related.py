@@ -31,9 +31,9 @@ __all__ = [
     "check_related",
     "groups_of",
     "kernels_among",
+    "relation_of",
     "similarities",
     "similarity_threshold",
-    "unrelated_text",
 ]
 
 _RELATED = 0.3
@@ -138,7 +138,7 @@ class Relation:
         if len(self.groups) < 2:
             return None
         names = short_names(self.paths)
-        return unrelated_text([[names[row] for row in group] for group in self.groups])
+        return _unrelated_text([[names[row] for row in group] for group in self.groups])
 
     def as_json(self) -> dict[str, Any]:
         """Return all of it as JSON's types."""
@@ -150,7 +150,7 @@ class Relation:
         }
 
 
-def unrelated_text(groups: Sequence[Sequence[str]]) -> str:
+def _unrelated_text(groups: Sequence[Sequence[str]]) -> str:
     """Return what to say of groups of checkpoints, by name, that are not related to each other."""
     each = first_few([listed_text(group) for group in groups], _FEW, "; ")
     return (
@@ -171,7 +171,7 @@ def check_related(checkpoints: Sequence[Checkpoint], averaged: Sequence[Tensor],
         MismatchError: they are not related.
         UnreadableError, SystemRefusalError: as for `Region.ranges`.
     """
-    relation = _relation(checkpoints, averaged)
+    relation = relation_of(checkpoints, averaged)
     if relation.problem is not None and not allow:
         first = relation.paths[relation.groups[-1][0]]
         problem = (
@@ -182,7 +182,7 @@ def check_related(checkpoints: Sequence[Checkpoint], averaged: Sequence[Tensor],
     return relation
 
 
-def _relation(checkpoints: Sequence[Checkpoint], averaged: Sequence[Tensor]) -> Relation:
+def relation_of(checkpoints: Sequence[Checkpoint], averaged: Sequence[Tensor]) -> Relation:
     paths = tuple(checkpoint.path for checkpoint in checkpoints)
     parts = list(_parts(kernels_among(averaged), len(checkpoints)))
     count = sum(part.values for part in parts)

@@ -7,7 +7,7 @@ import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import StringIO
 
 from swa_avg.errors import UnreadableError
@@ -30,7 +30,7 @@ class TrainingLog:
     """The metrics of each epoch; the columns of the learning rate are among them."""
 
     path: Location
-    epochs: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    epochs: Mapping[int, Mapping[str, float]]
     """By the epoch as the file counts it, from 0; without what was not logged. May hold NaN and infinity."""
 
 
@@ -71,7 +71,7 @@ def read_log(path: Location) -> TrainingLog:
                 raise ValueError(f"line {line} has no whole number as its epoch")
             epochs[int(epoch[1])] = dict(_numbers(row, decimal_comma=separator != ","))
         if min(epochs, default=0) == 1:
-            raise ValueError("it begins with epoch 1, and such a log counts from 0")
+            raise ValueError("it begins with epoch 1, and such a log counts from 0; number its epochs from 0")
     except (ValueError, csv.Error) as error:
         raise UnreadableError(path, f"not a log as CSVLogger writes it: {error}") from error
     return TrainingLog(path, epochs)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from swa_avg.inputs.metrics import RATES
 from swa_avg.inspection import drawings, wording
 from swa_avg.inspection.verdict import verdict
 from swa_avg.pages import html, pictures
@@ -137,7 +138,7 @@ def _training(inspection: Inspection) -> list[tuple[str, pictures.Draw]]:
     epochs = [float(contents.epoch or 0) for contents in known]
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for contents in known for name in contents.metrics):
-        if name in ("learning_rate", "lr"):  # Keras logs it too; it has a picture of its own
+        if name in RATES:  # Keras logs it too; it has a picture of its own
             continue
         groups.setdefault(name.removeprefix("val_"), []).append(name)
     draws = []

@@ -101,11 +101,12 @@ def checkpoint_table(inspection: Inspection) -> Table:
     geometry = inspection.geometry
     if geometry is None:
         return headers, rows
-    headers[-1:-1] = ["norm", "step", "turn", "to average", "similarity"]
+    columns = ["norm", "step", "turn", "to average", "similarity"]
+    headers[-1:-1] = columns
     measured = {row: number for number, row in enumerate(inspection.measured)}
     for row, cells in enumerate(rows):
         number = measured.get(row)
-        values: list[str] = [""] * 5
+        values = [""] * len(columns)
         if number is not None:
             turn = geometry.turns[number - 1] if 0 < number <= len(geometry.turns) else math.nan
             values = [

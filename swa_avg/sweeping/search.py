@@ -23,7 +23,7 @@ from swa_avg.formats.base import Stream
 from swa_avg.inputs.listing import Listing, list_checkpoints
 from swa_avg.inputs.opening import check_averages, check_contents, opened
 from swa_avg.inputs.ranking import ranked, with_log
-from swa_avg.inputs.related import Relation, check_related
+from swa_avg.inputs.related import Relation, check_related, relation_of
 from swa_avg.inputs.selection import Selection, select
 from swa_avg.inspection.movement import Movement, movement_of
 from swa_avg.planning.output import output_path, plan_output
@@ -323,7 +323,7 @@ def _write(
     coefficients = [winner.candidate.coefficients[number] for number in winner.candidate.used]
     plan = plan_output(inputs, coefficients, trials.publication.output, scratch, optimizer=optimizer)
     combiner = Combiner(plan, [coefficients], trials.workers, verify)
-    related = check_related(inputs, plan.averaged, allow=True).related
+    related = relation_of(inputs, plan.averaged).related
     method = winner.candidate.name if winner.candidate.is_average else "single"
     stream: Stream = combiner.stream
     further = {"sweep": _record(report)}

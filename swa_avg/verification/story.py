@@ -134,14 +134,14 @@ def verify(
 
 def _scratch(stack: ExitStack) -> Callable[[], IO[bytes]]:
     def scratch() -> IO[bytes]:
-        with _room():
+        with _naming_temporary_folder():
             return stack.enter_context(tempfile.TemporaryFile())
 
     return scratch
 
 
 @contextmanager
-def _room() -> Iterator[None]:
+def _naming_temporary_folder() -> Iterator[None]:
     """Name the folder for temporary files where the system refuses one."""
     try:
         yield
@@ -199,7 +199,7 @@ def _repeated(
     template = combiner.plan.template
     refresh = refresh.for_output(template, combiner.plan.inputs[-1])
     check_request(refresh, template)
-    with _room(), temporary_folder() as folder:
+    with _naming_temporary_folder(), temporary_folder() as folder:
         path = folder / found.path.name
         write_draft(path, template, replace(combiner, progress=None).stream)
         with closing(open_checkpoint(path)) as draft:

@@ -17,7 +17,7 @@ import pytest
 import makers
 from conftest import Ended
 from swa_avg.cli import progress
-from swa_avg.cli.progress import Stage, progress_of
+from swa_avg.cli.progress import Phase, progress_of
 
 Cli = Callable[..., Ended]
 
@@ -58,7 +58,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_the_first_stage_that_is_not_complete_is_told(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with progress_of(False, Stage("averaging", "bytes"), Stage("refreshing")) as (read, rows):
+    with progress_of(False, Phase("averaging", "bytes"), Phase("refreshing")) as (read, rows):
         assert read is not None
         assert rows is not None
         clock.tick()
@@ -87,9 +87,9 @@ def test_the_first_stage_that_is_not_complete_is_told(
 
 
 def test_quiet_says_nothing_and_no_thread_is_left(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with progress_of(True, Stage("averaging", "bytes"), Stage("refreshing")) as steps:
+    with progress_of(True, Phase("averaging", "bytes"), Phase("refreshing")) as steps:
         assert steps == (None, None)
-    with pytest.raises(KeyError), progress_of(False, Stage("averaging", "bytes")):
+    with pytest.raises(KeyError), progress_of(False, Phase("averaging", "bytes")):
         raise KeyError
     assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
     assert capsys.readouterr().err == ""
@@ -106,13 +106,13 @@ def test_commands_that_only_read_say_how_far_they_are(
     if command == ("verify",):
         assert swa_avg(*arguments, "-o", target, "-q").code == 0
         arguments = [target]
-    advance = Stage.advance
+    advance = Phase.advance
 
-    def slow(stage: Stage, total: int | None, count: int) -> None:
-        advance(stage, total, count)
+    def slow(phase: Phase, total: int | None, count: int) -> None:
+        advance(phase, total, count)
         clock.tick()
 
-    monkeypatch.setattr(Stage, "advance", slow)
+    monkeypatch.setattr(Phase, "advance", slow)
     ended = swa_avg(*command, *arguments)
     assert ended.code == 0
     title = {(): "averaging", ("inspect",): "inspecting", ("verify",): "comparing"}[command]

@@ -188,6 +188,7 @@ def test_a_folder_is_replaced_only_if_asked_and_if_it_holds_a_model_alone(tmp_pa
     [
         (lambda path: (path / "config.json").unlink(), "a folder without checkpoints.json"),
         (lambda path: (path / "model.weights.h5").unlink(), "a folder without checkpoints.json"),
+        (lambda path: _emptied(path / "metadata.json"), "a folder without checkpoints.json"),
         (lambda path: (path / "config.json").write_text("{"), "config.json is not valid JSON"),
         (lambda path: (path / "metadata.json").write_text("[]"), "metadata.json is not a JSON object"),
         (lambda path: _linked(path / "config.json"), "a symbolic link; put the file itself in its place"),
@@ -211,6 +212,11 @@ def test_a_folder_that_keras_does_not_write_is_refused(
     assert line.startswith(f"swa-avg: error: {tmp_path}/ckpt_2")
     assert problem in line
     assert not (tmp_path / "swa").exists()
+
+
+def _emptied(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
 
 
 def _linked(path: Path) -> None:

@@ -130,7 +130,7 @@ def test_logs_count_from_0_and_so_do_names_that_begin_with_0(tmp_path: Path) -> 
     (tmp_path / "ckpt_0.keras").unlink()
     assert _best(tmp_path, 1, epochs="1:").paths == [tmp_path / "ckpt_3.keras"]
     _log(tmp_path, {"val_loss": [3, 2, 1]}, first=1)
-    with pytest.raises(UnreadableError, match=r"begins with epoch 1, and such a log counts from 0$"):
+    with pytest.raises(UnreadableError, match=r"begins with epoch 1, and such a log counts from 0; number its epochs from 0$"):
         _best(tmp_path, 1, metrics=tmp_path / "log.csv")
 
 
@@ -143,6 +143,15 @@ def test_an_epoch_of_several_checkpoints_has_no_value_in_a_log(tmp_path: Path) -
         "the best 1 of 1 checkpoint with the metric 'val_loss'; 2 of 3 have none, or NaN, such as "
         "ckpt_0001_00000500.keras",
     )
+
+
+def test_each_folder_has_the_epochs_of_its_own_log(tmp_path: Path) -> None:
+    for name, values, epochs in (("one", [3, 1, 4], (1, 2, 3)), ("other", [6, 5, 2], (0, 1, 2))):
+        (tmp_path / name).mkdir()
+        _touch(tmp_path / name, *(f"ckpt_{epoch}.keras" for epoch in epochs))
+        _log(tmp_path / name, {"val_loss": values})
+    paths = [tmp_path / "one" / "ckpt_2.keras", tmp_path / "other" / "ckpt_2.keras"]
+    assert sorted(_best(tmp_path, 2, "*/*.keras").paths) == paths
 
 
 def test_the_only_unnamed_decimal_counts_once_its_direction_is_said(tmp_path: Path) -> None:
