@@ -38,7 +38,7 @@ from sklearn import datasets
 
 import swa_avg
 from swa_avg.callbacks import CheckpointSaver
-from swa_avg.inspection.advice import pace
+from swa_avg.inspection.advice import pace_of
 from swa_avg.schedules import cyclic
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -366,7 +366,7 @@ def sight(inspection: swa_avg.Inspection, first: int, end: int) -> dict[str, flo
     assert geometry is not None
     steps = geometry.steps[first : end - 1]
     return {
-        "pace": pace(steps),
+        "pace": pace_of(steps),
         "turn": float(np.mean(geometry.turns[first : end - 2])),
         "straightness": float(geometry.distances[first, end - 1] / steps.sum()),
         "step": float(steps.mean() / geometry.norms[end - 1]),

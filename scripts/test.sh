@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.."
 . scripts/_venv.sh
 clear_environment
 export TF_CPP_MIN_LOG_LEVEL=3 CUDA_VISIBLE_DEVICES=
+run_tests() { "$PYTHON" -m pytest -r s --numprocesses auto --maxprocesses 4 --dist loadfile "$@"; }
 
 case ${1-} in
   "")
@@ -20,21 +21,21 @@ case ${1-} in
     "$PYTHON" -m ruff check .
     "$PYTHON" -m ruff format --check .
     "$PYTHON" -m mypy
-    "$PYTHON" -m pytest -r s -m "not fuzz"
+    run_tests -m "not fuzz"
     ;;
   --core)
     make_venv .venv-core install -e ".[test-core]"
     use_empty_home
     "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(any(map(u.find_spec, ["keras", "tensorflow", "jax", "ml_dtypes"])))' ||
       { echo "the core environment has more than the core" >&2; exit 1; }
-    "$PYTHON" -m pytest -r s -m "not keras"
+    run_tests -m "not keras"
     ;;
   --lowest)
     make_venv .venv-lowest install_lowest test
     use_empty_home
     "$PYTHON" scripts/lowest.py check
     # Old versions warn of the newer ones that they depend on. JAX and Keras 2 are there for the tests alone.
-    "$PYTHON" -m pytest -r s -m "not fuzz" -k "not jax and not tf_keras" -W ignore::DeprecationWarning
+    run_tests -m "not fuzz" -k "not jax and not tf_keras" -W ignore::DeprecationWarning
     ;;
   *)
     sed -n '4,7s/^# *//p' "$0" >&2

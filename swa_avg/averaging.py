@@ -12,24 +12,31 @@ from typing import TYPE_CHECKING, Any
 from swa_avg.combine import Combiner, open_workers
 from swa_avg.combine.drafts import write_draft
 from swa_avg.errors import escape, warn
-from swa_avg.files.location import Location, any_remote, local_copy, location
+from swa_avg.files.location import Location, any_remote, location
 from swa_avg.files.publication import check_output, publication_at
 from swa_avg.files.temporary import temporary_folder
-from swa_avg.formats import Tensor, open_checkpoint
+from swa_avg.formats import Tensor, is_model_alone, open_checkpoint
 from swa_avg.formats.base import Stream
 from swa_avg.inputs.digests import check_digests, read_digests
 from swa_avg.inputs.listing import Listing, list_checkpoints
-from swa_avg.inputs.opening import check_contents, check_shared_files, opened
+from swa_avg.inputs.opening import check_averages, check_contents, check_shared_files, opened
+from swa_avg.inputs.related import Relation, check_related
 from swa_avg.inputs.selection import Selection, select
 from swa_avg.planning.methods import Method
 from swa_avg.planning.output import output_path, plan_output
 from swa_avg.planning.plan import Plan, coefficients_of
-from swa_avg.planning.policy import FLOATS, batchnorm_layers, batchnorm_warning, constants_warning
+from swa_avg.planning.policy import (
+    FLOATS,
+    batchnorm_layers,
+    batchnorm_warning,
+    constants_warning,
+    other_weights,
+)
 from swa_avg.planning.record import describe
 from swa_avg.text import Progress, counted
 
 if TYPE_CHECKING:
-    from swa_avg.batchnorm import Refresh, RefreshReport
+    from swa_avg.batchnorm import RefreshReport
 
 __all__ = ["Report", "average"]
 
@@ -48,8 +55,10 @@ class Report:
     """As it is written in the output's record, such as `ema:0.9`."""
     verify: bool
     """Whether every byte of every input is read and checked."""
+    relation: Relation
+    """Whether the inputs that count are related."""
     bytes_to_read: int
-    """In all, of the inputs."""
+    """In all, of the inputs, but for the sample that tells whether they are related."""
     peak_memory: int
     """Predicted peak of the process's resident memory, in bytes, without a refresh."""
     refresh: RefreshReport | None = None
@@ -74,15 +83,24 @@ class Report:
         return [] if alone else batchnorm_layers(self.plan.inputs[-1])
 
     @property
+    def other_weights(self) -> str | None:
+        """What to know of an optimizer that keeps an average of its own."""
+        return other_weights(self.plan.inputs[-1].optimizer_config)
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should look at; `average` warns of each."""
         return tuple(self.warnings_naming("refresh=DATA"))
 
     def warnings_naming(self, refresh: str) -> Iterator[str]:
         """Yield the warnings; `refresh` is how a refresh is asked for."""
+        if self.relation.problem is not None:
+            yield self.relation.problem
         for checkpoint in self.plan.inputs:
             if checkpoint.is_average:
                 yield f"{checkpoint.path} is itself an average that swa-avg wrote"
+        if self.other_weights is not None:
+            yield self.other_weights
         constants = [tensor.name for tensor in self.plan.compared if tensor.dtype in FLOATS]
         if constants:
             yield constants_warning(constants)
@@ -102,6 +120,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Return all of it as JSON's types."""
         inputs = zip(self.plan.inputs, self.plan.coefficients, strict=True)
+        ranking = self.listing.ranking
         return {
             "output": str(self.output),
             "written": self.written,
@@ -110,10 +129,13 @@ class Report:
             "verify": self.verify,
             "inputs": [{"path": str(input.path), "coefficient": share} for input, share in inputs],
             "tensors": {title: [tensor.name for tensor in group] for title, group in self.treatments.items()},
+            "relation": self.relation.as_json(),
+            "other_weights": self.other_weights,
             "batchnorm_layers": self.batchnorm_layers,
             "refresh": None if self.refresh is None else self.refresh.as_json(),
             "bytes_to_read": self.bytes_to_read,
             "peak_memory": self.peak_memory,
+            **({} if ranking is None else {"best": ranking.as_json(self.listing.files)}),
         }
 
 
@@ -125,11 +147,13 @@ def average(
     best: int | None = None,
     monitor: str | None = None,
     mode: str | None = None,
+    metrics: str | Path | None = None,
     last: int | None = None,
     every: int | None = None,
     method: str | Sequence[float] = "uniform",
     optimizer: str = "keep",
     dtype: str | None = None,
+    allow_unrelated: bool = False,
     overwrite: bool = False,
     verify: bool | None = None,
     expect_sha256: str | Path | None = None,
@@ -159,8 +183,10 @@ def average(
         epochs: Use only these epochs: `A:B[:STEP]`, both ends included; by the index beside the checkpoints,
             else as the names tell. A number or a `range`, whose end is not included, does as well.
         best: Of these, keep this many: those with the best values of a metric.
-        monitor: That metric; the one that the index monitors by default.
+        monitor: That metric; by default the one that the index monitors, else the only one that is known.
         mode: `min` or `max`, for a metric that the index does not monitor and whose name does not tell.
+        metrics: A log as `CSVLogger` writes it, whose metrics go before all others. Without it, they are
+            those of the index, of the only such log beside the checkpoints, and of the names, in this order.
         last: Of these, keep this many: the last ones.
         every: Of these, keep every nth, counted back from the newest.
         method: How much each checkpoint counts: `uniform`, `ema:DECAY`, `power-ema:SIGMA_REL`,
@@ -169,6 +195,8 @@ def average(
             training order.
         optimizer: `keep` copies the newest checkpoint's optimizer state, `drop` leaves it out.
         dtype: `bfloat16`, where untagged 2-byte tensors of weights-only files hold that.
+        allow_unrelated: Average even what a sample of the kernels shows to be of unrelated runs, such as
+            folds or seeds, with a warning.
         overwrite: Replace an existing output.
         verify: Read every byte and check it against the CRC-32 that archives store; by default, unless an
             input is a URL.
@@ -190,7 +218,8 @@ def average(
     Raises:
         UsageError: the request cannot be met as it was made.
         UnreadableError: an input is missing, damaged, or changed while it was read.
-        MismatchError: the inputs do not fit together or hold values that cannot be averaged.
+        MismatchError: the inputs do not fit together, are not related, or hold values that cannot be
+            averaged.
         SystemRefusalError: disk full, permission denied, input/output error; a service refused; no cluster,
             or one that was lost.
 
@@ -203,13 +232,13 @@ def average(
 
         refresh = Refresh.of(refresh)
     chosen_method = Method.parse(method)
-    wanted = Selection(epochs, best, monitor, mode, last, every)
+    wanted = Selection(epochs, best, monitor, mode, metrics, last, every)
     named = list_checkpoints(inputs)
     target = output_path(output, named.paths)
     listing = select(named, wanted)
     paths = listing.paths
     if not dry_run:
-        check_output(target, overwrite=overwrite)
+        check_output(target, overwrite=overwrite, is_folder_of_ours=is_model_alone)
     coefficients = coefficients_of(chosen_method, listing)
     far = any_remote(paths)
     verify = not far if verify is None else verify
@@ -228,12 +257,11 @@ def average(
                 checkpoints, coefficients, publication.output, scratch, optimizer=optimizer, dry_run=dry_run
             )
             combiner = Combiner(plan, [coefficients], workers, verify, progress)
-            check_shared_files(checkpoints)
-            check_contents(checkpoints, combiner.checksums)
+            relation = _checked(combiner, allow_unrelated=allow_unrelated)
             if refresh is not None:
                 from swa_avg.batchnorm.loading import check_request
 
-                refresh = _with_model(refresh, plan, dry_run)
+                refresh = refresh.for_output(plan.template, plan.inputs[-1], dry_run=dry_run)
                 check_request(refresh, plan.template)
             report = Report(
                 target,
@@ -241,6 +269,7 @@ def average(
                 plan,
                 str(chosen_method),
                 verify,
+                relation,
                 combiner.bytes_to_read,
                 combiner.peak_memory,
             )
@@ -261,7 +290,8 @@ def average(
                 report = replace(report, refresh=statistics.report)
 
             def record() -> dict[str, Any]:
-                return describe(combiner.settled, report.method, combiner.checksums, dtype) | further
+                checksums = combiner.checksums
+                return describe(combiner.settled, report.method, checksums, relation.related, dtype) | further
 
             plan.template.write(stream, record, publication)
             check_contents(checkpoints, combiner.checksums)
@@ -271,9 +301,11 @@ def average(
     return report
 
 
-def _with_model(refresh: Refresh, plan: Plan, dry_run: bool) -> Refresh:
-    """Name the newest input as the source of the model where the output holds its weights alone."""
-    newest = plan.inputs[-1]
-    if refresh.model is None and plan.template.kind != newest.kind:
-        return replace(refresh, model=str(newest.path if dry_run else local_copy(newest.path)))
-    return refresh
+def _checked(combiner: Combiner, *, allow_unrelated: bool) -> Relation:
+    """Check that the inputs are distinct, and that those which count are related, and each counts once."""
+    plan = combiner.plan
+    check_shared_files(plan.inputs)
+    check_contents(plan.inputs, combiner.checksums)
+    used = [input for input, share in zip(plan.inputs, plan.coefficients, strict=True) if share]
+    check_averages(used)
+    return check_related(used, plan.averaged, allow=allow_unrelated)

@@ -12,6 +12,7 @@ __all__ = [
     "counted",
     "finite_or_none",
     "first_few",
+    "listed_text",
     "number_text",
     "ranges_text",
     "short_names",
@@ -42,6 +43,13 @@ def first_few(names: Sequence[str], most: int = 5, separator: str = ", ") -> str
     """Return the first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return separator.join(names[:most]) + more
+
+
+def listed_text(names: Sequence[str], most: int = 5) -> str:
+    """Return all names of a few checkpoints; of more, how many they are, the first two and the last."""
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{len(names)} checkpoints, {names[0]}, {names[1]} ... {names[-1]}"
 
 
 def ranges_text(numbers: Sequence[int]) -> str:

@@ -86,6 +86,21 @@ def write_archive(path: Path, arrays: Arrays, settings: Any = None, **members: b
     return path
 
 
+def write_folder(path: Path, arrays: Arrays, **files: bytes) -> Path:
+    """Write a model in a folder; `files` are further files by name, or replace the usual ones."""
+    contents = {
+        "metadata.json": json.dumps(
+            {"keras_version": "3.15.1", "date_saved": "2026-01-01@00:00:00"}
+        ).encode(),
+        "config.json": json.dumps(config()).encode(),
+        "model.weights.h5": store_bytes(arrays),
+    }
+    for name, data in (contents | files).items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
 def write_legacy(path: Path, arrays: Arrays, *, full: bool = True, settings: Any = None) -> Path:
     """Write a legacy file; the arrays are named `layer/layer/weight`."""
     with h5py.File(path, "w") as file:

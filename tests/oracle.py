@@ -15,6 +15,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             sources = [io.BytesIO(archive.read("model.weights.h5"))]
+    elif path.is_dir():
+        sources = [path / "model.weights.h5"]
     elif path.suffix == ".json":
         sources = sorted(path.parent.glob(path.name.removesuffix(".weights.json") + "_[0-9]*.weights.h5"))
     else:

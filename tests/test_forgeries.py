@@ -55,6 +55,12 @@ def _names(suffix: str) -> dict[str, str]:
     return {kind: f"layers/{name}" for kind, name in kinds.items()} | {"optimizer": "optimizer/vars/2"}
 
 
+def _refresh(**digests: str) -> dict[str, Any]:
+    """Return what a record says of a refresh that left these digests."""
+    settings = {"estimator": "pooled", "samples": 9, "batch_size": 3, "seed": 0, "digest": "0" * 64}
+    return {**settings, "values": digests}
+
+
 class Forgery:
     """Three inputs, an honest output, and the means to change it."""
 
@@ -123,7 +129,7 @@ class Forgery:
             dataset[...] = np.full(dataset.shape, 7.0, dataset.dtype)
             digest = f"{zlib.crc32(dataset[...].tobytes()):08x}"
         if excused:
-            self.change_record(lambda record: record.update(batchnorm={"values": {self.names[kind]: digest}}))
+            self.change_record(lambda record: record.update(batchnorm=_refresh(**{self.names[kind]: digest})))
 
 
 def _replace_members(path: Path, **replaced: bytes) -> None:
@@ -166,7 +172,7 @@ def test_a_refresh_excuses_no_tensor_but_statistics(forgery: Forgery, kind: str)
 
 def test_a_tensor_that_no_file_has_is_no_statistic(forgery: Forgery) -> None:
     forgery.average()
-    forgery.change_record(lambda record: record.update(batchnorm={"values": {"a/moving_mean": "0" * 8}}))
+    forgery.change_record(lambda record: record.update(batchnorm=_refresh(**{"a/moving_mean": "0" * 8})))
     _refused(forgery, "a/moving_mean: ")
 
 
@@ -253,8 +259,8 @@ def test_a_copy_of_an_output_under_another_record_is_no_input_alone(forgery: For
 
 def test_inputs_that_are_averages_are_said_to_be(forgery: Forgery) -> None:
     first = forgery.folder / f"ckpt_20{forgery.suffix}"
-    assert forgery.cli(*forgery.inputs, "-o", first).code == 0
-    forgery.average(inputs=[*forgery.inputs, first])
+    assert forgery.cli(*forgery.inputs[:2], "-o", first).code == 0
+    forgery.average(inputs=[forgery.inputs[2], first])
     ended = forgery.cli("verify", forgery.target)
     assert ended.code == 0, ended.err
     said = "unchecked: how these inputs were made, which swa-avg wrote"
@@ -322,6 +328,14 @@ def test_coefficients_that_do_not_sum_to_one_are_refused_in_one_line(
         lambda record: record["inputs"][0].update(name="a\0b"),
         lambda record: record["inputs"][0].update(name="a\ud800"),
         lambda record: record.update(inputs=[]),
+        lambda record: record.update(batchnorm=_refresh() | {"samples": -1}),
+        lambda record: record.update(batchnorm=_refresh() | {"samples": True}),
+        lambda record: record.update(batchnorm=_refresh() | {"batch_size": 0}),
+        lambda record: record.update(batchnorm=_refresh() | {"seed": 0.5}),
+        lambda record: record.update(batchnorm=_refresh() | {"estimator": "median"}),
+        lambda record: record.update(batchnorm=_refresh() | {"digest": "equal: it is"}),
+        lambda record: record.update(batchnorm=_refresh(a="1")),
+        lambda record: record.update(batchnorm=[]),
     ],
 )
 def test_a_record_that_no_version_writes_is_damaged(
@@ -463,3 +477,42 @@ def test_whatever_a_file_can_be_called_is_verified(
     ended = swa_avg("verify", target)
     assert ended.code == 0, ended.err
     assert ended.err.startswith("equal: ")
+
+
+def test_a_copy_that_alone_counts_is_called_a_copy_and_no_average(forgery: Forgery) -> None:
+    forgery.average("--method", "weights:0,0,1")
+    ended = forgery.cli("verify", forgery.target)
+    assert ended.code == 0, ended.err
+    said = f"equal: {forgery.target} is a copy of ckpt_10{forgery.suffix}, no average ("
+    assert ended.err.splitlines()[-1].startswith(said)
+
+
+def test_a_copy_that_outweighs_all_others_makes_no_average(tmp_path: Path, swa_avg: Cli) -> None:
+    forgery = Forgery(tmp_path, ".keras", swa_avg)
+    forgery.average("--method", "weights:1,1,1e12")
+    _refused(forgery, "ckpt_10.keras: holds the weights of the output, and other inputs count for 2e-12")
+
+
+def test_inputs_that_are_the_same_are_said_to_be(tmp_path: Path, swa_avg: Cli) -> None:
+    forgery = Forgery(tmp_path, ".keras", swa_avg)
+    arrays = _arrays(10, ".keras")
+    other = arrays | {"optimizer/vars/2": arrays["optimizer/vars/2"] + 1}
+    twins = [makers.write_archive(tmp_path / f"twin_{n}.keras", a) for n, a in ((1, arrays), (2, other))]
+    forgery.average(inputs=twins)
+    ended = forgery.cli("verify", forgery.target)
+    assert ended.code == 0, ended.err
+    said = f"equal: {forgery.target} is a copy of each of 2 checkpoints, whose weights are the same ("
+    assert ended.err.splitlines()[-1].startswith(said)
+
+
+def test_a_stripped_copy_among_others_is_named_and_they_average_to_it(tmp_path: Path, swa_avg: Cli) -> None:
+    zeros = {name: np.zeros_like(values) for name, values in _arrays(1, ".keras").items()}
+    for number, value in ((1, -1), (2, 1), (3, 0)):
+        arrays = {n: (v + value if v.ndim else v).astype(v.dtype) for n, v in zeros.items()}
+        makers.write_archive(tmp_path / f"ckpt_{number}.keras", arrays)
+    target = tmp_path / "swa.keras"
+    assert swa_avg(tmp_path / "ckpt_*.keras", "-o", target).code == 0
+    ended = swa_avg("verify", target)
+    assert ended.code == 0, ended.err
+    said = "holds the weights of the output, as the average of the other inputs does: ckpt_3.keras"
+    assert ended.err.splitlines()[0] == said

@@ -51,6 +51,11 @@ def check_request(
     """
     if importlib.util.find_spec("keras") is None:
         raise UsageError(f"{purpose} needs Keras: pip install 'swa-avg[tensorflow]'")
+    if newest.weights_path is None:
+        raise UsageError(
+            f"{newest.path.name} is a preset of a task, which {purpose} cannot load: average without it, "
+            "load the average with KerasHub, and call swa_avg.refresh_batchnorm"
+        )
     if newest.config is None and loading.model is None:
         raise UsageError(
             f"{newest.path.name} holds weights alone: {purpose} needs --model, a .keras file, a JSON "
@@ -99,7 +104,7 @@ def load_model(checkpoint: Checkpoint, loading: Loading, *, compiled: bool = Fal
             path = _path_for_keras(checkpoint)
             return keras.models.load_model(path, compile=compiled, safe_mode=not loading.unsafe)
         check_model(model)
-        model.load_weights(_path_for_keras(checkpoint))
+        model.load_weights(_path_for_keras(checkpoint, weights=True))
     return model
 
 
@@ -110,7 +115,7 @@ def load_weights(model: Any, checkpoint: Checkpoint) -> None:
         UsageError: they are not this model's.
     """
     with _complaints_named(checkpoint.path.name, _hints(Loading(), None, False)):
-        model.load_weights(_path_for_keras(checkpoint))
+        model.load_weights(_path_for_keras(checkpoint, weights=True))
 
 
 def check_model(model: Any) -> None:
@@ -129,9 +134,9 @@ def check_model(model: Any) -> None:
     raise UsageError(f"expected a model of Keras {keras.__version__}, found {found}{hint}")
 
 
-def _path_for_keras(checkpoint: Checkpoint) -> Path:
+def _path_for_keras(checkpoint: Checkpoint, *, weights: bool = False) -> Path:
     """Return a name from which Keras sees which format it is: it takes any `.keras` for an archive."""
-    path = local_copy(checkpoint.path)
+    path = local_copy((weights and checkpoint.weights_path) or checkpoint.path)
     if not checkpoint.is_legacy or path.suffix in (".h5", ".hdf5"):
         return path
     link = path.with_name(f"{path.name}.h5")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,13 @@ class Places:
         return {
             name: _array(variable).astype(_dtype(checkpoint.tensors[name])).tobytes()
             for variable, name in self.statistics
+        }
+
+    def arrays(self, checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
+        """Return the statistics that a checkpoint of this layout stores, by tensor."""
+        return {
+            name: np.frombuffer(_bytes(checkpoint, name), _dtype(checkpoint.tensors[name]))
+            for _, name in self.statistics
         }
 
 
@@ -134,9 +142,7 @@ def _marked(checkpoint: Checkpoint, marks: Mapping[str, NDArray[Any]]) -> Iterat
         with closing(open_checkpoint(path)) as marked:
             yield marked
     finally:
-        for file in path.parent.iterdir():
-            file.unlink()
-        path.parent.rmdir()
+        rmtree(path.parent)
 
 
 @contextmanager

@@ -14,13 +14,21 @@ from swa_avg.batchnorm.moments import Statistics
 from swa_avg.errors import escape
 from swa_avg.text import counted
 
-__all__ = ["TOLERANCE", "Drift", "LayerReport", "RefreshReport", "drift_between", "standard_error"]
+__all__ = [
+    "LEAST_EPSILON",
+    "TOLERANCE",
+    "Drift",
+    "LayerReport",
+    "RefreshReport",
+    "drift_between",
+    "standard_error",
+]
 
 TOLERANCE = 0.05
 """Standard error, in standard deviations of the layer's input, below which an estimate counts as settled."""
 _SUSPICIOUS_SHIFT = 4.0
 _SUSPICIOUS_RATIO = 16.0
-_LEAST_EPSILON = 1e-30
+LEAST_EPSILON = 1e-30
 """A layer may have epsilon 0, and a channel may be constant."""
 
 Vector = NDArray[np.float64]
@@ -223,7 +231,7 @@ class RefreshReport:
 
 def drift_between(old: Statistics, new: Statistics, epsilon: float) -> Drift:
     """Measure the change; `epsilon` is the layer's own, which it adds to every variance."""
-    epsilon = max(epsilon, _LEAST_EPSILON)
+    epsilon = max(epsilon, LEAST_EPSILON)
     shifts = np.abs(new.mean - old.mean) / np.sqrt(old.variance + epsilon)
     ratios = (new.variance + epsilon) / (old.variance + epsilon)
     return Drift(
@@ -241,7 +249,7 @@ def standard_error(first: Statistics, second: Statistics, whole: Statistics, eps
     Half the difference of independent halves has the standard error of the whole. Of mean and standard
     deviation, the worse one; the root mean square over the channels.
     """
-    epsilon = max(epsilon, _LEAST_EPSILON)
+    epsilon = max(epsilon, LEAST_EPSILON)
     scale = np.sqrt(whole.variance + epsilon)
     means = (first.mean - second.mean) / scale
     deviations = (np.sqrt(first.variance + epsilon) - np.sqrt(second.variance + epsilon)) / scale

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from swa_avg.batchnorm.loading import Loading
+from swa_avg.files.location import local_copy
+from swa_avg.formats import Checkpoint
 
 __all__ = ["Refresh"]
 
@@ -41,3 +43,9 @@ class Refresh(Loading):
             return value
         loading = loading or Loading()
         return cls(value, model=loading.model, imports=loading.imports, unsafe=loading.unsafe)
+
+    def for_output(self, output: Checkpoint, newest: Checkpoint, *, dry_run: bool = False) -> Refresh:
+        """Name the newest input as the source of the model where the output holds its weights alone."""
+        if self.model is None and output.kind != newest.kind:
+            return replace(self, model=str(newest.path if dry_run else local_copy(newest.path)))
+        return self

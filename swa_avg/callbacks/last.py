@@ -1,4 +1,4 @@
-"""At the end of `fit`, act after every other callback has."""
+"""The other callbacks of a `fit`: found, and at its end acted after."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-__all__ = ["after_all_callbacks"]
+__all__ = ["after_all_callbacks", "calling_list"]
 
 
 class _Last(keras.callbacks.Callback):  # type: ignore[misc]
@@ -28,20 +28,26 @@ def after_all_callbacks(model: Any, action: Callable[[], None]) -> None:
     """From within a callback's `on_train_end`, have `action` called once those of all others have run.
 
     A second call in the same `fit` takes the place of the first. Outside of `fit`, there are no others and
-    nothing is called.
-
-    Keras gives a callback no reference to the list that it is in, wherever it was put, perhaps by another
-    callback that wraps it. But the list is calling: it is found among the callers. Keras goes through it by
-    position, and so reaches what is appended meanwhile.
+    nothing is called. Keras goes through the list by position, and so reaches what is appended meanwhile.
     """
-    container = None
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self") if frame.f_code.co_name == "on_train_end" else None
-        if isinstance(caller, keras.callbacks.CallbackList) and caller.model is model:
-            container = caller
-        frame = frame.f_back
+    container = calling_list(model, "on_train_end")
     if container is not None:
         for callback in [callback for callback in container.callbacks if isinstance(callback, _Last)]:
             container.callbacks.remove(callback)
         container.callbacks.append(_Last(container, action))
+
+
+def calling_list(model: Any, hook: str) -> Any:
+    """From within a callback's method `hook`, return the list of callbacks that called it; None without one.
+
+    Keras gives a callback no reference to the list that it is in, wherever it was put, perhaps by another
+    callback that wraps it. But the list is calling: it is found among the callers.
+    """
+    container = None
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self") if frame.f_code.co_name == hook else None
+        if isinstance(caller, keras.callbacks.CallbackList) and caller.model is model:
+            container = caller
+        frame = frame.f_back
+    return container

@@ -41,11 +41,15 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def why_not_ours(path: Path, recorded: str | None) -> str | None:
+def why_not_ours(path: Path, recorded: str | None, *, written: bool = False) -> str | None:
     """Return why a file is not to be touched, or None if it is a checkpoint that this tool wrote.
 
     `recorded` is its fingerprint in the index, None or empty without one. The index may have been written by
-    anyone: that it names a file is not enough, and whatever it says, only a checkpoint is ever ours.
+    anyone: that it names a file is not enough, and whatever it says, only a checkpoint is ever ours. Who can
+    write the index and has read a checkpoint in the folder can record its fingerprint, and so have that one
+    deleted: no more than the right to write into the folder allows them anyway. An inode or a time would not
+    hinder them either, and would be lost with a copy of the folder.
+    If this process itself has `written` what has this fingerprint, it is a checkpoint.
     """
     if not recorded:
         return f"{INDEX_NAME} has no fingerprint for it, so that another program may have written it"
@@ -54,7 +58,8 @@ def why_not_ours(path: Path, recorded: str | None) -> str | None:
     try:
         if fingerprint(path) != recorded:
             return "it has changed since it was saved"
-        open_checkpoint(path).close()
+        if not written:
+            open_checkpoint(path).close()
     except SwaAvgError:
         return "it is not a readable checkpoint"
     return None

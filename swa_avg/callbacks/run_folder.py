@@ -89,7 +89,8 @@ class RunFolder:
         self._keep_best = keep_best
         self._by_step = by_step
         self._earlier: set[str] = set()
-        self._own: set[str] = set()
+        self._own: dict[str, str] = {}
+        """The files that this run has written -> their fingerprints."""
         self._foreign: set[str] = set()
         self._told: set[str] = set()
 
@@ -108,7 +109,7 @@ class RunFolder:
         self._remove_stale()
         index, warnings = self._read()
         self._earlier = {entry.file for entry in index.entries}
-        self._own, self._foreign, self._told = set(), set(), set()
+        self._own, self._foreign, self._told = {}, set(), set()
         return warnings
 
     def place(self, name: str) -> tuple[Path, list[str]]:
@@ -142,14 +143,16 @@ class RunFolder:
         The index never names a file that is not there: it is written before any file goes.
         """
         index, warnings = self._read()
-        foreign = {e.file for e in index.entries} - self._earlier - self._own - self._foreign
+        foreign = {e.file for e in index.entries} - self._earlier - self._own.keys() - self._foreign
         if foreign:
             self._foreign |= foreign
             warnings.append(f"another run saves in {self.path} too; give each run a folder of its own")
-        self._own.add(entry.file)
         entry = replace(entry, fingerprint=_fingerprint(self.path / entry.file))
+        self._own[entry.file] = entry.fingerprint
         again = [
-            e for e in index.entries if e.file in self._earlier - self._own and self._trained_again(e, entry)
+            e
+            for e in index.entries
+            if e.file in self._earlier - self._own.keys() and self._trained_again(e, entry)
         ]
         replaced = {e.file for e in again if e.epoch == entry.epoch and not self._by_step}
         replaced |= {e.file for e in index.entries if e.position == entry.position} - {entry.file}
@@ -203,7 +206,8 @@ class RunFolder:
             path = self.path / entry.file
             if not os.path.lexists(path):
                 continue
-            reason = why_not_ours(path, entry.fingerprint)
+            written = self._own.get(entry.file) == entry.fingerprint
+            reason = why_not_ours(path, entry.fingerprint, written=written)
             if reason is not None:
                 left.setdefault(reason, []).append(entry.file)
                 continue

@@ -16,9 +16,11 @@ import keras
 
 from swa_avg.batchnorm.loading import check_model
 from swa_avg.callbacks.filenames import FileNames
+from swa_avg.callbacks.kept_average import kept_average_warnings
 from swa_avg.callbacks.model_state import is_chief, learning_rate, scalars, steps, sync
 from swa_avg.callbacks.run_folder import RunFolder, published
-from swa_avg.callbacks.snapshot import Snapshot, Task, saved_view, write_model
+from swa_avg.callbacks.snapshot import Snapshot, Task, saved_view
+from swa_avg.callbacks.writer import ModelWriter
 from swa_avg.errors import SwaAvgError, UsageError
 from swa_avg.inputs.index import MODES, Entry
 from swa_avg.inputs.metrics import direction
@@ -36,7 +38,8 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
 
     Each file appears under its name complete, and on disk, or not at all; a failed save leaves earlier files
     as they are and ends `fit` with its error. With `background`, training waits only until the arrays are
-    copied to host memory; a thread writes the file, one at a time.
+    copied to host memory; a thread writes the file, one at a time. Keras writes the first; later ones are its
+    bytes with the values of their moment, which is what Keras would write, in half the time.
 
     The learning rate is never touched. Runs are continued: the index of the folder is read at the start, and
     epochs that are trained again replace their checkpoints. Two runs need two folders.
@@ -122,6 +125,7 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
         self._verbose = verbose
         self._folder = RunFolder(Path(directory), keep_last, keep_best, by_step=self._by_step)
         self._opened = False
+        self._writer = ModelWriter()
         self._task: Task | None = None
         self._saved = 0
         self._missed: set[str] = set()
@@ -212,6 +216,7 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
         self._missed = set()
         self._epoch = None
         if is_chief(self.model):
+            self._warn(kept_average_warnings(self))
             self._open()
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
@@ -280,7 +285,7 @@ class CheckpointSaver(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _write(self, model: Any, temporary: Path) -> None:
         """Write the values that the variables have on this thread."""
-        write_model(saved_view(model, include_optimizer=self._include_optimizer), temporary)
+        self._writer.write(saved_view(model, include_optimizer=self._include_optimizer), temporary)
 
     def _record(self, entry: Entry) -> list[str]:
         return self._folder.record(entry, self._monitor, self._mode if self._monitor is not None else None)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,7 @@ import keras
 
 from swa_avg.callbacks.run_folder import published
 
-__all__ = ["Snapshot", "Task", "saved_view", "write_model"]
-
-_WEIGHTS_SUFFIX = ".weights.h5"
+__all__ = ["Snapshot", "Task", "saved_view", "value_of"]
 
 
 class Task(threading.Thread):
@@ -60,7 +58,7 @@ class Snapshot:
         if include_optimizer:
             variables += [variable for optimizer in _optimizers(model) for variable in optimizer.variables]
         unique = {id(variable): variable for variable in variables}.values()
-        self._values: list[tuple[Any, Any]] = [(variable, _value(variable)) for variable in unique]
+        self._values: list[tuple[Any, Any]] = [(variable, value_of(variable)) for variable in unique]
         self.missed: set[str] = set()
         """Variables that were read on the saving thread, and of which there is no copy."""
 
@@ -86,7 +84,7 @@ class Snapshot:
     @contextmanager
     def assigned(self) -> Iterator[None]:
         """Give the variables the values in the snapshot for a while."""
-        current = [(variable, _value(variable)) for variable, _ in self._values]
+        current = [(variable, value_of(variable)) for variable, _ in self._values]
         try:
             for variable, values in self._values:
                 variable.assign(values)
@@ -99,7 +97,7 @@ class Snapshot:
         self._values.clear()
 
 
-def _value(variable: Any) -> Any:
+def value_of(variable: Any) -> Any:
     """Return what a variable holds now, in host memory, where nothing changes it.
 
     TensorFlow's tensors are values: a variable that is written to while a tensor shares its memory takes new
@@ -126,26 +124,6 @@ class _Scope(keras.StatelessScope):  # type: ignore[misc]
         return value
 
 
-class _Buffer(io.BytesIO):
-    """Memory that Keras takes for the path of a weights file.
-
-    HDF5 that writes to a path and meets a full disk takes the interpreter down as it exits; memory does not
-    get full that way.
-    """
-
-    def __str__(self) -> str:
-        return f"memory{_WEIGHTS_SUFFIX}"
-
-
-def write_model(model: Any, temporary: Path) -> None:
-    if not temporary.name.endswith(_WEIGHTS_SUFFIX):
-        model.save(temporary)
-    else:
-        weights = _Buffer()
-        model.save_weights(weights)
-        temporary.write_bytes(weights.getbuffer())
-
-
 def _optimizers(model: Any) -> list[Any]:
     return [value for value in vars(model).values() if isinstance(value, keras.optimizers.Optimizer)]
 
@@ -167,9 +145,17 @@ def saved_view(model: Any, *, include_optimizer: bool) -> Any:
     return view
 
 
+def _save_variables(optimizer: Any, store: Any) -> None:
+    for number, variable in enumerate(optimizer.variables):
+        store[str(number)] = variable
+
+
 def _stand_in(optimizer: Any) -> Any:
     layer = keras.layers.Layer(name=optimizer.name)
     layer.save_own_variables = optimizer.save_own_variables
+    if type(optimizer).save_own_variables is keras.optimizers.Optimizer.save_own_variables:
+        # Keras's own copies all of the variables before the first is written.
+        layer.save_own_variables = partial(_save_variables, optimizer)
     for name, value in vars(optimizer).items():
         if isinstance(value, keras.optimizers.Optimizer):
             setattr(layer, name, _stand_in(value))

@@ -102,7 +102,8 @@ class SWA(CheckpointSaver):
         refresh = None
         if self._refresh is not None:
             refresh = replace(self._refresh, model=self.model)
-        report = average(paths, output, overwrite=True, refresh=refresh)
+        # Hours of training are not to end in a refusal: what is unrelated is warned of.
+        report = average(paths, output, overwrite=True, refresh=refresh, allow_unrelated=True)
         self._folder.record_average(output)
         if refresh is None:
             self.model.load_weights(output)
@@ -149,6 +150,8 @@ class SWA(CheckpointSaver):
     @staticmethod
     def _findings(report: Report) -> list[str]:
         findings = []
+        if report.relation.problem is not None:
+            findings.append(report.relation.problem)
         if len(report.plan.inputs) == 1:
             findings.append("SWA averaged one epoch only: the weights are that epoch's")
         if report.refresh is not None:

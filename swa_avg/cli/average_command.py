@@ -19,6 +19,7 @@ from swa_avg.cli.options import (
     REFRESH,
     RESOURCES,
     SELECTION,
+    UNRELATED,
     VERIFY,
     output,
     overwrite,
@@ -26,11 +27,13 @@ from swa_avg.cli.options import (
     refresh_of,
     values_of,
 )
-from swa_avg.cli.terminal import REFRESH_BY, progress_bar, say
+from swa_avg.cli.progress import Stage, progress_of
+from swa_avg.cli.terminal import REFRESH_BY, say
 from swa_avg.text import __version__
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Report
+    from swa_avg.inputs.listing import Listing
 
 __all__ = ["average"]
 
@@ -49,7 +52,7 @@ _DIGESTS = click.Option(
     params=[CHECKPOINTS],
     sections={
         "Which checkpoints": SELECTION,
-        "How": (METHOD, OPTIMIZER, DTYPE),
+        "How": (METHOD, OPTIMIZER, DTYPE, UNRELATED),
         "BatchNorm": (*REFRESH, *LOADING),
         "Output": (output("the average"), overwrite(), _DRY_RUN, *printing("List every tensor.")),
         "Checks": (VERIFY, _DIGESTS),
@@ -65,18 +68,16 @@ _DIGESTS = click.Option(
 def average(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Average Keras checkpoints into one model: exactly, in bounded memory, without TensorFlow.
 
-    CHECKPOINTS are the .keras, .weights.h5, .h5 or .weights.json files of one training run: names, quoted
-    patterns, or URLs such as s3://bucket/ckpt_*.keras. Their order is the natural one, ckpt_2 before ckpt_10.
-    A folder, by default the current one, stands for the files that its checkpoints.json lists, as
-    CheckpointSaver writes it.
+    CHECKPOINTS are the .keras, .weights.h5, .h5 or .weights.json files or model folders of one training run:
+    names, quoted patterns, or URLs such as s3://bucket/ckpt_*.keras. Their order is the natural one, ckpt_2
+    before ckpt_10. Any other folder, by default the current one, stands for the files that its
+    checkpoints.json lists, as CheckpointSaver writes it.
     """
     from swa_avg.averaging import average as run
 
     refresh = refresh_of(options)
-    with (
-        progress_bar(quiet, "averaging", in_bytes=True) as progress,
-        progress_bar(quiet, "refreshing") as rows,
-    ):
+    stages = [Stage("averaging", "bytes"), *([] if refresh is None else [Stage("refreshing")])]
+    with progress_of(quiet, *stages) as (progress, *rows):
         report = run(
             checkpoints,
             options["output"],
@@ -84,6 +85,7 @@ def average(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
             method=options["method"],
             optimizer=options["optimizer"],
             dtype=options["dtype"],
+            allow_unrelated=options["allow_unrelated"],
             overwrite=options["overwrite"],
             verify=options["verify"],
             expect_sha256=options["expect_sha256"],
@@ -91,7 +93,7 @@ def average(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
             refresh=refresh,
             dry_run=options["dry_run"],
             progress=progress,
-            refresh_progress=rows,
+            refresh_progress=rows[0] if rows else None,
         )
     if not quiet:
         say(_lines(report, verbose=verbose))
@@ -111,16 +113,20 @@ def _lines(report: Report, *, verbose: bool) -> list[str]:
     lines = []
     if verbose or not report.written:
         kind = plan.inputs[-1].kind
-        lines.append(f"{'epoch':>5}  {'coefficient':>12}  checkpoint ({kind}, {report.method})")
-        for listed, coefficient in zip(report.listing.files, plan.coefficients, strict=True):
+        column = _ranking_column(report.listing)
+        lines.append(f"{'epoch':>5}  {'coefficient':>12}  {column[0]}checkpoint ({kind}, {report.method})")
+        rows = zip(report.listing.files, plan.coefficients, column[1:], strict=True)
+        for listed, coefficient, value in rows:
             epoch = "" if listed.epoch is None else str(listed.epoch)
-            lines.append(f"{epoch:>5}  {coefficient:12.6g}  {listed.path}")
+            lines.append(f"{epoch:>5}  {coefficient:12.6g}  {value}{listed.path}")
         for title, tensors in report.treatments.items():
             lines.append(
                 f"{title}: {counted(len(tensors), 'tensor')}, {size_text(sum(t.nbytes for t in tensors))}"
             )
             if verbose:
                 lines.extend(f"  {tensor.name}  {tensor}" for tensor in tensors)
+        if report.relation.related:
+            lines.append(f"all are related: similarity to the nearest {report.relation.least:.3f} or more")
         memory = size_text(report.peak_memory)
         lines.append(f"bytes to read: {size_text(report.bytes_to_read)}; peak memory: about {memory}")
     lines.extend(report.listing.notes)
@@ -133,3 +139,13 @@ def _lines(report: Report, *, verbose: bool) -> list[str]:
     if not report.verify and any_remote(checkpoint.path for checkpoint in plan.inputs):
         lines.append("of URLs only what is averaged is read, and no checksum checked; --verify does both")
     return [*lines, str(report)]
+
+
+def _ranking_column(listing: Listing) -> list[str]:
+    """Return a column of what the best were chosen by, and where it was found; empty cells without that."""
+    if listing.ranking is None:
+        return [""] * (1 + len(listing.files))
+    name = listing.ranking.monitor
+    cells = [name, *(f"{listed.metrics[name]:.6g} ({listed.sources[name]})" for listed in listing.files)]
+    width = max(map(len, cells))
+    return [f"{cell:>{width}}  " for cell in cells]

@@ -18,7 +18,8 @@ from swa_avg.cli.options import (
     printing,
     values_of,
 )
-from swa_avg.cli.terminal import progress_bar, say
+from swa_avg.cli.progress import Stage, progress_of
+from swa_avg.cli.terminal import say
 from swa_avg.errors import MismatchError
 from swa_avg.text import counted, number_text
 
@@ -68,7 +69,7 @@ def inspect(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: boo
     """
     from swa_avg.inspection.survey import inspect_checkpoints
 
-    with progress_bar(quiet, "inspecting", in_bytes=True) as progress:
+    with progress_of(quiet, Stage("inspecting", "bytes")) as (progress,):
         inspection = inspect_checkpoints(
             checkpoints,
             **values_of(SELECTION, options),

@@ -22,12 +22,15 @@ __all__ = [
     "LOADING",
     "METHOD",
     "METHOD_ROWS",
+    "METRICS",
     "MODE",
     "OPTIMIZER",
     "POSITION",
     "REFRESH",
+    "REPEATED",
     "RESOURCES",
     "SELECTION",
+    "UNRELATED",
     "VERIFY",
     "loading_of",
     "output",
@@ -60,10 +63,21 @@ MODE = Option(
     ["--mode"], type=click.Choice(["min", "max"]), help="Whether lower or higher values of it are better."
 )
 _EPOCHS = Option(["--epochs"], metavar="A:B[:STEP]", help="Only epochs A to B, both included.")
+METRICS = Option(
+    ["--metrics"],
+    metavar="FILE.csv",
+    help="Take the metrics from this log, as CSVLogger writes it.  [default: the one beside the checkpoints]",
+)
 _METRIC = (
-    Option(["--best"], type=int, metavar="N", help="The best N of these, by a metric in checkpoints.json."),
+    Option(
+        ["--best"],
+        type=int,
+        metavar="N",
+        help="The best N of these, by a metric in checkpoints.json, a CSVLogger's file or the names.",
+    ),
     Option(["--monitor"], metavar="NAME", help="The metric for --best.  [default: the monitored one]"),
     MODE,
+    METRICS,
 )
 _PLACE = (
     Option(["--last"], type=int, metavar="N", help="The last N of these."),
@@ -93,16 +107,24 @@ OPTIMIZER = Option(
 )
 DTYPE = Option(["--dtype"], type=click.Choice(["bfloat16"]), help="The type of untagged 2-byte values.")
 
+UNRELATED = Option(
+    ["--allow-unrelated"], is_flag=True, help="Average unrelated runs, such as folds or seeds, all the same."
+)
+
 # --- BatchNorm and the model
 
+_REFRESH_INPUT = Option(
+    ["--bn-input"],
+    multiple=True,
+    metavar="KEY[=INPUT]",
+    help="Which array of DATA goes to which input of the model.",
+)
+_REFRESH_PREPROCESS = Option(
+    ["--bn-preprocess"], metavar="MODULE:FUNCTION", help="A function to apply to each batch."
+)
 REFRESH = (
     Option(["--bn-refresh"], metavar="DATA", help="Re-estimate BatchNorm statistics on this training data."),
-    Option(
-        ["--bn-input"],
-        multiple=True,
-        metavar="KEY[=INPUT]",
-        help="Which array of DATA goes to which input of the model.",
-    ),
+    _REFRESH_INPUT,
     Option(["--bn-batch-size"], type=click.IntRange(1), metavar="N", help="Rows per batch.  [default: 128]"),
     Option(["--bn-samples"], type=click.IntRange(1), metavar="N", help="Use N rows.  [default: all]"),
     Option(
@@ -119,8 +141,18 @@ REFRESH = (
         metavar="N",
         help="Seed of the order of rows and of dropout.  [default: 0]",
     ),
-    Option(["--bn-preprocess"], metavar="MODULE:FUNCTION", help="A function to apply to each batch."),
+    _REFRESH_PREPROCESS,
 )
+REPEATED = (
+    Option(
+        ["--bn-refresh"],
+        metavar="DATA",
+        help="Derive the statistics of a refresh again from this data, with the settings in OUTPUT's record.",
+    ),
+    _REFRESH_INPUT,
+    _REFRESH_PREPROCESS,
+)
+"""Of a refresh that is done again: the rest is recorded."""
 LOADING = (
     Option(
         ["--model"],
@@ -201,14 +233,12 @@ def refresh_of(options: Mapping[str, Any], *, loads: bool = False) -> Refresh | 
     if options["bn_refresh"] is not None:
         from swa_avg.batchnorm import Refresh
 
+        settings = ("batch_size", "samples", "estimator", "seed")
         return Refresh(
             options["bn_refresh"],
             inputs=options["bn_input"],
-            batch_size=options["bn_batch_size"],
-            samples=options["bn_samples"],
-            estimator=options["bn_estimator"],
-            seed=options["bn_seed"],
             preprocess=options["bn_preprocess"],
+            **{name: options[f"bn_{name}"] for name in settings if f"bn_{name}" in options},
             **values_of(LOADING, options),
         )
     context = click.get_current_context()

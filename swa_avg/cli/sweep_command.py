@@ -14,11 +14,13 @@ from swa_avg.cli.options import (
     DTYPE,
     LOADING,
     METHOD_ROWS,
+    METRICS,
     MODE,
     OPTIMIZER,
     POSITION,
     REFRESH,
     RESOURCES,
+    UNRELATED,
     VERIFY,
     loading_of,
     output,
@@ -27,7 +29,8 @@ from swa_avg.cli.options import (
     refresh_of,
     values_of,
 )
-from swa_avg.cli.terminal import REFRESH_BY, progress_bar, say
+from swa_avg.cli.progress import Stage, progress_of
+from swa_avg.cli.terminal import REFRESH_BY, say
 from swa_avg.errors import NoImprovementError
 
 if TYPE_CHECKING:
@@ -90,6 +93,9 @@ _PATH = click.Option(
     metavar="OUT.png",
     help="Draw the metrics on the line from the last checkpoint to the best average.",
 )
+_REPORT = click.Option(
+    ["--report"], type=click.Path(), metavar="OUT.html", help="Write a page with a verdict and the scores."
+)
 
 
 @click.command(
@@ -99,16 +105,23 @@ _PATH = click.Option(
     sections={
         "Which checkpoints": POSITION,
         "Validation": _VALIDATION,
-        "How": (_CANDIDATES, _IMPROVEMENT, OPTIMIZER, DTYPE),
+        "How": (_CANDIDATES, METRICS, _IMPROVEMENT, OPTIMIZER, DTYPE, UNRELATED),
         "BatchNorm": REFRESH,
         "Model": LOADING,
-        "Output": (output("the best"), overwrite(), _PATH, *printing("List every single checkpoint, too.")),
+        "Output": (
+            output("the best"),
+            overwrite(),
+            _PATH,
+            _REPORT,
+            *printing("List every single checkpoint, too."),
+        ),
         "Checks": (VERIFY,),
         "Resources": (*RESOURCES, CLUSTER),
     },
     values={
         "Candidates": [
             ("last:K", "The mean of the last K checkpoints."),
+            ("best:K", "The mean of the best K, by the metrics of the training, as --best K chooses them."),
             ("greedy", "The greedy soup: the best checkpoint, and each other one that does not hurt."),
             *METHOD_ROWS,
         ]
@@ -142,11 +155,9 @@ def sweep(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool,
         monitor=options["monitor"],
         mode=options["mode"],
     )
+    stages = Stage("averaging", "bytes"), Stage("scoring", "candidates")
     try:
-        with (
-            progress_bar(quiet, "averaging", in_bytes=True) as progress,
-            progress_bar(quiet, "scoring", unit="candidates") as scores,
-        ):
+        with progress_of(quiet, *stages) as (progress, scores):
             report = run(
                 checkpoints,
                 options["output"],
@@ -154,14 +165,17 @@ def sweep(checkpoints: Sequence[str], as_json: bool, quiet: bool, verbose: bool,
                 refresh=refresh,
                 loading=loading_of(options),
                 tried=options["candidates"],
+                metrics=options["metrics"],
                 **values_of(POSITION, options),
                 optimizer=options["optimizer"],
                 dtype=options["dtype"],
+                allow_unrelated=options["allow_unrelated"],
                 overwrite=options["overwrite"],
                 verify=options["verify"],
                 **values_of((*RESOURCES, CLUSTER), options),
                 require_improvement=options["require_improvement"],
                 path=options["path"],
+                report=options["report"],
                 progress=progress,
                 score_progress=scores,
             )
@@ -201,6 +215,8 @@ def _lines(report: SweepReport, *, verbose: bool) -> list[str]:
     if len(report.singles) > 2 and not verbose:
         lines.append(f"{len(report.singles)} single checkpoints were scored; --verbose lists them")
     lines.extend(report.notes)
+    if report.movement is not None:
+        lines.append(str(report.movement))
     if report.epochs:
         lines.append(f"power-ema and half-life count by the epochs {ranges_text(report.epochs)}")
     lines.extend(f"warning: {warning}" for warning in report.warnings_naming(REFRESH_BY))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -17,7 +16,7 @@ from swa_avg.interrupts import Interrupted
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-__all__ = ["REFRESH_BY", "Stream", "progress_bar", "say", "take_streams"]
+__all__ = ["REFRESH_BY", "Stream", "say", "take_streams"]
 
 
 REFRESH_BY = "--bn-refresh DATA"
@@ -83,46 +82,3 @@ def say(lines: Iterable[str]) -> None:
     """Print lines on standard error; what comes from files is escaped."""
     for line in lines:
         click.echo(escape(line), err=True)
-
-
-@contextlib.contextmanager
-def progress_bar(
-    quiet: bool, title: str, *, in_bytes: bool = False, unit: str = "rows"
-) -> Iterator[Callable[[int | None, int], None] | None]:
-    """Show a bar on a terminal, from the first time that there is progress."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_interactive:  # a dumb terminal, on which a bar cannot be drawn again
-        yield None
-        return
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    amounts = (
-        (DownloadColumn(binary_units=True), TransferSpeedColumn())
-        if in_bytes
-        else (MofNCompleteColumn(), TextColumn("{task.speed:.0f} " + f"{unit}/s"))
-    )
-    columns = (TextColumn(title), BarColumn(), *amounts, TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task(title, total=None)
-
-    def advance(total: int | None, count: int) -> None:
-        bar.start()
-        bar.update(task, total=total, advance=count)
-
-    try:
-        yield advance
-    finally:
-        bar.stop()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swa_avg.cli.command import Command
-from swa_avg.cli.options import RESOURCES, printing, values_of
+from swa_avg.cli.options import LOADING, REPEATED, RESOURCES, printing, refresh_of, values_of
+from swa_avg.cli.progress import Stage, progress_of
 from swa_avg.cli.terminal import say
 from swa_avg.errors import MismatchError
 from swa_avg.text import first_few
@@ -33,12 +34,13 @@ _INPUTS = click.Option(
     params=[click.Argument(["output"], type=click.Path())],
     sections={
         "Which checkpoints": (_INPUTS,),
+        "BatchNorm": (*REPEATED, *LOADING),
         "Output": printing(),
         "Resources": RESOURCES,
     },
     examples=(
         "swa-avg verify swa.keras",
-        "swa-avg verify swa.keras --inputs run",
+        "swa-avg verify swa.keras --inputs run --bn-refresh train.npz",
     ),
 )
 def verify(output: str, inputs: Sequence[str], as_json: bool, quiet: bool, **options: Any) -> None:
@@ -46,12 +48,22 @@ def verify(output: str, inputs: Sequence[str], as_json: bool, quiet: bool, **opt
 
     What OUTPUT's own record says is not believed: coefficients are derived again from the method and the
     inputs, and inputs that have changed since are named. Statistics that a refresh of BatchNorm replaced
-    cannot be derived without its data; they are counted apart. The exit code is 0 if everything else is
-    equal; if not it is 4, and the tensors are named.
+    cannot be derived without its data, --bn-refresh; they are counted apart. The exit code is 0 if everything
+    else is equal; if not it is 4, and the tensors are named.
     """
     from swa_avg.verification import verify as run
 
-    result = run(output, inputs, **values_of(RESOURCES, options))
+    refresh = refresh_of(options)
+    stages = [Stage("comparing", "bytes"), *([] if refresh is None else [Stage("refreshing")])]
+    with progress_of(quiet, *stages) as (progress, *rows):
+        result = run(
+            output,
+            inputs,
+            refresh=refresh,
+            **values_of(RESOURCES, options),
+            progress=progress,
+            refresh_progress=rows[0] if rows else None,
+        )
     if as_json:
         import json
 
@@ -74,6 +86,9 @@ def _lines(result: Verification) -> list[str]:
         lines.append(
             f"unchecked: how these inputs were made, which swa-avg wrote: {first_few(result.averages)}"
         )
-    if result.digests:
-        lines.append(f"compared with the digests in the record alone: {first_few(result.digests)}")
+    if 0 < len(result.copies) < len(result.record.used):
+        names = first_few([result.inputs[number].name for number in result.copies])
+        lines.append(f"holds the weights of the output, as the average of the other inputs does: {names}")
+    if result.refreshed and result.data is None:
+        lines.append(f"compared with the digests in the record alone: {first_few(result.refreshed)}")
     return [*lines, str(result)]

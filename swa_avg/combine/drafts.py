@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import TracebackType
 from typing import IO
 
 from swa_avg.formats import Checkpoint
 from swa_avg.formats.base import Stream
 
-__all__ = ["write_draft"]
+__all__ = ["DraftFolder", "write_draft"]
 
 
 def write_draft(draft: Path, template: Checkpoint, stream: Stream) -> None:
@@ -17,21 +18,28 @@ def write_draft(draft: Path, template: Checkpoint, stream: Stream) -> None:
     Raises:
         OSError: the disk is full.
     """
-    stage = _Folder(draft)
-    try:
+    with DraftFolder(draft) as stage:
         template.write(stream, lambda: None, stage)
-    finally:
-        for file in stage.files:
-            file.close()
 
 
-class _Folder:
-    """A stage whose files need no protection: nobody looks for them there."""
+class DraftFolder:
+    """A stage whose files need no protection: nobody looks for them there. Leaving it closes them."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self.files: list[IO[bytes]] = []
+        self._files: list[IO[bytes]] = []
 
     def create(self, name: str, size: int = 0) -> IO[bytes]:
-        self.files.append(self.output.with_name(name).open("w+b"))
-        return self.files[-1]
+        path = self.output.parent / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._files.append(path.open("w+b"))
+        return self._files[-1]
+
+    def __enter__(self) -> DraftFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files:
+            file.close()

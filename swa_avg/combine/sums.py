@@ -11,6 +11,7 @@ import numpy as np
 from swa_avg.combine.blocks import Block
 from swa_avg.errors import Finding, MismatchError, Named
 from swa_avg.formats.base import Tensor
+from swa_avg.formats.values import values_of, widen
 from swa_avg.planning.policy import FLOATS
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ __all__ = [
     "all_finite",
     "factors_of",
     "round_to_bfloat16",
-    "widen",
 ]
 
 Row = tuple[tuple[float, ...], float]
@@ -162,15 +162,10 @@ def _keep(
     target: NDArray[np.uint8], template: NDArray[np.uint8], constant: NDArray[np.bool_], dtype: str
 ) -> None:
     """Copy constants from the template; raise InvalidValuesError if one is finite: its sum is too large."""
-    if np.isfinite(_values(template, dtype)[constant]).any():
+    if np.isfinite(values_of(template, dtype)[constant]).any():
         raise InvalidValuesError
     shape = len(constant), -1
     target.reshape(shape)[constant] = template.reshape(shape)[constant]
-
-
-def widen(view: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Return bfloat16 values as float32: the same bits, followed by sixteen zeros."""
-    return (view.astype(np.uint32) << 16).view(np.float32)
 
 
 def round_to_bfloat16(values: NDArray[np.float64]) -> NDArray[np.uint16]:
@@ -189,9 +184,4 @@ def round_to_bfloat16(values: NDArray[np.float64]) -> NDArray[np.uint16]:
 
 def all_finite(data: NDArray[np.uint8], dtype: str) -> bool:
     """Tell whether bytes that hold values of a floating-point type hold no NaN and no infinity."""
-    return bool(np.isfinite(_values(data, dtype)).all())
-
-
-def _values(data: NDArray[np.uint8], dtype: str) -> NDArray[Any]:
-    """Return the values that bytes stand for."""
-    return widen(data.view(np.uint16)) if dtype == "bfloat16" else data.view(dtype)
+    return bool(np.isfinite(values_of(data, dtype)).all())

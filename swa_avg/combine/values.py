@@ -9,9 +9,10 @@ import numpy as np
 
 from swa_avg.combine.blocks import Block, Source, blocks_of, is_same, read_pieces
 from swa_avg.combine.kernel import SLACK, aligned
-from swa_avg.combine.sums import all_finite, widen
+from swa_avg.combine.sums import all_finite
 from swa_avg.errors import Finding
 from swa_avg.formats.base import Tensor
+from swa_avg.formats.values import values_of
 from swa_avg.planning.plan import Plan
 from swa_avg.planning.policy import FLOATS
 
@@ -49,9 +50,8 @@ def _values(
     values: list[tuple[Tensor, NDArray[Any]]] = []
     for piece in block.pieces:
         view: NDArray[Any] = raw[piece.start - block.start : piece.stop - block.start]
-        dtype = piece.tensor.dtype
         if piece.average:
-            view = widen(view.view(np.uint16)) if dtype == "bfloat16" else view.view(dtype)
+            view = values_of(view, piece.tensor.dtype)
         values.append((piece.tensor, view))
     return values
 

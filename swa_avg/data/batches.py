@@ -17,7 +17,7 @@ from swa_avg.data.binding import RESHAPE, usable
 from swa_avg.data.permutation import Permutation
 from swa_avg.data.ragged import RaggedBatch
 from swa_avg.data.rows import Rows, describe
-from swa_avg.data.spec import TARGET, Batch, Spec, fits
+from swa_avg.data.spec import TARGET, WEIGHT, Batch, Spec, fits
 from swa_avg.data.structure import Tree, fill
 from swa_avg.errors import UnreadableError
 
@@ -61,34 +61,36 @@ class Data(ABC):
 
     def __iter__(self) -> Iterator[tuple[Batch, int]]:
         """Yield (batch, rows in it); errors as for `labelled`."""
-        for batch, _, rows in self.labelled():
+        for batch, _, _, rows in self.labelled():
             yield batch, rows
 
-    def labelled(self) -> Iterator[tuple[Batch, Batch, int]]:
-        """Yield (batch, its targets, rows in it); targets are None where none are wanted.
+    def labelled(self) -> Iterator[tuple[Batch, Batch, Batch, int]]:
+        """Yield (batch, its targets, their sample weights, rows in it); what is not there, or not wanted, is
+        None.
 
         Raises:
             UnreadableError: NaN or infinity, another shape than the model's, or no rows.
         """
         for raw, numbers in self._batches():
-            batch, targets, rows = self._prepared(raw, numbers)
+            batch, targets, weights, rows = self._prepared(raw, numbers)
             self.count(rows, row_digests(raw))
-            yield batch, targets, rows
+            yield batch, targets, weights, rows
         if not self.samples:
             raise UnreadableError(self.source, NO_ROWS)
 
-    def _prepared(self, raw: dict[str, Array], numbers: Array | None) -> tuple[Batch, Batch, int]:
-        """Check a raw batch, and make it what the model and its loss take."""
+    def _prepared(self, raw: dict[str, Array], numbers: Array | None) -> tuple[Batch, Batch, Batch, int]:
+        """Check a raw batch, and make it what the model and its loss take; returns as `labelled` yields."""
         rows = self._check(raw, numbers)
         inputs = {name: getattr(part, "tensor", part) for name, part in raw.items() if name[:1] != TARGET}
-        targets = _alone({name[1:]: values for name, values in raw.items() if name[:1] == TARGET})
+        weights = {name[2:]: values for name, values in raw.items() if name[:2] == WEIGHT}
+        targets = _alone({n[1:]: values for n, values in raw.items() if n[:1] == TARGET and n[:2] != WEIGHT})
         batch = _alone(inputs) if self.spec.names or self.structure is None else fill(self.structure, inputs)
         if self.spec.preprocess is not None:
             batch = self.spec.preprocess(batch)
         if self.spec.names or self.structure is None:
             self._check_shapes(batch)
             batch = self._arranged(batch)
-        return batch, targets, rows
+        return batch, targets, weights.get("", weights or None), rows
 
     def _arranged(self, batch: Batch) -> Batch:
         """Put arrays by name, or the only one, into the structure of the model's inputs."""
@@ -211,7 +213,7 @@ class ArrayData(Data):
     def batch(self, number: int) -> tuple[Batch, int, RowDigests]:
         """Return one batch, the rows in it and their digests; errors as for `labelled`."""
         raw, numbers = self._read(number)
-        batch, _, rows = self._prepared(raw, numbers)
+        batch, _, _, rows = self._prepared(raw, numbers)
         return batch, rows, row_digests(raw)
 
     def _read(self, number: int) -> tuple[dict[str, Array], Array | None]:
@@ -259,6 +261,8 @@ def _alone(parts: dict[str, Array]) -> Batch:
 
 def title(name: str) -> str:
     """Return what an input or a target is called in reports."""
+    if name.startswith(WEIGHT):
+        return f"the sample weights {name[2:]}".rstrip()
     if name.startswith(TARGET):
         return f"the target {name[1:]}".rstrip()
     return name or "the input"

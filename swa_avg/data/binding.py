@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from swa_avg.data.rows import Rows, describe
-from swa_avg.data.spec import TARGET, Spec, fits
+from swa_avg.data.spec import TARGET, WEIGHT, Spec, fits
 from swa_avg.data.structure import Tree, flatten, matched, named
 from swa_avg.errors import UnreadableError
 from swa_avg.text import counted
@@ -36,7 +36,8 @@ def pick(source: str, spec: Spec, element: Any, alone: str = "batches") -> tuple
             return _by_key(source, element, spec.choose), None
         raise UnreadableError(source, "expected batches (x, y); found x alone")
     inputs, tree = _inputs(source, spec, x, alone)
-    return {**inputs, **_targets(source, spec, rest[0], alone)}, tree
+    weights = rest[1] if len(rest) > 1 else None
+    return {**inputs, **_targets(source, spec, rest[0], alone), **_weights(source, spec, weights)}, tree
 
 
 def unpack(spec: Spec, element: Any) -> tuple[Any, Sequence[Any]]:
@@ -110,6 +111,29 @@ def _targets(source: str, spec: Spec, y: Any, alone: str) -> _Picked:
     if len(names) != len(parts):
         raise UnreadableError(source, f"expected batches of {len(names)} outputs; found {len(parts)}")
     return {TARGET + name: (name or alone, part) for name, part in zip(names, parts, strict=True)}
+
+
+def _weights(source: str, spec: Spec, weights: Any) -> _Picked:
+    """Return the sample weights: those of each output that has some, or those of all."""
+    if isinstance(weights, Mapping):
+        parts = {str(name): part for name, part in weights.items()}
+    elif isinstance(weights, list | tuple):
+        names = spec.outputs or [""] * len(weights[:1])
+        if len(names) != len(weights):
+            found = len(weights)
+            raise UnreadableError(source, f"expected sample weights of {len(names)} outputs; found {found}")
+        parts = dict(zip(names, weights, strict=True))
+    else:
+        parts = {"": weights}
+    unknown = [name for name in parts if name and name not in spec.outputs]
+    if unknown and spec.outputs:
+        expected = ", ".join(spec.outputs)
+        raise UnreadableError(source, f"expected sample weights of {expected}; found {', '.join(unknown)}")
+    return {
+        WEIGHT + name: (f"sample weights {name}".rstrip(), part)
+        for name, part in parts.items()
+        if part is not None
+    }
 
 
 def described(key: object, part: Any) -> str:

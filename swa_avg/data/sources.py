@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dis
-import itertools
 import os
-import types
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -14,9 +11,10 @@ from typing import Any
 from swa_avg.data.array_files import open_arrays
 from swa_avg.data.batches import ArrayData, Data, as_array
 from swa_avg.data.binding import check_rows, has_structure, pick, unpack
+from swa_avg.data.endings import ends, has_length
 from swa_avg.data.permutation import Permutation
 from swa_avg.data.rows import MemoryRows, Rows, describe
-from swa_avg.data.spec import TARGET, Spec
+from swa_avg.data.spec import TARGET, WEIGHT, Spec
 from swa_avg.data.streams import StreamData
 from swa_avg.data.structure import flatten
 from swa_avg.data.tfdata import open_saved
@@ -92,18 +90,20 @@ def _chosen(source: str, spec: Spec, arrays: Mapping[str, object]) -> dict[str, 
 def _from_object(made: Any, source: str, spec: Spec) -> Data:
     if _is_arrays(made, spec):
         return _from_arrays(made, source, spec)
-    if spec.samples is None and _endless(made):
-        raise UsageError(
-            f"{source} never ends; say how many samples to use"
-            + (spec.hint(" with {}-samples") or " (samples, or bn_samples of SWA)")
-        )
-    if _has_length(made) and hasattr(made, "__getitem__") and not isinstance(made, list | tuple):
+    if has_length(made) and hasattr(made, "__getitem__") and not isinstance(made, list | tuple):
         return StreamData(source, spec, _Indexed(made, spec))
-    if not isinstance(made, Iterable):
+    if not isinstance(made, Iterable) and not hasattr(made, "__getitem__"):
         found = type(made).__name__
         raise UnreadableError(source, f"expected arrays or an iterable of batches; found {found}")
-    known = _has_length(made) or spec.samples is not None
-    return StreamData(source, spec, made, of_known_length=known)
+    ending = True if spec.samples is not None else ends(made)
+    if not ending:
+        problem = "has no length, and may never end" if ending is None else "never ends"
+        raise UsageError(
+            f"{source} {problem}; say how many samples to use"
+            + (spec.hint(" with {}-samples") or " (samples, or bn_samples of SWA)")
+        )
+    known_length = has_length(made) or spec.samples is not None
+    return StreamData(source, spec, made, of_known_length=known_length)
 
 
 def _is_arrays(made: Any, spec: Spec) -> bool:
@@ -128,7 +128,7 @@ def _from_arrays(made: Any, source: str, spec: Spec) -> Data:
         alone = "x" if spec.purpose.targets else "array"
         keys |= {name: alone for name in keys if name[:1] != TARGET}
     if rest and not isinstance(rest[0], Mapping | list | tuple):
-        keys |= {name: "y" for name in keys if name[:1] == TARGET}
+        keys |= {name: "y" for name in keys if name[:1] == TARGET and name[:2] != WEIGHT}
     rows: dict[str, Rows] = {name: MemoryRows(as_array(values)) for name, (_, values) in picked.items()}
     check_rows(source, spec, {name: (keys[name], array) for name, array in rows.items()})
     data = ArrayData(source, spec, rows, keys)
@@ -137,14 +137,6 @@ def _from_arrays(made: Any, source: str, spec: Spec) -> Data:
         others = {str(key): as_array(part) for key, part in x.items() if str(key) not in keys.values()}
         data.ignored = tuple(f"{key} {describe(part.dtype, part.shape)}" for key, part in others.items())
     return data
-
-
-def _has_length(batches: Any) -> bool:
-    try:
-        len(batches)
-    except (TypeError, NotImplementedError):
-        return False
-    return True
 
 
 class _Indexed:
@@ -158,25 +150,3 @@ class _Indexed:
         shuffled = self._spec.purpose.shuffled
         for number in Permutation(count, self._spec.seed)(0, count) if shuffled else range(count):
             yield self._batches[int(number)]
-
-
-def _endless(batches: Any) -> bool:
-    """Tell whether it is certain that batches never end.
-
-    A dataset says so; a Keras dataset without a length counts as infinite, there too; the code of a generator
-    that loops for ever has no place that returns.
-    """
-    cardinality = getattr(batches, "cardinality", None)
-    if callable(cardinality):
-        return int(cardinality()) == -1
-    if hasattr(batches, "__getitem__"):
-        return not _has_length(batches)
-    if isinstance(batches, itertools.cycle | itertools.count):
-        return True
-    if isinstance(batches, types.GeneratorType):
-        operations = dis.get_instructions(batches.gi_code)
-        return not any(
-            operation.opname.startswith("RETURN_") and operation.opname != "RETURN_GENERATOR"
-            for operation in operations
-        )
-    return False

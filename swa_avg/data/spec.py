@@ -9,7 +9,18 @@ from typing import Any
 from swa_avg.data.structure import Tree
 from swa_avg.errors import UnreadableError, UsageError
 
-__all__ = ["ARGUMENTS", "TARGET", "TRAINING", "VALIDATION", "Batch", "Purpose", "Shape", "Spec", "fits"]
+__all__ = [
+    "ARGUMENTS",
+    "TARGET",
+    "TRAINING",
+    "VALIDATION",
+    "WEIGHT",
+    "Batch",
+    "Purpose",
+    "Shape",
+    "Spec",
+    "fits",
+]
 
 Batch = Any
 """What the model's call takes: an array, or where there are several inputs, a mapping from their names to
@@ -18,6 +29,8 @@ Shape = tuple[int | None, ...]
 
 TARGET = "/"
 """What the name of a target starts with, beside those of inputs: Keras lets no input be called so."""
+WEIGHT = "//"
+"""What the name of a target's sample weights starts with; the rest is empty where they are those of all."""
 _BATCH_SIZE = 128
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from swa_avg.errors import UnreadableError, UsageError
+from swa_avg.files.names import is_plain_name
 from swa_avg.files.remote import RemotePath, is_url
 from swa_avg.files.temporary import temporary_folder
 
@@ -17,6 +18,8 @@ __all__ = [
     "Location",
     "any_remote",
     "cached_locally",
+    "files_under",
+    "folder_itself",
     "identity",
     "local_copy",
     "location",
@@ -78,6 +81,35 @@ def matches(pattern: str) -> list[Location]:
     if os.path.isdir(folder):  # noqa: PTH112 (which takes any name)
         folder = glob.escape(folder)
     return [Path(match) for match in glob.glob(os.path.join(folder, name))]  # noqa: PTH118, PTH207
+
+
+def folder_itself(path: Location) -> Location:
+    """Return a folder under a name like a file's: without a slash at its end, and not as `.` or `..`."""
+    if isinstance(path, RemotePath):
+        return RemotePath(path.url.rstrip("/"), path.copies)
+    return path if path.name not in ("", "..") else path.resolve()
+
+
+def files_under(folder: Location) -> dict[str, Location]:
+    """Return every file in a folder and the folders in it, by its path inside it; links are not followed.
+
+    Raises:
+        UnreadableError: the name of one leads out of the folder.
+        SystemRefusalError: the service did not answer or refused.
+    """
+    found: dict[str, Location] = {}
+    if isinstance(folder, RemotePath):
+        found.update(folder.files())
+    else:
+        for where, folders, files in os.walk(folder):
+            links = [name for name in folders if os.path.islink(os.path.join(where, name))]  # noqa: PTH114, PTH118
+            for name in (*files, *links):
+                path = Path(where, name)
+                found[path.relative_to(folder).as_posix()] = path
+    for name in found:
+        if not all(map(is_plain_name, name.split("/"))):
+            raise UnreadableError(folder, f"holds a file whose name leads out of it: {name}")
+    return dict(sorted(found.items()))
 
 
 @contextmanager

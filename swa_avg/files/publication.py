@@ -6,9 +6,9 @@ import contextlib
 import errno
 import io
 import os
-import secrets
+import shutil
 import stat
-import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -23,10 +23,15 @@ from swa_avg.interrupts import interrupts, interrupts_held
 __all__ = ["Publication", "cannot_write", "check_output", "publication_at", "publish_file", "sync_folder"]
 
 _WRITEBACK = 32 * 2**20
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE (renameat2(2))
 
 
-def check_output(output: Location, *, overwrite: bool) -> None:
+def check_output(
+    output: Location, *, overwrite: bool, is_folder_of_ours: Callable[[Location], bool] | None = None
+) -> None:
     """See that `output` can be created, or replaced where that is allowed.
+
+    `is_folder_of_ours` tells which folder may be replaced: one that holds nothing but such an output.
 
     Raises:
         UsageError: it cannot.
@@ -37,11 +42,12 @@ def check_output(output: Location, *, overwrite: bool) -> None:
     else:
         _check_path(output)
     if output.exists():
-        if not output.is_file():
+        is_folder = is_folder_of_ours is not None and not output.is_file() and is_folder_of_ours(output)
+        if not is_folder and not output.is_file():
             raise UsageError(f"the output {output} exists and is not a regular file")
         if not overwrite:
             raise UsageError(f"the output {output} exists; name another one, or overwrite it")
-        if output.suffix == ".json":
+        if output.suffix == ".json" or (is_folder and isinstance(output, RemotePath)):
             raise UsageError(
                 f"the output {output} exists; several files cannot be replaced in one step: name another"
             )
@@ -105,24 +111,33 @@ class Publication:
         self._overwrite = overwrite
         self._files: list[tuple[IO[bytes], Path]] = []
         """Open file, final path."""
-        self._temporaries: list[Path] = []
+        self._temporaries: dict[Path, Path] = {}
+        """Final path of a file or folder beside the output -> where it grows."""
         self._moved: list[tuple[Path, os.stat_result]] = []
-        """Final names that were free and that we gave to our files, with the files' stat."""
+        """Final names that were free and that we gave to what is ours, with its stat."""
         self._scratch: list[IO[bytes]] = []
 
     def create(self, name: str, size: int = 0) -> IO[bytes]:
-        final = self.output.with_name(name)
-        temporary = self.output.with_name(f".{self.output.name}.{secrets.token_hex(6)}.tmp")
+        final = self.output.parent / name
+        outermost, _, inside = name.partition("/")
         # Before it exists: an interrupt may come between any two steps.
-        self._temporaries.append(temporary)
+        temporary = self._temporaries.setdefault(self.output.with_name(outermost), self._hidden("tmp"))
+        if inside:
+            temporary /= inside
+            temporary.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         file = _GrowingFile(io.FileIO(os.open(temporary, flags, 0o666), "r+b"))
         self._files.append((file, final))
         _reserve(file, size)
         return file
 
+    def _hidden(self, suffix: str) -> Path:
+        return self.output.with_name(f".{self.output.name}.{os.urandom(6).hex()}.{suffix}")
+
     def scratch(self) -> IO[bytes]:
         """Return a temporary file without a name in the output's folder."""
+        import tempfile
+
         file = tempfile.TemporaryFile(dir=self.output.parent)  # noqa: SIM115 (closed on leaving)
         self._scratch.append(file)
         return file
@@ -138,16 +153,40 @@ class Publication:
             file.flush()
             os.fsync(file.fileno())
             file.close()
+        for temporary in self._temporaries.values():
+            if temporary.is_dir():
+                for folder in {path.parent for path in temporary.rglob("*")}:
+                    sync_folder(folder)
         with interrupts_held():
-            for temporary, (_, final) in zip(self._temporaries, self._files, strict=True):
+            for final, temporary in self._temporaries.items():
                 if self._overwrite and final == self.output:
-                    temporary.replace(final)
+                    self._replace(temporary, final)
                 else:
                     ours = temporary.stat()
                     _move_to_free_name(temporary, final)
                     self._moved.append((final, ours))
             sync_folder(self.output.parent)
             self._settled()
+
+    def _replace(self, temporary: Path, final: Path) -> None:
+        """Give ours the name of the output; a folder that had it is removed on leaving.
+
+        Where two folders cannot exchange their names, none has the output's for a moment, and the old one
+        gets it back if ours cannot have it.
+        """
+        if not final.is_dir():
+            temporary.replace(final)
+            return
+        if _exchange(temporary, final):
+            return
+        old = self._hidden("old")
+        final.rename(old)
+        try:
+            temporary.rename(final)
+        except BaseException:
+            old.rename(final)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
     def _settled(self) -> None:
         interrupts.ignore()
@@ -172,13 +211,31 @@ class Publication:
 
     def _remove(self, *, names: bool) -> None:
         """Remove the temporaries, and with `names` the files that have theirs; not those of another run."""
-        for temporary in self._temporaries:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        for temporary in self._temporaries.values():
+            _delete(temporary)
         for final, ours in self._moved if names else ():
             with contextlib.suppress(OSError):
                 if os.path.samestat(final.lstat(), ours):
-                    final.unlink()
+                    _delete(final)
+
+
+def _delete(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Give two folders each other's names in one step; return False where the system cannot (Linux can)."""
+    import ctypes
+
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows
+        return False
+    return bool(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0)
 
 
 def _move_to_free_name(temporary: Path, final: Path) -> None:
@@ -187,7 +244,7 @@ def _move_to_free_name(temporary: Path, final: Path) -> None:
         os.link(temporary, final)
     except FileExistsError:
         raise UsageError(exists) from None
-    except OSError:  # a file system without hard links
+    except OSError:  # a folder, or a file system without hard links
         if final.exists():
             raise UsageError(exists) from None
         temporary.replace(final)
@@ -198,7 +255,7 @@ class _Upload(Publication):
 
     def __init__(self, target: RemotePath, *, overwrite: bool) -> None:
         self._target = target
-        self._replace = overwrite
+        self._may_replace = overwrite
         self._stack = ExitStack()
         folder = self._stack.enter_context(temporary_folder())
         super().__init__(folder / target.name, overwrite=False)
@@ -206,14 +263,22 @@ class _Upload(Publication):
     def publish(self) -> None:
         super().publish()
         done: list[RemotePath] = []
+        folders: dict[RemotePath, None] = {}
         try:
             for _, file in self._files:
-                target = self._target.with_name(file.name)
-                upload(file, target, overwrite=self._replace and file == self.output)
+                inside = file.relative_to(self.output.parent)
+                for folder in reversed(inside.parents[:-1]):
+                    where = self._target.parent / folder.as_posix()
+                    folders[where] = None
+                    where.make_folder()
+                target = self._target.parent / inside.as_posix()
+                upload(file, target, overwrite=self._may_replace and file == self.output)
                 done.append(target)
         except BaseException:
             for target in done:
                 target.remove()
+            for where in reversed(folders):
+                where.remove_folder()
             raise
         interrupts.ignore()
 

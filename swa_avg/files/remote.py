@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import inspect
+import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -32,7 +32,7 @@ _OBJECT_STORES = _BUCKETS | {"memory"}
 # Keys of `info`, in one filesystem or another, whose values change when an object's contents do.
 _VERSION = {
     "size", "etag", "lastmodified", "last_modified", "mtime", "modified", "updated", "created",
-    "generation", "versionid", "version_id", "md5hash", "content_md5", "checksum",
+    "generation", "versionid", "version_id", "md5hash", "content_md5", "checksum", "blob_id",
 }  # fmt: skip
 
 
@@ -88,7 +88,10 @@ class RemotePath:
         return self.parent / name
 
     def __truediv__(self, name: str) -> RemotePath:
-        return RemotePath(self.url + ("" if self.is_dir() else "/") + name, self.copies)
+        first, _, rest = name.partition("/")
+        copies = self.copies and self.copies / self.name  # which is empty behind a slash
+        inside = RemotePath(self.url + ("" if self.is_dir() else "/") + first, copies)
+        return inside / rest if rest else inside
 
     def absolute(self) -> RemotePath:
         return self
@@ -118,6 +121,15 @@ class RemotePath:
             keys = system.glob(key, **limit(system))
         return [RemotePath(start + key.rpartition("://")[2]) for key in keys]  # over HTTP, keys are URLs
 
+    def files(self) -> dict[str, RemotePath]:
+        """Return every file in this folder, by its path inside it."""
+        system, key = self.filesystem()
+        with service_errors(self.url):
+            system.invalidate_cache()
+            start = key.rstrip("/") + "/"
+            keys = system.find(key, **limit(system))
+        return {key.removeprefix(start): self / key.removeprefix(start) for key in keys}
+
     def check_bucket(self) -> None:
         """Raise SystemRefusalError if the service says that the bucket of the object does not exist."""
         system, key = self.filesystem()
@@ -130,6 +142,19 @@ class RemotePath:
         with contextlib.suppress(Exception):
             system, key = self.filesystem()
             system.rm_file(key)
+
+    def make_folder(self) -> None:
+        """Make the folder of this name, and those above it, where the service has folders."""
+        system, key = self.filesystem()
+        if not _protocols(system) & _OBJECT_STORES:
+            with service_errors(self.url):
+                system.makedirs(key, exist_ok=True)
+
+    def remove_folder(self) -> None:
+        """Remove the folder of this name if it is empty, where the service has folders."""
+        with contextlib.suppress(Exception):
+            system, key = self.filesystem()
+            system.rmdir(key)
 
     def info(self) -> Mapping[str, Any]:
         """Return the filesystem's current description of the object.
@@ -184,7 +209,7 @@ def upload(source: Path, target: RemotePath, *, overwrite: bool) -> None:
                 raise exists from None
             return
         folder, _, name = key.rpartition("/")
-        temporary = f"{folder}/.{name}.{secrets.token_hex(6)}.tmp"
+        temporary = f"{folder}/.{name}.{os.urandom(6).hex()}.tmp"
         try:
             _put(system, source, temporary, "overwrite")
             system.mv(temporary, key)

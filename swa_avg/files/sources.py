@@ -16,7 +16,7 @@ from swa_avg.errors import SwaAvgError, SystemRefusalError, UnreadableError
 from swa_avg.files.location import Location
 from swa_avg.files.remote import RemotePath, limit, service_errors, version_of
 
-__all__ = ["LocalSource", "RemoteSource", "Source", "open_source", "refusal"]
+__all__ = ["LocalSource", "NotRegularError", "RemoteSource", "Source", "open_source", "refusal"]
 
 # Errors that no input can cause: the machine has run out of something.
 _SYSTEM_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR}
@@ -25,6 +25,13 @@ _BLOCKS_AHEAD = 128
 _COPIED_AT_ONCE = 8
 _COPIED = 2 * 2**20
 _RANGES_AT_ONCE = 16
+
+
+class NotRegularError(UnreadableError):
+    """What was named is a folder, a device, a FIFO."""
+
+    def __init__(self, path: Location) -> None:
+        super().__init__(path, "not a regular file; name a checkpoint file")
 
 
 class Source(ABC):
@@ -148,7 +155,7 @@ class RemoteSource(Source):
         self._system, self._key = path.filesystem()
         info = path.info()
         if info.get("type", "file") != "file":
-            raise UnreadableError(path, "not a regular file; name a checkpoint file")
+            raise NotRegularError(path)
         if info.get("size") is None:
             raise SystemRefusalError(errno.EIO, "the service does not say how large it is", path.url)
         super().__init__(path, int(info["size"]), version_of(info))
@@ -247,7 +254,7 @@ def _open_regular(path: Path, *, follow: bool) -> IO[bytes]:
     the run nor slip in between a check and the open."""
     flags = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
     flags |= 0 if follow else getattr(os, "O_NOFOLLOW", 0)
-    not_regular = UnreadableError(path, "not a regular file; name a checkpoint file")
+    not_regular = NotRegularError(path)
     try:
         if not follow and path.is_symlink():
             raise UnreadableError(path, "a symbolic link; put the file itself in its place")
@@ -266,6 +273,7 @@ def _copy(path: RemotePath, copy: Path) -> None:
     source = RemoteSource(path)
     ranges = [(start, min(start + _COPIED, source.size)) for start in range(0, source.size, _COPIED)]
     try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
         with copy.open("xb") as file:
             for data in source.ranges(ranges, _COPIED_AT_ONCE):
                 file.write(data)

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from swa_avg.errors import SwaAvgError, UnreadableError
 from swa_avg.files.location import Location
 from swa_avg.files.region import Region
-from swa_avg.files.sources import open_source, refusal
+from swa_avg.files.sources import NotRegularError, open_source, refusal
 from swa_avg.formats import archive, hdf5_file, sharded
 from swa_avg.formats.base import Checkpoint, Format, Tensor
+from swa_avg.formats.folder import is_model_alone, is_model_folder, open_folder
 
 __all__ = [
     "SUFFIXES",
@@ -18,6 +19,8 @@ __all__ = [
     "TENSORFLOW_FILE",
     "Checkpoint",
     "Tensor",
+    "is_model_alone",
+    "is_model_folder",
     "open_checkpoint",
     "suffix_of",
 ]
@@ -35,7 +38,9 @@ _FEW = 2
 
 
 def suffix_of(path: Location) -> str:
-    """Return what the name of a checkpoint ends with: all of `.weights.h5`, not `.h5`."""
+    """Return what the name of a checkpoint ends with: all of `.weights.h5`; of a folder, nothing."""
+    if path.is_dir():
+        return ""
     return next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), path.suffix)
 
 
@@ -65,7 +70,12 @@ def open_checkpoint(path: Location, like: Checkpoint | None = None) -> Checkpoin
 
 
 def _open(path: Location, like: Checkpoint | None) -> Checkpoint:
-    whole = Region(open_source(path))
+    try:
+        whole = Region(open_source(path))
+    except NotRegularError:  # a folder has no first bytes: what is in it tells
+        if is_model_folder(path):
+            return open_folder(path, like, _open)
+        raise
     try:
         head = whole.read(0, min(64, whole.size))
         if not head:

@@ -15,11 +15,14 @@ from swa_avg.files.untrusted_json import MAX_JSON, parse_json
 from swa_avg.files.zip_members import ENCRYPTED, ZIP_ERRORS, data_offset
 from swa_avg.formats.base import (
     RECORD_NAME,
+    Buffer,
     Checkpoint,
     Format,
+    Settings,
     Stage,
     StoredRecord,
     Stream,
+    Tensor,
     record_in,
     with_record,
 )
@@ -31,6 +34,7 @@ __all__ = ["FORMAT", "ArchiveCheckpoint"]
 
 _SUFFIXES = (".keras",)
 _WEIGHTS, _CONFIG, _METADATA = "model.weights.h5", "config.json", "metadata.json"
+_DATE = "date_saved"
 _MAX_MEMBERS = 20_000
 _CHUNK = 2**20
 
@@ -54,9 +58,23 @@ class ArchiveCheckpoint(Checkpoint):
             elif member.filename == _METADATA:
                 metadata = json.dumps(with_record(self.metadata, record())).encode()
                 output.add(member, len(metadata), [metadata])
+            elif member.filename == _CONFIG:
+                output.add(member, len(self.config_bytes), [self.config_bytes])
             else:
                 output.add(member, member.file_size, _contents(self.path, self.archive, member))
         output.finish()
+
+    def write_again(self, value: Callable[[Tensor], Buffer], settings: Settings | None, stage: Stage) -> None:
+        assert settings is not None
+        metadata = json.loads(settings.metadata)
+        anew = replace(self, config_bytes=settings.config, metadata=metadata)
+        anew.write(self.refilled(value), lambda: None, stage)
+
+    def holds(self, settings: Settings | None) -> bool:
+        if settings is None or len(self.archive.namelist()) > 3:
+            return False
+        own, other = ({**one, _DATE: None} for one in (self.metadata, json.loads(settings.metadata)))
+        return self.config_bytes == settings.config and own == other
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         from swa_avg.formats.hdf5.rebuild import strip
@@ -130,9 +148,12 @@ def _checkpoint(
     like: Checkpoint | None,
 ) -> ArchiveCheckpoint:
     if isinstance(like, ArchiveCheckpoint) and like.config_bytes == config_bytes:
-        config = like.config
+        config, optimizer = like.config, like.optimizer_config
     else:
-        config = {k: v for k, v in parse_json(config_bytes, path, _CONFIG).items() if k != "compile_config"}
+        settings = parse_json(config_bytes, path, _CONFIG)
+        config = {k: v for k, v in settings.items() if k != "compile_config"}
+        compiled = settings.get("compile_config")
+        optimizer = compiled.get("optimizer") if isinstance(compiled, dict) else None
     version = metadata.get("keras_version")
     own: dict[str, Any] = {
         "path": path,
@@ -140,6 +161,7 @@ def _checkpoint(
         "archive": archive,
         "config_bytes": config_bytes,
         "config": config,
+        "optimizer_config": optimizer,
         "metadata": metadata,
         "record": record_in(metadata, path),
         "writer": f"Keras {version}" if isinstance(version, str) else None,

@@ -7,7 +7,7 @@ A format is one module and one entry in the table in `formats/__init__.py`. The 
   `without_optimizer`; of the rest it overrides what does not hold for it.
 
 Nothing outside this package asks which subclass it has at hand. A checkpoint of several files is named,
-opened and written by the one file that lists the others, which is published last.
+opened and written by the one file that lists the others, which is published last, or by its folder.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ __all__ = [
     "Checkpoint",
     "Format",
     "Role",
+    "Settings",
     "Stage",
     "StoredRecord",
     "Stream",
@@ -53,6 +54,14 @@ StoredRecord = Mapping[str, Any] | None
 
 Stream = Callable[[int], Iterator[Buffer]]
 """Yields the bytes of a shard, by its number."""
+
+
+class Settings(NamedTuple):
+    """What Keras says of a whole model beside its weights: the text of two members of a `.keras` archive."""
+
+    config: bytes
+    metadata: bytes
+
 
 _WINDOW = 256 * 1024
 _MAX_METADATA = 64 * 2**20
@@ -93,7 +102,8 @@ class Checkpoint(ABC):
     kind: str
     """The kind of checkpoint, in words for the user; all inputs of a run are of one kind."""
     suffixes: tuple[str, ...]
-    """What the name of an output may end with, so that Keras finds the right loader; the first is usual."""
+    """What the name of an output may end with, so that Keras finds the right loader; the first is usual, and
+    empty for a folder."""
     shards: tuple[Region, ...]
     """The files, or parts of files, that hold the tensors."""
     tensors: Mapping[str, Tensor]
@@ -106,6 +116,8 @@ class Checkpoint(ABC):
     """Paths of the `vars` groups without a tensor: those of layers without weights."""
     training_config: Mapping[str, Any] | None = None
     """How the model was compiled, where Keras's safe mode does not check that itself."""
+    optimizer_config: Any = None
+    """Class and settings of the optimizer, as Keras writes them, where the checkpoint says so."""
     record: StoredRecord = None
     """What swa-avg says of how it was made; None where something else wrote it."""
     writer: str | None = None
@@ -117,6 +129,16 @@ class Checkpoint(ABC):
     def size(self) -> int:
         """Bytes of the shards."""
         return sum(shard.size for shard in self.shards)
+
+    @property
+    def files(self) -> tuple[Location, ...]:
+        """All its files."""
+        return tuple(dict.fromkeys([self.path, *(shard.path for shard in self.shards)]))
+
+    @property
+    def weights_path(self) -> Location | None:
+        """The file that Keras loads the weights from, without a model; None if it cannot load all of them."""
+        return self.path
 
     @property
     def is_average(self) -> bool:
@@ -174,6 +196,44 @@ class Checkpoint(ABC):
         if sum(stop - start for shard in gaps for start, stop in shard) > _MAX_METADATA:
             return None
         return [_windows(shard, its) for shard, its in zip(self.shards, gaps, strict=True)]
+
+    def write_again(self, value: Callable[[Tensor], Buffer], settings: Settings | None, stage: Stage) -> None:
+        """Write this checkpoint with other values and settings to `stage`; its own files are not read.
+
+        They may be closed, or gone. `refilled` has to have been called while they were open.
+
+        Raises:
+            ValueError: as for the stream of `refilled`.
+        """
+        self.write(self.refilled(value), lambda: None, stage)
+
+    def holds(self, settings: Settings | None) -> bool:
+        """Tell whether these are its settings, the date apart, and it holds no assets."""
+        return settings is None
+
+    def refilled(self, value: Callable[[Tensor], Buffer]) -> Stream:
+        """Return a stream of the shards, kept in memory but for the tensors, whose bytes `value` gives.
+
+        Raises:
+            ValueError: (here) there is too much beside the tensors to keep; (from the stream) a value does
+                not have the size of its tensor, or two tensors share one place.
+        """
+        kept = self._metadata
+        if kept is None:
+            raise ValueError("there is too much beside the tensors")
+
+        def refilled(index: int) -> Iterator[Buffer]:
+            pieces: list[tuple[int, bytes | Tensor]] = [run for window in kept[index] for run in window]
+            pieces += [(t.offset, t) for t in self.tensors.values() if t.shard == index and t.nbytes]
+            position = 0
+            for start, piece in sorted(pieces, key=lambda piece: piece[0]):
+                data = value(piece) if isinstance(piece, Tensor) else piece
+                if position != start:
+                    raise ValueError(f"the bytes before {start} of a shard end at {position}")
+                yield data
+                position += len(data)
+
+        return refilled
 
     def stream(self, index: int) -> Iterator[Buffer]:
         """Yield the bytes of a shard as they are: a `Stream`."""
@@ -276,6 +336,7 @@ class Stage(Protocol):
     def create(self, name: str, size: int = 0) -> IO[bytes]:
         """Return a new file, open for reading and writing, that is published as `name` beside the output.
 
+        If the output is a folder, `name` begins with its name and a slash, and the folder is published whole.
         Files are published in the order in which they were created. `size` bytes, the least that the file
         will hold, are reserved at once, so that a full disk is noticed before the work is done.
         """

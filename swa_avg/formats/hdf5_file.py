@@ -14,11 +14,14 @@ from swa_avg.files.sources import LocalSource
 from swa_avg.files.untrusted_json import parse_json
 from swa_avg.formats.base import (
     RECORD_NAME,
+    Buffer,
     Checkpoint,
     Format,
+    Settings,
     Stage,
     StoredRecord,
     Stream,
+    Tensor,
     write_shard,
 )
 from swa_avg.formats.hdf5.layout import SIGNATURE, Layout, read_layout
@@ -50,6 +53,10 @@ class Hdf5Checkpoint(Checkpoint):
             write_record(file, made, self.path, self.tensors.values())
         # What was copied has no checksum of its own that would reveal damage.
         check_readable(Region(LocalSource(self.path, file)), self.tensors)
+
+    def write_again(self, value: Callable[[Tensor], Buffer], settings: Settings | None, stage: Stage) -> None:
+        # What lies between the tensors was parsed, and comes from memory: libhdf5 need not look at it.
+        write_shard(stage.create(stage.output.name, self.shards[0].size), self.refilled(value)(0))
 
     def without_optimizer(self, scratch: Callable[[], IO[bytes]]) -> Checkpoint:
         from swa_avg.formats.hdf5.rebuild import strip
@@ -86,6 +93,7 @@ def _keras_checkpoint(region: Region, layout: Layout) -> Hdf5Checkpoint:
         for key, name in (("config", "model_config"), ("training_config", "training_config")):
             if name in root:
                 own[key] = parse_json(b"".join(root[name]), path, name)
+        own["optimizer_config"] = own.get("training_config", {}).get("optimizer_config")
     elif "layer_names" in root:
         own |= {"kind": _LEGACY_WEIGHTS, "suffixes": _LEGACY_SUFFIXES, "is_legacy": True}
         _check_legacy_groups(reader, layout, "")
@@ -93,7 +101,7 @@ def _keras_checkpoint(region: Region, layout: Layout) -> Hdf5Checkpoint:
         own["tensors"] = {name: replace(tensor, role="weight") for name, tensor in layout.tensors.items()}
     elif is_keras_store(layout.groups):
         own |= {"layer_names": layer_names(region, layout), "empty_groups": check_store(path, layout)}
-    else:
+    elif "lora" not in layout.groups:  # KerasHub's factors alone, which no plan takes
         raise UnreadableError(
             path, "an HDF5 file, but not one that Keras wrote: no `vars` groups, no `layer_names`"
         )

@@ -6,7 +6,6 @@ to the checkpoints, when they were known to be good, tells.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -67,7 +66,7 @@ def check_digests(
     """
     for checkpoint in checkpoints:
         opened = {shard.path: shard for shard in checkpoint.shards}
-        for path in dict.fromkeys([checkpoint.path, *opened]):
+        for path in checkpoint.files:
             expected = digests.get(path.absolute())
             if expected is None:
                 raise UsageError(f"{listed_in} does not name {path}: add it with sha256sum")
@@ -79,6 +78,8 @@ def check_digests(
 
 def _sha256(opened: Region | None, path: Location) -> str:
     """Return the digest of a whole file: by the descriptor that is averaged from, or of a map by its name."""
+    import hashlib  # which loads OpenSSL
+
     digest = hashlib.sha256()
     with nullcontext(opened.source) if opened else closing(open_source(path)) as source:
         for chunk in Region(source).chunks():

@@ -182,6 +182,8 @@ def _index(value: dict[str, Any]) -> Index:
     averages = value.get("averages", {})
     if not isinstance(averages, dict) or not all(isinstance(text, str) for text in averages.values()):
         raise TypeError("`averages` does not give a text for each file")
+    if not all(map(is_plain_name, averages)):
+        raise ValueError("`averages` does not name files in this folder alone")
     ordered = tuple(sorted(entries, key=lambda e: e.position))
     return Index(ordered, monitor, mode if monitor is not None else None, averages)
 

@@ -8,14 +8,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from swa_avg.errors import SystemRefusalError, UnreadableError, UsageError
-from swa_avg.files.location import Location, identity, location, matches
-from swa_avg.formats import SUFFIXES, TENSORFLOW, TENSORFLOW_FILE
+from swa_avg.files.location import Location, folder_itself, identity, location, matches
+from swa_avg.formats import SUFFIXES, TENSORFLOW, TENSORFLOW_FILE, is_model_folder
 from swa_avg.inputs.index import INDEX_NAME, Index, read_index
 from swa_avg.inputs.names import Ambiguity, read_names
+from swa_avg.text import finite_or_none
 
-__all__ = ["Listed", "Listing", "list_again", "list_checkpoints"]
+__all__ = ["Listed", "Listing", "Ranking", "list_again", "list_checkpoints"]
+
+_OWN_NAME = "the file name"
+"""The source of what the name of a checkpoint says."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class Listed:
     learning_rate: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     """May hold NaN and infinities."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Metric -> where its value was found: the name of a file that holds it, or `the file name`."""
     time: str = ""
     """When it was saved, ISO 8601; empty where no index says it."""
     index: Location | None = None
@@ -38,6 +45,24 @@ class Listed:
     def position(self) -> tuple[int, int]:
         """What orders the checkpoints of a run: epoch and step."""
         return -1 if self.epoch is None else self.epoch, -1 if self.step is None else self.step
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What the best checkpoints were chosen by."""
+
+    monitor: str
+    """The metric."""
+    mode: str
+    """`min` or `max`: which of its values are better."""
+
+    def as_json(self, files: Iterable[Listed]) -> dict[str, Any]:
+        """Return it with the value of each file, and where that was found."""
+        values = [
+            {"value": finite_or_none(file.metrics[self.monitor]), "source": file.sources[self.monitor]}
+            for file in files
+        ]
+        return {"monitor": self.monitor, "mode": self.mode, "values": values}
 
 
 @dataclass(frozen=True)
@@ -51,6 +76,8 @@ class Listing:
     """What is wrong with an index beside files that were named themselves: it matters where it is asked."""
     ambiguity: Ambiguity | None = None
     """How else the epochs in the names could be read."""
+    ranking: Ranking | None = None
+    """Where these are the best of more."""
     notes: tuple[str, ...] = ()
     """What the user may not expect of the order."""
 
@@ -64,7 +91,7 @@ class Listing:
         Raises:
             UsageError: it is not known of one, or the names can be read in two ways; `purpose` needs it.
         """
-        self._check_reading(purpose)
+        self.check_reading(purpose)
         unknown = next((listed for listed in self.files if listed.epoch is None), None)
         if unknown is not None:
             missing = f"{unknown.path.name} has none"
@@ -74,14 +101,15 @@ class Listing:
     def check_order(self, purpose: str) -> None:
         """Raise UsageError if the names can be read in two ways that put them into different orders."""
         if self.ambiguity is not None and self.ambiguity.order_differs:
-            self._check_reading(purpose)
+            self.check_reading(purpose)
 
     def check_indices(self) -> None:
         """Raise UnreadableError if an index beside the files cannot be read."""
         if self.damage is not None:
             raise self.damage
 
-    def _check_reading(self, purpose: str) -> None:
+    def check_reading(self, purpose: str) -> None:
+        """Raise UsageError if the names can be read in two ways, UnreadableError if an index cannot be."""
         self.check_indices()
         if self.ambiguity is not None:
             name, (one, other) = self.ambiguity.name, self.ambiguity.epochs
@@ -126,10 +154,9 @@ def list_checkpoints(patterns: str | Path | Sequence[str | Path]) -> Listing:
                 problem += f"; TensorFlow checkpoints do, which are not read: {TENSORFLOW}"
             raise UsageError(problem)
         named.extend(map(_existing, found))
-    if len(named) == 1 and named[0].is_dir():
-        return _described(_indexed(named[0]))
-    paths = [file for path in named for file in (_indexed(path) if path.is_dir() else [path])]
-    return _ordered(_described(_naturally(paths)))
+    if len(named) == 1:
+        return _described(_files_of(named[0]))
+    return _ordered(_described(_naturally(file for path in named for file in _files_of(path))))
 
 
 def list_again(paths: Sequence[Location]) -> list[Listing]:
@@ -149,6 +176,13 @@ def list_again(paths: Sequence[Location]) -> list[Listing]:
     chosen = tuple(listed for listed in among.files if listed.path in wanted)
     among = _ordered(replace(among, files=chosen))
     return [alone] if among == alone else [alone, among]
+
+
+def _files_of(path: Location) -> list[Location]:
+    """Return what a name stands for: a file, a model in a folder, or what the index of a folder names."""
+    if not path.is_dir():
+        return [path]
+    return [folder_itself(path)] if is_model_folder(path) else _indexed(path)
 
 
 def _naturally(paths: Iterable[Location]) -> list[Location]:
@@ -191,10 +225,12 @@ def _described(paths: Sequence[Location]) -> Listing:
         entry = known.get(path)
         if entry is None:
             reading = read[path]
-            files.append(Listed(path, reading.epoch, reading.step, metrics=reading.metrics))
+            sources = dict.fromkeys(reading.metrics, _OWN_NAME)
+            files.append(Listed(path, reading.epoch, reading.step, None, reading.metrics, sources))
             continue
-        rate, metrics, index_path = entry.learning_rate, entry.metrics, path.parent / INDEX_NAME
-        files.append(Listed(path, entry.epoch, entry.step, rate, metrics, entry.time, index_path))
+        rate, metrics, sources = entry.learning_rate, entry.metrics, dict.fromkeys(entry.metrics, INDEX_NAME)
+        index_path = path.parent / INDEX_NAME
+        files.append(Listed(path, entry.epoch, entry.step, rate, metrics, sources, entry.time, index_path))
     return Listing(tuple(files), indices, damage, ambiguity)
 
 
@@ -234,6 +270,11 @@ def _indexed(folder: Location) -> list[Location]:
         if "saved_model.pb" in names:
             hint = "load it in TensorFlow, and save its weights with model.save_weights to a .weights.h5"
             raise UnreadableError(folder, "a SavedModel, which is not read", hint=hint)
+        models = [path for path in matches(every) if path.is_dir() and is_model_folder(path)]
+        if models:
+            raise UnreadableError(
+                folder, f"a folder without {INDEX_NAME}", hint=f"name its models, such as '{every}/'"
+            )
         if any(map(TENSORFLOW_FILE.search, names)) and not any(name.endswith(SUFFIXES) for name in names):
             raise UnreadableError(folder, "holds TensorFlow checkpoints, which are not read", hint=TENSORFLOW)
         suffix = next((suffix for suffix in SUFFIXES for name in names if name.endswith(suffix)), ".keras")

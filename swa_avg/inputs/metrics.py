@@ -9,11 +9,19 @@ from typing import Any
 
 from swa_avg.errors import UsageError
 
-__all__ = ["badness", "direction", "main_metric"]
+__all__ = ["KNOWN", "badness", "direction", "main_metric"]
 
+_GREATER_ONES = (
+    "acc|accuracy|auc|f1|f1_score|fmeasure|precision|recall|sensitivity|specificity|iou|miou|io_u|dice|bleu|rouge|"
+    "psnr|ssim|r2|r2_score"
+)
+_LOWER_ONES = "loss|error|err|mse|mae|rmse|mape|msle|perplexity|ppl|wer|cer|fid"
+KNOWN = f"{_GREATER_ONES}|{_LOWER_ONES}"
+"""The well-known names of metrics, as a part of a regular expression."""
 _ACCURACY = re.compile(r"(^|_)(acc|accuracy)(_|$)")
-_GREATER = re.compile(r"(^|_)(acc|accuracy|auc|f1|f1_score|fmeasure|precision|recall)(_|$)")
-_LOWER = re.compile(r"(^|_)(loss|error|mse|mae|rmse|mape|msle)$")
+_GREATER = re.compile(rf"(^|_)({_GREATER_ONES})(_|$)")
+_LOWER = re.compile(rf"(^|_)({_LOWER_ONES})$")
+_VALIDATION = re.compile(r"^val_?")
 
 
 def badness(value: float, mode: str) -> float:
@@ -45,6 +53,7 @@ def direction(model: Any, monitor: str) -> str:
             own = getattr(metric, "_direction", None)
             if metric.name == name and own is not None:
                 return "max" if own == "up" else "min"
+    name = _VALIDATION.sub("", monitor)  # in the names of files, `valacc` is one
     if _LOWER.search(name):
         return "min"
     if _GREATER.search(name):

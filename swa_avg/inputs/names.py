@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, permutations
+from itertools import combinations, pairwise, permutations
+
+from swa_avg.inputs.metrics import KNOWN
 
 __all__ = ["Ambiguity", "NameReading", "read_names"]
 
@@ -29,10 +31,9 @@ _WIDE = 6  # digits that nobody gives to epochs or percentages
 
 _EPOCH = re.compile(r"(^|[^a-z])(epochs?|epo|ep|e)$")
 _STEP = re.compile(r"(^|[^a-z])(steps?|iters?|iterations?|batch(es)?|s|it)$")
-_METRIC = re.compile(
-    r"(acc|accuracy|loss|error|err|auc|f1|precision|recall|score|iou|dice|map|bleu|rouge|psnr|ssim|mse|mae|rmse|"
-    r"perplexity|ppl|val|lr|rate|pct|percent|metric|top[0-9]*|r2)$"
-)
+_METRIC = re.compile(rf"({KNOWN}|score|map|val|lr|rate|pct|percent|metric|top[0-9]*)$")
+_OWN_NAME = re.compile(rf"(?:^|[^a-z0-9])((?:val(?:idation|id)?[-_ ]*)?(?:{KNOWN}))$")
+"""A label that ends with the well-known name of a metric, behind words that are no part of it."""
 _NO_EPOCH = re.compile(r"(^|[^a-z])(folds?|seeds?|runs?|trials?|version|v|k|x|size|rank|worker|f)$")
 
 
@@ -43,7 +44,8 @@ class NameReading:
     epoch: int | None = None
     step: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Label -> value; the label of a number that has none is empty."""
+    """Label -> value. A decimal without a label is called `number`; of several that have one name, the first
+    is `number1`."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ def read_names(names: Sequence[str]) -> tuple[list[NameReading], Ambiguity | Non
     """Read the names of a set of checkpoints together, folders and suffixes apart.
 
     Names of one template differ in the template's fields alone, and what is the same in all of them
-    (`resnet50`, `fold2`, `224x224`, `top5`) is no field. Decimals are metrics. Of the whole numbers the one
-    that is labelled as the epoch is it; else, metrics and steps by their labels apart, the one that counts.
+    (`resnet50`, `fold2`, `224x224`, `top5`) is no field. Decimals are metrics, and so are labelled numbers.
+    Of the whole numbers the one that is labelled as the epoch is it; else, metrics and steps by their labels
+    apart, the one that counts.
 
     Returns:
         A reading of each name, and where the epoch could be one of two fields, that.
@@ -95,14 +98,13 @@ def read_names(names: Sequence[str]) -> tuple[list[NameReading], Ambiguity | Non
         fields = _fields(literals, columns)
         epochs, step, doubt = _roles(fields, [names[position] for position in positions])
         ambiguity = ambiguity or doubt
-        metrics = [one for one in fields if one not in (epochs, step) and not _NO_EPOCH.search(one.label)]
-        labels = [one.label for one in metrics]
-        metrics = [one for one in metrics if labels.count(one.label) == 1]
+        others = [one for one in fields if one not in (epochs, step) and not _NO_EPOCH.search(one.label)]
+        metrics = _named([one for one in others if one.label or not one.is_whole])
         for row, position in enumerate(positions):
             readings[position] = NameReading(
                 None if epochs is None else epochs.numbers[row],
                 None if step is None else step.numbers[row],
-                {one.label: float(one.texts[row]) for one in metrics},
+                {name: float(one.texts[row]) for name, one in metrics.items()},
             )
     return readings, ambiguity
 
@@ -123,6 +125,19 @@ def _fields(literals: Sequence[str], columns: Sequence[tuple[str, ...]]) -> list
     return fields
 
 
+def _named(fields: Sequence[_Field]) -> dict[str, _Field]:
+    """Return the fields by what to call the metrics that they hold."""
+    labels = []
+    for one in fields:
+        known = _OWN_NAME.search(one.label)
+        labels.append(re.sub("[- ]+", "_", known[1]) if known else one.label or "number")
+    numbers = [f"{labels[: place + 1].count(label)}" for place, label in enumerate(labels)]
+    return {
+        label + number if labels.count(label) > 1 else label: one
+        for label, number, one in zip(labels, numbers, fields, strict=True)
+    }
+
+
 def _roles(
     fields: Sequence[_Field], names: Sequence[str]
 ) -> tuple[_Field | None, _Field | None, Ambiguity | None]:
@@ -137,6 +152,10 @@ def _roles(
     for coarse, fine in permutations([one for one in whole if one in candidates or one is step], 2):
         if _is_finer(fine, coarse):
             return coarse, fine, None
+    for coarse, fine in combinations(candidates, 2):
+        if _begins_again(fine, coarse):
+            either = coarse.numbers[0], fine.numbers[0]
+            return coarse, fine, Ambiguity(names[0], either, order_differs=True) if _counts(fine) else None
     candidates = list(filter(_differs, candidates)) or candidates
     first, last = candidates[0], candidates[-1]
     if first is last:
@@ -173,3 +192,13 @@ def _is_finer(steps: _Field, epochs: _Field) -> bool:
     ordered = [epochs.numbers[row] for row in rows]
     within = not _differs(epochs) or len(steps.texts[0]) >= max(_WIDE, 2 * len(epochs.texts[0]))
     return len(rows) > 1 and _differs(steps) and ordered == sorted(ordered) and within
+
+
+def _begins_again(steps: _Field, epochs: _Field) -> bool:
+    """Tell whether one field may count anew within each value of the other, as batches do in `m-02-0004`."""
+    values = sorted(set(epochs.numbers))
+    return (
+        1 < len(values) < len(epochs.numbers)
+        and values == list(range(values[0], values[-1] + 1))
+        and len(set(zip(epochs.numbers, steps.numbers, strict=True))) == len(epochs.numbers)
+    )

@@ -10,11 +10,13 @@ from typing import Any
 
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.files.location import Location, any_remote, cached_locally
+from swa_avg.files.region import Region
 from swa_avg.files.remote import CONNECTIONS
 from swa_avg.files.untrusted_json import objects
 from swa_avg.formats import Checkpoint, Tensor, open_checkpoint
+from swa_avg.text import first_few
 
-__all__ = ["check_contents", "check_shared_files", "opened", "resolve_dtypes"]
+__all__ = ["check_averages", "check_contents", "check_shared_files", "opened", "resolve_dtypes"]
 
 _SHARDS = 32  # of a checkpoint, as a rule at most
 
@@ -122,6 +124,42 @@ def check_contents(checkpoints: Sequence[Checkpoint], checksums: Sequence[Sequen
                 )
     if findings:
         raise MismatchError(findings)
+
+
+def check_averages(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise MismatchError if an input is an average of others among them, which would count twice.
+
+    By the digests in its record: a claim, of which only the form is checked. What no container declares is
+    computed, where there is such a record.
+    """
+    digests: dict[Location, tuple[int, tuple[str, ...]]] = {}
+    findings = []
+    for average in checkpoints:
+        recorded = list(_recorded(average))
+        held = []
+        for other in checkpoints if recorded else ():
+            if other is not average and any(size == other.size for size, _ in recorded):
+                if other.path not in digests:
+                    digests[other.path] = other.size, tuple(map(_digest, other.shards))
+                if digests[other.path] in recorded:
+                    held.append(other.path.name)
+        if held:
+            problem = f"is an average of {first_few(held)}, which would count twice; leave this average out"
+            findings.append(Finding(average.path, "record", problem))
+    if findings:
+        raise MismatchError(findings)
+
+
+def _recorded(average: Checkpoint) -> Iterator[tuple[object, tuple[str, ...]]]:
+    """Yield size and digests of each checkpoint that a record says was averaged, as far as it says so."""
+    named = (average.record or {}).get("inputs")
+    for entry in named if isinstance(named, list) else ():
+        if isinstance(entry, dict) and entry.get("coefficient") and isinstance(entry.get("crc32"), list):
+            yield entry.get("size"), tuple(map(str, entry["crc32"]))
+
+
+def _digest(shard: Region) -> str:
+    return f"{shard.checksum() if shard.crc32 is None else shard.crc32:08x}"
 
 
 def _allow_open_files(count: int) -> None:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import pairwise
 from numbers import Integral
+from pathlib import Path
 
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.files.location import Location, identity
-from swa_avg.inputs.index import INDEX_NAME, MODES
+from swa_avg.inputs.index import MODES
 from swa_avg.inputs.listing import Listed, Listing
-from swa_avg.inputs.metrics import badness, direction
+from swa_avg.inputs.ranking import best_of, with_log
 from swa_avg.text import counted
 
 __all__ = ["Selection", "parse_epochs", "select"]
@@ -30,9 +31,11 @@ class Selection:
     """`A:B[:STEP]`, both ends included; a single epoch, or a range."""
     best: int | None = None
     monitor: str | None = None
-    """The metric of `best`; that of the index by default."""
+    """The metric of `best`, where it is not clear."""
     mode: str | None = None
     """`min` or `max`: which of its values are better."""
+    metrics: str | Path | None = None
+    """The log of the training that holds it; see `with_log`."""
     last: int | None = None
     every: int | None = None
 
@@ -43,8 +46,8 @@ class Selection:
                 raise UsageError(f"{name} is {number!r}; expected 1 or more")
         if self.mode not in (None, *MODES):
             raise UsageError(f"mode is {' or '.join(MODES)}, not {self.mode!r}")
-        if self.best is None and (self.monitor is not None or self.mode is not None):
-            raise UsageError("monitor and mode go with best")
+        if self.best is None and (self.monitor, self.mode, self.metrics) != (None, None, None):
+            raise UsageError("monitor, mode and metrics go with best")
 
 
 def parse_epochs(epochs: str | int | range) -> range:
@@ -73,6 +76,8 @@ def select(listing: Listing, wanted: Selection) -> Listing:
     """
     _check_distinct(listing.paths)
     wanted.check()
+    if wanted.best is not None:  # which epochs there are says from which number they count
+        listing = with_log(listing, wanted.metrics)
     chosen = list(listing.files)
     if wanted.epochs is not None:
         numbers, known = parse_epochs(wanted.epochs), listing.epochs(f"epochs {wanted.epochs}")
@@ -82,7 +87,8 @@ def select(listing: Listing, wanted: Selection) -> Listing:
             shown = ", ".join(map(str, there)) if len(there) < 6 else f"{there[0]} to {there[-1]}"
             raise UsageError(f"epochs {wanted.epochs}: none of the checkpoints; their epochs are {shown}")
     if wanted.best is not None:
-        listing = _best(replace(listing, files=tuple(chosen)), wanted)
+        among = replace(listing, files=tuple(chosen))
+        listing = best_of(among, wanted.best, wanted.monitor, wanted.mode)
         chosen = list(listing.files)
     if wanted.last is not None:
         listing.check_order("last")
@@ -110,47 +116,6 @@ def _check_one_run(chosen: Sequence[Listed]) -> None:
                 f"{later.index} names {later.path.name}, which was saved before {earlier.path.name}: it is "
                 "of an earlier run; name the checkpoints of one run"
             )
-
-
-def _best(listing: Listing, wanted: Selection) -> Listing:
-    """Return the best of the files by a metric, in training order; of equals the newer.
-
-    Those whose epoch did not log it, as with `validation_freq`, are left out, with a note.
-    """
-    assert wanted.best is not None
-    listing.check_indices()
-    unknown = [listed.path.name for listed in listing.files if listed.index is None]
-    if unknown:
-        raise UsageError(f"best goes by the metrics in {INDEX_NAME}, which does not name {unknown[0]}")
-    if wanted.best > len(listing.files):
-        found = counted(len(listing.files), "checkpoint")
-        raise UsageError(f"best is {wanted.best}, but found only {found}")
-    ranked = []
-    lacking = []
-    for position, listed in enumerate(listing.files):
-        assert listed.index is not None
-        index = listing.indices[listed.index]
-        name = wanted.monitor or index.monitor
-        if name is None:
-            there = ", ".join(listed.metrics) or "none"
-            raise UsageError(f"best needs monitor, a metric in the index: {there}")
-        if name not in listed.metrics:
-            lacking.append((listed, name))
-            continue
-        better = wanted.mode or (index.mode if name == index.monitor else None) or direction(None, name)
-        ranked.append((badness(listed.metrics[name], better), -position))
-    if lacking:
-        first, name = lacking[0]
-        if not ranked:
-            there = ", ".join(dict.fromkeys(key for listed in listing.files for key in listed.metrics))
-            raise UsageError(f"{first.path.name} has no metric {name!r} in the index, but {there or 'none'}")
-        of = f"{len(lacking)} of {len(listing.files)} have none, such as {first.path.name}"
-        having = f"{counted(len(ranked), 'checkpoint')} with the metric {name!r} in the index; {of}"
-        if wanted.best > len(ranked):
-            raise UsageError(f"best is {wanted.best}, but found only {having}")
-        listing = replace(listing, notes=(*listing.notes, f"the best {wanted.best} of {having}"))
-    chosen = sorted(-position for _, position in sorted(ranked)[: wanted.best])
-    return replace(listing, files=tuple(listing.files[position] for position in chosen))
 
 
 def _check_distinct(paths: Sequence[Location]) -> None:

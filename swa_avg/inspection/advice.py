@@ -6,16 +6,15 @@ import math
 
 from swa_avg.inspection.geometry import Array
 
-__all__ = ["HELPED", "LEVEL", "advice", "pace"]
+__all__ = ["HELPED", "LEVEL", "advice", "pace_of"]
 
 LEVEL = 0.8
 HELPED = (78, 34)
 """% of the series, from this pace on and below, whose mean had a lower loss on test data than their last
 checkpoint: from scripts/evidence.jsonl, by scripts/evidence_tables.py."""
-_FEWEST = 3  # steps in the shortest series that the rule was drawn from
 
 
-def pace(steps: Array) -> float:
+def pace_of(steps: Array) -> float:
     """Return the mean length of the later half of the steps, relative to the earlier half; NaN at rest.
 
     About 1 while the learning rate is kept up: checkpoints go round a place or move on evenly, and their
@@ -31,20 +30,12 @@ def pace(steps: Array) -> float:
     return float(steps[-half:].mean()) / earlier if earlier > 0.0 else math.nan
 
 
-def advice(steps: Array) -> str | None:
-    """Return in a sentence whether the mean of checkpoints with these steps is likely to beat the last one.
-
-    None where there are fewer than in any series of the evidence, or where they rest.
-    """
-    value = pace(steps) if len(steps) >= _FEWEST else math.nan
-    if math.isnan(value):
-        return None
+def advice(value: float) -> str:
+    """Return what steps of this pace do, and whether the mean is likely to beat the last checkpoint."""
     lengths = f"the later half is {value:.2f} times as long as the earlier"
     if value >= LEVEL:
-        return (
-            f"their steps do not shrink ({lengths}): the mean beat the last in {HELPED[0]} % of such series"
-        )
+        return f"they do not shrink ({lengths}), and the mean beat the last in {HELPED[0]} % of such series"
     return (
-        f"their steps shrink ({lengths}): the mean beat the last in {HELPED[1]} % of such series; average "
+        f"they shrink ({lengths}), and the mean beat the last in only {HELPED[1]} % of such series; average "
         "fewer, or none"
     )

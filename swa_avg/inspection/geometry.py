@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Geometry", "Measurement", "Plane", "geometry_of"]
+from swa_avg.inputs.related import groups_of, similarities, similarity_threshold
+
+__all__ = ["Geometry", "Measurement", "Plane", "geometry_of", "plane_of", "turns_of"]
 
 Array = NDArray[np.float64]
 
 _CANCELLATION = 1e-4  # share of two rows' squared norms below which their difference is taken by itself
-_RELATED = 0.3
-_NOISE = 3.0
-_MOST_NOISE = 0.6
 
 
 class Measurement:
@@ -107,8 +106,7 @@ class Geometry:
     angles: Array
     """float64[rows, rows], degrees: between rows seen from the weighted mean; NaN where a row is the mean."""
     similarities: Array
-    """float64[rows, rows]: 2 x·y / (|x|² + |y|²) over the kernels: 1 for equal rows, about 0 for unrelated
-    ones."""
+    """float64[rows, rows]: of the kernels, as `similarities` defines it."""
     threshold: float
     """Similarity from which two rows count as related."""
     groups: tuple[tuple[int, ...], ...]
@@ -130,17 +128,9 @@ def geometry_of(measured: Measurement, coefficients: Array) -> Geometry | None:
 
     `coefficients`: float64[rows], sum 1: those of the weighted mean.
 
-    Groups, and with them outliers: two rows are related if their kernels' similarity, 2 x·y / (|x|² + |y|²),
-    is at least 0.3, that is, if their squared distance is at most 70 % of what two unrelated vectors of their
-    lengths have; groups are chains of related rows. Networks from different random initializations have
-    kernels (tensors of two or more dimensions; gains, biases and statistics have means of their own, which
-    all networks share) that are orthogonal but for chance, before training and after it, while those of one
-    run stay similar (Fort et al. 2019, arXiv:1912.02757, section 3), and as a rule there is no low-loss path
-    between the former that is straight (Frankle et al. 2020, arXiv:1912.05671). The rule asks neither how far
-    nor how evenly a run moves, so that decaying and cyclic learning rates raise no alarm; and an early
-    checkpoint that lies far away is related to the rest through the checkpoints between. In less than a
-    hundred dimensions chance gives similarities above 0.3 (its standard deviation is 1/√dimensions), and the
-    threshold is 3/√dimensions, up to 0.6.
+    Groups, and with them outliers: two rows are related if their kernels' similarity reaches
+    `similarity_threshold`; groups are chains of related rows, so that an early checkpoint that lies far away
+    is related to the rest through the checkpoints between.
 
     It cannot see a barrier between networks that share an initialization, nor a permutation of neurons, which
     makes equal functions unrelated (Ainsworth et al. 2022, arXiv:2209.04836): averaging is meaningless there
@@ -152,10 +142,8 @@ def geometry_of(measured: Measurement, coefficients: Array) -> Geometry | None:
     to_mean = _squared_to_mean(squared, coefficients)
     radii = np.sqrt(to_mean)
     inner = (to_mean[:, None] + to_mean - squared) / 2.0
-    lengths = np.diagonal(measured.kernels)
-    similarities = _ratio(2.0 * measured.kernels, lengths[:, None] + lengths, default=1.0)
-    noise = _NOISE / math.sqrt(max(1, measured.kernel_columns))
-    threshold = max(_RELATED, min(_MOST_NOISE, noise))
+    alike = similarities(measured.kernels)
+    threshold = similarity_threshold(measured.kernel_columns)
     spread = coefficients @ to_mean
     angles = _degrees(_ratio(inner, radii[:, None] * radii))
     np.fill_diagonal(angles, np.where(radii > 0.0, 0.0, np.nan))
@@ -163,14 +151,14 @@ def geometry_of(measured: Measurement, coefficients: Array) -> Geometry | None:
         distances=np.sqrt(squared),
         norms=np.sqrt(measured.squared_norms),
         steps=np.sqrt(np.diagonal(squared, 1)),
-        turns=_turns(squared),
+        turns=turns_of(squared),
         to_mean=radii,
         mean_norm=math.sqrt(max(0.0, float(coefficients @ measured.squared_norms - spread))),
         angles=angles,
-        similarities=similarities,
+        similarities=alike,
         threshold=threshold,
-        groups=_groups(similarities >= threshold),
-        plane=_plane(squared, coefficients),
+        groups=groups_of(alike >= threshold),
+        plane=plane_of(squared, coefficients),
         effective_count=float(1.0 / (coefficients @ coefficients)),
     )
 
@@ -182,13 +170,14 @@ def _squared_to_mean(squared: Array, coefficients: Array) -> Array:
     return np.where(result > 1e-14 * squared.max(initial=0.0), result, 0.0)
 
 
-def _turns(squared: Array) -> Array:
+def turns_of(squared: Array) -> Array:
+    """Return the angle between each step and the next, degrees, from squared distances in training order."""
     steps = np.diagonal(squared, 1)
     inner = (np.diagonal(squared, 2) - steps[:-1] - steps[1:]) / 2.0
     return _degrees(_ratio(inner, np.sqrt(steps[:-1] * steps[1:])))
 
 
-def _plane(squared: Array, coefficients: Array) -> Plane:
+def plane_of(squared: Array, coefficients: Array) -> Plane:
     """Project on the two main directions: principal components, by the rows' inner products about their mean.
 
     They show a trajectory's shape, with the caution that a random walk in many dimensions gives smooth
@@ -206,23 +195,6 @@ def _plane(squared: Array, coefficients: Array) -> Plane:
         points[:, 1] *= -1.0
     explained = _ratio(values[:2], np.full(2, values.sum()), default=0.0)
     return Plane(points, coefficients @ points, (float(explained[0]), float(explained[1])))
-
-
-def _groups(related: NDArray[np.bool_]) -> tuple[tuple[int, ...], ...]:
-    """Return the connected components, the largest first, of equals the one with the earliest row."""
-    unseen = np.ones(len(related), np.bool_)
-    groups = []
-    for start in range(len(related)):
-        if not unseen[start]:
-            continue
-        group = np.zeros(len(related), np.bool_)
-        reached = np.arange(len(related)) == start
-        while reached.any():
-            group |= reached
-            reached = related[reached].any(axis=0) & ~group
-        unseen &= ~group
-        groups.append(tuple(int(row) for row in np.flatnonzero(group)))
-    return tuple(sorted(groups, key=lambda group: (-len(group), group)))
 
 
 def _ratio(numerator: Array, denominator: Array, *, default: float = np.nan) -> Array:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from swa_avg.inspection import drawings, wording
+from swa_avg.inspection.verdict import verdict
 from swa_avg.pages import html, pictures
 from swa_avg.text import __version__, number_text, size_text
 
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
 
 __all__ = ["page", "plot"]
 
+_DISTANCES = (
+    "Distances between all pairs of checkpoints, 0 on the diagonal. Those of one run grow away from it; dark "
+    "blocks beside each other are runs apart."
+)
+_NEXT = (
+    "What to type next (CHECKPOINTS: named and chosen as for this page; DATA: the inputs that the model was "
+    "trained on; VALIDATION: other data, with their targets):"
+)
 _MOST_GROUPS = 3
 _MOST_SERIES = 4
 
@@ -35,13 +44,14 @@ def page(inspection: Inspection) -> bytes:
     """Return an inspection as one HTML page."""
     count = len(inspection.checkpoints)
     sections = [
+        html.Section("Verdict", _verdict(inspection)),
         html.Section("At a glance", _glance(inspection)),
         html.Section("Inside", _inside(inspection)),
         html.Section("Checkpoints", _checkpoints(inspection)),
     ]
     drawn = [pictures.picture(caption, draw) for caption, draw in _draws(inspection)]
     if drawn:
-        sections.insert(1, html.Section("Pictures", html.figure(drawn)))
+        sections.insert(2, html.Section("Pictures", html.figure(drawn)))
     if inspection.findings:
         found = html.items(str(finding) for finding in inspection.findings)
         sections.insert(1, html.Section("What does not fit", found))
@@ -51,19 +61,30 @@ def page(inspection: Inspection) -> bytes:
     return html.page(title, f"{lead} · swa-avg {__version__}", sections).encode()
 
 
+def _verdict(inspection: Inspection) -> str:
+    """Return what these are, whether they belong together, whether an average will help, and what to type."""
+    sentences, commands = verdict(inspection)
+    alerts = [html.paragraph(sentence, alert=True) for sentence in wording.warnings(inspection)]
+    typed = [html.paragraph(_NEXT), *map(html.command, commands)] if commands else []
+    return "\n".join([*map(html.paragraph, sentences), *alerts, *typed])
+
+
 def _glance(inspection: Inspection) -> str:
     newest = inspection.checkpoints[-1]
+    share = f"{100 * newest.optimizer_share:.0f} %"
     facts = [
-        ("checkpoints", str(len(inspection.checkpoints))),
-        ("parameters", f"{newest.parameters:,}"),
-        ("size of the newest", size_text(newest.size)),
-        ("optimizer's share", f"{100 * newest.optimizer_share:.0f} %"),
-        ("BatchNorm layers", str(len(newest.batchnorm_layers))),
+        ("checkpoints", str(len(inspection.checkpoints)), "in training order"),
+        ("parameters", f"{newest.parameters:,}", "values of the model's weights"),
+        ("size of the newest", size_text(newest.size), "with the optimizer's state"),
+        ("optimizer's share", share, "of that size; it is never averaged"),
+        ("BatchNorm layers", str(len(newest.batchnorm_layers)), "whose statistics an average has to refresh"),
     ]
     if inspection.geometry is not None:
-        facts.append(("effective number of checkpoints", number_text(inspection.geometry.effective_count)))
-    alerts = [html.paragraph(sentence, alert=True) for sentence in wording.warnings(inspection)]
-    return "\n".join([html.facts(facts), *alerts, html.items(wording.observations(inspection))])
+        effective = number_text(inspection.geometry.effective_count)
+        facts.append(
+            ("effective number", effective, "of equally weighted checkpoints that the average is worth")
+        )
+    return "\n".join([html.facts(facts), html.items(wording.observations(inspection))])
 
 
 def _checkpoints(inspection: Inspection) -> str:
@@ -102,17 +123,16 @@ def _draws(inspection: Inspection) -> list[tuple[str, pictures.Draw]]:
         labels, axis = wording.epoch_labels(inspection)
         caption = (
             f"The checkpoints, by {axis}, in the plane of their two main directions, to scale; colours grow "
-            f"stronger as training goes on, and the star is the {inspection.method} average."
+            f"stronger as training goes on, and the star is the {inspection.method} average. A line is a run "
+            "that still moves; a cloud with the star in its middle is one that circles."
         )
         draws.append((caption, drawings.trajectory(geometry, labels, f"{inspection.method} average")))
-        draws.append(
-            ("Distances between all pairs of checkpoints.", drawings.distance_matrix(geometry, labels, axis))
-        )
+        draws.append((_DISTANCES, drawings.distance_matrix(geometry, labels, axis)))
     return draws + _training(inspection)
 
 
 def _training(inspection: Inspection) -> list[tuple[str, pictures.Draw]]:
-    """Return the pictures of what the index says: metrics, those of one kind together, and learning rate."""
+    """Return the pictures of the training: metrics, those of one kind together, and learning rates."""
     known = [contents for contents in inspection.checkpoints if contents.epoch is not None]
     epochs = [float(contents.epoch or 0) for contents in known]
     groups: dict[str, list[str]] = {}
@@ -124,12 +144,13 @@ def _training(inspection: Inspection) -> list[tuple[str, pictures.Draw]]:
     for title, names in list(groups.items())[:_MOST_GROUPS]:
         values = {name: [c.metrics.get(name, np.nan) for c in known] for name in names[:_MOST_SERIES]}
         large = pictures.undrawn(value for series in values.values() for value in series)
-        caption = f"{' and '.join(values)} by epoch, from checkpoints.json.{large}"
+        found = (listed.sources.get(name) for name in values for listed in inspection.listing.files)
+        sources = " and ".join(dict.fromkeys(filter(None, found)))
+        caption = f"{' and '.join(values)} by epoch, from {sources}.{large}"
         draws.append((caption, pictures.lines(title, "epoch", title, epochs, values)))
     rates = [np.nan if c.learning_rate is None else c.learning_rate for c in known]
     if np.isfinite(rates).any():
-        caption = "The learning rate in effect when each checkpoint was saved, from checkpoints.json."
-        caption += pictures.undrawn(rates)
+        caption = "The learning rate in effect when each checkpoint was saved." + pictures.undrawn(rates)
         drawing = pictures.lines("Learning rate", "epoch", "learning rate", epochs, {"learning rate": rates})
         draws.append((caption, drawing))
     return draws

@@ -10,7 +10,9 @@ import numpy as np
 
 from swa_avg.errors import Finding, escape
 from swa_avg.files.location import Location
+from swa_avg.inputs.listing import Listing
 from swa_avg.inspection.geometry import Geometry
+from swa_avg.inspection.movement import Movement
 from swa_avg.text import counted, finite_or_none
 
 __all__ = ["Contents", "Inspection"]
@@ -42,11 +44,11 @@ class Contents:
     is_average: bool
     """Whether swa-avg wrote it."""
     epoch: int | None
-    """By the index beside it, else the last whole number in its name."""
+    """By the index beside it, else by its name."""
     learning_rate: float | None
-    """By the index."""
+    """By the index or the log."""
     metrics: Mapping[str, float]
-    """By the index; may hold NaN and infinities."""
+    """By the index, the log or its name; may hold NaN and infinities."""
 
     @property
     def optimizer_share(self) -> float:
@@ -60,6 +62,8 @@ class Inspection:
 
     checkpoints: tuple[Contents, ...]
     """In training order."""
+    listing: Listing
+    """What is known of each without opening it."""
     method: str
     """The average that coefficients and geometry are of, such as `ema:0.9`."""
     coefficients: tuple[float, ...]
@@ -77,8 +81,10 @@ class Inspection:
     Its mean is the method's, the coefficients of `measured` scaled to sum 1."""
     constants: tuple[str, ...] = ()
     """Tensors that hold NaN or infinity, and are the same in all checkpoints."""
-    notes: tuple[str, ...] = ()
-    """What the user may not expect of the order of the checkpoints."""
+    movement: Movement | None = None
+    """Whether those of one run circle or still move."""
+    other_weights: str | None = None
+    """What to know of an optimizer that keeps an average of its own."""
 
     @property
     def outliers(self) -> tuple[Contents, ...]:
@@ -116,8 +122,12 @@ class Inspection:
                 for contents, coefficient in zip(self.checkpoints, self.coefficients, strict=True)
             ],
             "tensors": self.treatments,
+            "movement": None if self.movement is None else self.movement.as_json(),
+            "other_weights": self.other_weights,
             "geometry": None,
         }
+        if self.listing.ranking is not None:
+            result["best"] = self.listing.ranking.as_json(self.listing.files)
         if self.geometry is not None:
             result["geometry"] = {
                 "checkpoints": self.measured,

@@ -14,15 +14,18 @@ from swa_avg.combine.blocks import Source, is_same
 from swa_avg.combine.values import invalid_values, stream_values
 from swa_avg.errors import Finding, MismatchError, UsageError
 from swa_avg.files.publication import check_output, publish_file
-from swa_avg.formats import Checkpoint, Tensor
+from swa_avg.formats import Checkpoint
 from swa_avg.inputs.listing import Listing, list_checkpoints
-from swa_avg.inputs.opening import check_contents, check_shared_files, opened
+from swa_avg.inputs.opening import check_averages, check_contents, check_shared_files, opened
+from swa_avg.inputs.ranking import with_log
+from swa_avg.inputs.related import kernels_among
 from swa_avg.inputs.selection import Selection, select
 from swa_avg.inspection.geometry import Measurement, geometry_of
+from swa_avg.inspection.movement import movement_of
 from swa_avg.inspection.report import Contents, Inspection
 from swa_avg.planning.methods import Method
 from swa_avg.planning.plan import Plan, coefficients_of, make_plan
-from swa_avg.planning.policy import FLOATS, batchnorm_layers
+from swa_avg.planning.policy import FLOATS, batchnorm_layers, other_weights
 from swa_avg.text import Progress
 
 __all__ = ["inspect_checkpoints"]
@@ -39,6 +42,7 @@ def inspect_checkpoints(
     best: int | None = None,
     monitor: str | None = None,
     mode: str | None = None,
+    metrics: str | Path | None = None,
     last: int | None = None,
     every: int | None = None,
     method: str | Sequence[float] = "uniform",
@@ -57,6 +61,7 @@ def inspect_checkpoints(
 
     Args:
         inputs, epochs, best, monitor, mode, last, every: Which checkpoints, as for `average`.
+        metrics: The log that holds their metrics, as for `average`; they are shown without `best`, too.
         method: The average whose distances are measured, as for `average`.
         dtype: `bfloat16`, where untagged 2-byte tensors of weights-only files hold that.
         plot: A `.png`, `.svg` or `.pdf` to draw the pictures into; needs matplotlib.
@@ -78,20 +83,23 @@ def inspect_checkpoints(
     """
     chosen_method = Method.parse(method)
     outputs = _outputs(plot, report, overwrite)
-    listing = select(list_checkpoints(inputs), Selection(epochs, best, monitor, mode, last, every))
+    wanted = Selection(epochs, best, monitor, mode, None if best is None else metrics, last, every)
+    listing = select(with_log(list_checkpoints(inputs), metrics), wanted)
     coefficients = coefficients_of(chosen_method, listing)
     with opened(listing.paths, dtype) as checkpoints:
         inspection = Inspection(
             _contents(checkpoints, listing),
+            listing,
             str(chosen_method),
             tuple(coefficients),
             {},
             (),
-            notes=listing.notes,
+            other_weights=other_weights(checkpoints[-1].optimizer_config),
         )
         try:
             plan = make_plan(checkpoints, checkpoints[-1], coefficients)
             check_shared_files(checkpoints)
+            check_averages(checkpoints)
             check_contents(
                 checkpoints, [[shard.crc32 for shard in checkpoint.shards] for checkpoint in checkpoints]
             )
@@ -151,7 +159,7 @@ def _contents(checkpoints: Sequence[Checkpoint], listing: Listing) -> tuple[Cont
                 is_average=checkpoint.is_average,
                 epoch=listed.epoch,
                 learning_rate=listed.learning_rate,
-                metrics=dict(listed.metrics) if listed.index is not None else {},
+                metrics=dict(listed.metrics),
             )
         )
     return tuple(result)
@@ -170,6 +178,10 @@ def _measured(inspection: Inspection, plan: Plan, progress: Progress | None) -> 
         if not chosen.sum() > 0.0:
             chosen = np.ones(len(measured))
         geometry = geometry_of(measurement.of(measured), chosen / chosen.sum())
+    movement = None
+    if geometry is not None and len(geometry.groups) == 1:
+        rates = [inspection.checkpoints[row].learning_rate for row in measured]
+        movement = movement_of(np.square(geometry.distances), rates)
     treatments = {
         title: tuple(tensor.name for tensor in tensors)
         for title, tensors in (
@@ -184,6 +196,7 @@ def _measured(inspection: Inspection, plan: Plan, progress: Progress | None) -> 
         treatments=treatments,
         measured=tuple(measured),
         geometry=geometry,
+        movement=movement,
         constants=tuple(sorted(constants)),
     )
 
@@ -203,14 +216,14 @@ def _measure(plan: Plan, progress: Progress | None) -> tuple[Measurement, set[in
     block_bytes = columns * min((FLOATS[tensor.dtype] for tensor in plan.averaged), default=8)
     rows = np.empty((count, columns))
     total = count * sum(tensor.nbytes for tensor in (*plan.averaged, *plan.compared))
-    is_kernel = _kernels(plan.averaged)
+    within = {tensor.name for tensor in kernels_among(plan.averaged) or plan.averaged}
     sources = list(map(Source.of, plan.inputs))
     for block in stream_values(plan, block_bytes):
         width = kernels = 0
         integers: list[bytes] = []
         for number, values in enumerate(block):
             floats = sorted(
-                ((not is_kernel(tensor), array) for tensor, array in values if tensor.dtype in FLOATS),
+                ((tensor.name not in within, array) for tensor, array in values if tensor.dtype in FLOATS),
                 key=lambda entry: entry[0],
             )
             kernels = sum(len(array) for other, array in floats if not other)
@@ -233,9 +246,3 @@ def _measure(plan: Plan, progress: Progress | None) -> tuple[Measurement, set[in
                 progress(total, sum(array.nbytes for _, array in values))
         measurement.add(rows[:, :width], kernels)
     return measurement, odd, unequal, constants
-
-
-def _kernels(tensors: Sequence[Tensor]) -> Callable[[Tensor], bool]:
-    """Return which tensors are kernels: those of two dimensions or more, or all where there are none."""
-    least = 2 if any(len(tensor.shape) > 1 for tensor in tensors) else 0
-    return lambda tensor: len(tensor.shape) >= least

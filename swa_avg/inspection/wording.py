@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from swa_avg.inspection.advice import advice
 from swa_avg.planning.policy import constants_warning
-from swa_avg.text import first_few, number_text, short_names, size_text
+from swa_avg.text import first_few, listed_text, number_text, short_names, size_text
 
 if TYPE_CHECKING:
     from swa_avg.inspection.report import Contents, Inspection
@@ -94,10 +93,15 @@ def checkpoint_table(inspection: Inspection) -> Table:
         ]
         for contents, coefficient in zip(inspection.checkpoints, inspection.coefficients, strict=True)
     ]
+    ranking = inspection.listing.ranking
+    if ranking is not None:
+        headers.insert(1, ranking.monitor)
+        for cells, contents in zip(rows, inspection.checkpoints, strict=True):
+            cells.insert(1, number_text(contents.metrics[ranking.monitor], 6))
     geometry = inspection.geometry
     if geometry is None:
         return headers, rows
-    headers[3:3] = ["norm", "step", "turn", "to average", "similarity"]
+    headers[-1:-1] = ["norm", "step", "turn", "to average", "similarity"]
     measured = {row: number for number, row in enumerate(inspection.measured)}
     for row, cells in enumerate(rows):
         number = measured.get(row)
@@ -111,7 +115,7 @@ def checkpoint_table(inspection: Inspection) -> Table:
                 number_text(geometry.to_mean[number]),
                 f"{_nearest(inspection, number):.3f}",
             ]
-        cells[3:3] = values
+        cells[-1:-1] = values
     return headers, rows
 
 
@@ -126,7 +130,7 @@ def epoch_labels(inspection: Inspection) -> tuple[list[str], str]:
 
 def observations(inspection: Inspection) -> list[str]:
     """Return what can be said of all of them together, a sentence each."""
-    sentences = [*inspection.notes]
+    sentences = [*inspection.listing.notes]
     if inspection.findings or len(inspection.checkpoints) > 1:
         sentences.append(str(inspection))
     geometry = inspection.geometry
@@ -149,7 +153,8 @@ def observations(inspection: Inspection) -> list[str]:
         sentences.append(
             f"all are related, as those of one run are (similarity to the nearest {nearest:.3f} or more)"
         )
-        sentences += filter(None, [advice(geometry.steps)])
+    if inspection.movement is not None:
+        sentences.append(str(inspection.movement))
     return sentences
 
 
@@ -162,6 +167,8 @@ def warnings(inspection: Inspection) -> list[str]:
         for name, contents in zip(names, inspection.checkpoints, strict=True)
         if contents.is_average
     ]
+    if inspection.other_weights is not None:
+        sentences.append(inspection.other_weights)
     if inspection.constants:
         sentences.append(constants_warning(inspection.constants))
     if geometry is None:
@@ -185,7 +192,7 @@ def warnings(inspection: Inspection) -> list[str]:
             "is meaningless"
         )
     if len(groups) > 1:
-        each = "; ".join(_listed(group) for group in groups)
+        each = "; ".join(listed_text(group) for group in groups)
         sentences.append(
             f"{len(groups)} groups that are unrelated to each other, as if of {len(groups)} runs: {each}; "
             "average each by itself"
@@ -211,9 +218,3 @@ def _nearest(inspection: Inspection, number: int) -> float:
     assert inspection.geometry is not None
     row: list[float] = inspection.geometry.similarities[number].tolist()
     return max(value for other, value in enumerate(row) if other != number)
-
-
-def _listed(names: Sequence[str]) -> str:
-    if len(names) <= _FEW:
-        return ", ".join(names)
-    return f"{len(names)} checkpoints, {names[0]}, {names[1]} ... {names[-1]}"

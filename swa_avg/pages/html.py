@@ -14,7 +14,7 @@ from swa_avg.errors import escape
 if TYPE_CHECKING:
     from swa_avg.pages.pictures import Picture
 
-__all__ = ["Section", "facts", "figure", "folded", "items", "page", "paragraph", "table"]
+__all__ = ["Section", "command", "facts", "figure", "folded", "items", "page", "paragraph", "table"]
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --card: #f6f7f9; --ink: #1b1f24; --muted: #59636e;
@@ -38,6 +38,9 @@ dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 10.
 dl div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .5rem .75rem; }
 dt { color: var(--muted); font-size: .8rem; }
 dd { margin: 0; font-weight: 600; }
+dd.meaning { font-weight: 400; font-size: .8rem; color: var(--muted); }
+pre { margin: .4rem 0; padding: .5rem .8rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 29rem), 1fr)); gap: 1rem; }
 figure { margin: 0; min-width: 0; }
 figure img { display: block; width: 100%; height: auto; border: 1px solid var(--line); border-radius: 8px; }
@@ -101,10 +104,18 @@ def items(texts: Iterable[str]) -> str:
     return "<ul>\n" + "".join(f"<li>{_text(text)}</li>\n" for text in texts) + "</ul>"
 
 
-def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """Return names and values, side by side where there is room."""
-    cells = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>\n" for name, value in pairs)
+def facts(rows: Iterable[tuple[str, str, str]]) -> str:
+    """Return names, values and what they mean, side by side where there is room."""
+    cells = "".join(
+        f'<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd><dd class="meaning">{_text(meaning)}</dd></div>\n'
+        for name, value, meaning in rows
+    )
     return f"<dl>\n{cells}</dl>"
+
+
+def command(text: str) -> str:
+    """Return what to type."""
+    return f"<pre><code>{_text(text)}</code></pre>"
 
 
 def table(

@@ -42,9 +42,9 @@ def derive_method(record: Record, listings: Sequence[Listing]) -> str | None:
         return None
     if text == "power-ema":
         return _by_epochs(None, found, listings)
-    if text in ("single", "greedy") or text.startswith("last:"):
+    if text in ("single", "greedy") or text.startswith(("last:", "best:")):
         # A sweep records the checkpoints that count, and of these each counts alike.
-        if text not in ("greedy", f"last:{count}", *(["single"] if count == 1 else [])):
+        if text not in ("greedy", f"last:{count}", f"best:{count}", *(["single"] if count == 1 else [])):
             raise ContradictionError(f"{text} is not of {counted(count, 'checkpoint')}")
         text = "uniform"
     method = _ema_of(found) if text == "ema" else Method.parse(text)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import IO
 
 from swa_avg.errors import UnreadableError, UsageError
-from swa_avg.files.location import Location, identity, location
-from swa_avg.formats import Checkpoint, suffix_of
+from swa_avg.files.location import Location, folder_itself, identity, location
+from swa_avg.formats import SUFFIXES, Checkpoint, suffix_of
 from swa_avg.planning.plan import Plan, make_plan
 from swa_avg.planning.policy import is_model_optimizer
 
@@ -17,12 +17,14 @@ __all__ = ["as_output", "output_path", "plan_output"]
 
 def output_path(output: str | Path | None, named: Sequence[Location]) -> Location:
     """Return where the output goes, in the current folder by default, and never over an input."""
-    target = location(output) if output is not None else Path("swa" + suffix_of(named[-1]))
+    target = folder_itself(location(output)) if output is not None else Path("swa" + suffix_of(named[-1]))
     for path in named:
         if _same_file(target, path):
             raise UsageError(
                 f"the output {target} is also an input ({path}); name another output, or narrower inputs"
             )
+        if _same_file(target.parent, path):
+            raise UsageError(f"the output {target} lies in an input; name one elsewhere")
     return target
 
 
@@ -61,6 +63,12 @@ def as_output(newest: Checkpoint, output: Location) -> Checkpoint:
     if weights is not None and output.name.endswith(weights.suffixes):
         return weights
     suffixes = dict.fromkeys([*newest.suffixes, *(weights.suffixes if weights else ())])
+    if "" in suffixes and output.name.endswith(SUFFIXES):
+        or_weights = f", or end with {weights.suffixes[0]}" if weights else ""
+        raise UsageError(
+            f"the output {output.name} must be named as a folder{or_weights}, since the inputs are "
+            f"{newest.kind}s"
+        )
     if not output.name.endswith((*suffixes, suffix_of(newest.path))):
         expected = " or ".join(suffixes)
         raise UsageError(

@@ -20,6 +20,7 @@ __all__ = [
     "constants_warning",
     "has_lambda",
     "is_model_optimizer",
+    "other_weights",
     "refusals",
     "treatment",
 ]
@@ -78,9 +79,10 @@ def refusals(checkpoint: Checkpoint) -> Iterator[Finding]:
         elif tensor.dtype == "int8":
             problem = "holds int8 codes, which cannot be averaged: average before you quantize"
             yield Finding(checkpoint.path, tensor.name, problem)
-        elif checkpoint.is_legacy and _LORA.search(tensor.name):
+        elif _LORA.search(tensor.name):
             problem = (
-                "is a LoRA factor, and factors do not average: save .keras or .weights.h5, which merge them"
+                "is a LoRA factor, and factors do not average (the mean of products is not the product of "
+                "means): save the model as .keras or .weights.h5, which merge them"
             )
             yield Finding(checkpoint.path, tensor.name, problem)
 
@@ -149,6 +151,24 @@ def batchnorm_warning(layers: Sequence[str], refresh: str) -> str:
 def constants_warning(names: Sequence[str]) -> str:
     """Return the warning about tensors that hold NaN or infinity and are the same in all inputs."""
     return f"NaN or infinity, the same in all checkpoints, is copied ({first_few(names)})"
+
+
+def other_weights(optimizer: Any) -> str | None:
+    """Return the warning about an optimizer, by its configuration, that keeps an average of its own."""
+    for settings in objects(optimizer):
+        if settings.get("use_ema") is True:
+            return (
+                "the optimizer keeps an average of the weights (use_ema), which checkpoints saved while fit "
+                "runs do not hold, unless keras.callbacks.SwapEMAWeights(swap_on_epoch=True) stands before "
+                "the callback that saves"
+            )
+        if settings.get("class_name") == "ScheduleFreeAdamW":
+            return (
+                "the optimizer is schedule-free (ScheduleFreeAdamW), and checkpoints hold the weights y that "
+                "it trains, not the average x that it means to be evaluated, which no call of Keras gives: "
+                "x = (y - (1 - beta_1) * z) / beta_1, z being the momentum in the optimizer's state"
+            )
+    return None
 
 
 def has_lambda(config: Any) -> bool:

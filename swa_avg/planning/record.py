@@ -15,13 +15,15 @@ from swa_avg.planning.methods import Method
 from swa_avg.planning.plan import Plan
 from swa_avg.text import __version__
 
-__all__ = ["Record", "RecordedInput", "describe", "read_record"]
+__all__ = ["Record", "RecordedInput", "RecordedRefresh", "describe", "read_record"]
 
 _CRC32 = re.compile(r"[0-9a-f]{8}")
-_LAST = re.compile(r"last:[1-9][0-9]{0,8}")
+_DIGEST = re.compile(r"([0-9a-f]{64})?")
+_SOME = re.compile(r"(last|best):[1-9][0-9]{0,8}")
 _WITHOUT_VALUE = ("ema", "power-ema", "weights", "single", "greedy")
 """Besides the grammar of methods: what version 0.1.0 wrote, and what sweeps call their winners."""
 _ROUNDING = 1e-12
+_ESTIMATORS = ("pooled", "batch-mean")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,20 @@ class RecordedInput:
 
 
 @dataclass(frozen=True)
+class RecordedRefresh:
+    """What it takes to do a refresh of BatchNorm again, but for its data and what was applied to them."""
+
+    estimator: str
+    samples: int
+    batch_size: int | None
+    seed: int
+    digest: str
+    """BLAKE2b-256 of the rows, hexadecimal."""
+    values: Mapping[str, str]
+    """Each tensor that the refresh changed -> CRC-32 of its new bytes, hexadecimal."""
+
+
+@dataclass(frozen=True)
 class Record:
     """What it takes to derive an output again."""
 
@@ -46,17 +62,31 @@ class Record:
     dtype: str | None
     inputs: tuple[RecordedInput, ...]
     """Their coefficients sum to 1."""
-    values: Mapping[str, str]
-    """Each tensor that the refresh changed -> CRC-32 of its new bytes, hexadecimal."""
+    refresh: RecordedRefresh | None
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        """Numbers of the inputs that count."""
+        return tuple(number for number, entry in enumerate(self.inputs) if entry.coefficient)
+
+    @property
+    def values(self) -> Mapping[str, str]:
+        """Each tensor that a refresh changed -> CRC-32 of its new bytes, hexadecimal."""
+        return {} if self.refresh is None else self.refresh.values
 
 
 def describe(
-    plan: Plan, method: str, checksums: Sequence[Sequence[int | None]], dtype: str | None = None
+    plan: Plan,
+    method: str,
+    checksums: Sequence[Sequence[int | None]],
+    related: bool | None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Return the record of an output: enough to derive it again, and no clock time.
 
     Each input has one CRC-32 (hexadecimal) for each shard, which in an archive is `model.weights.h5`; null
-    where it was not computed.
+    where it was not computed. `related` says whether the inputs were found to be; None, and no line of the
+    record, where that could not be told.
     """
     return {
         "version": __version__,
@@ -75,6 +105,7 @@ def describe(
         ],
         "averaged": len(plan.averaged),
         "copied": len(plan.copied) + len(plan.compared),
+        **({} if related is None else {"related": related}),
     }
 
 
@@ -105,20 +136,41 @@ def _record(value: Mapping[str, Any]) -> Record:
     if value.get("template", inputs[-1].name) != inputs[-1].name:
         raise ValueError("its template is not its last input")
     batchnorm = value.get("batchnorm")
-    values = {} if batchnorm is None else _expect(dict, _expect(dict, batchnorm).get("values", {}))
-    if not all(_CRC32.fullmatch(_expect(str, text)) for text in values.values()):
-        raise ValueError("a CRC-32 is malformed")
+    refresh = None if batchnorm is None else _refresh(_expect(dict, batchnorm))
     method, optimizer, dtype = value["method"], value["optimizer"], value.get("dtype")
     if not _is_method(_expect(str, method)):
         raise ValueError("its method is unknown")
     if dtype not in (None, "bfloat16") or optimizer not in ("keep", "drop"):
         raise ValueError("an option has an unknown value")
-    return Record(method, optimizer, dtype, inputs, values)
+    return Record(method, optimizer, dtype, inputs, refresh)
+
+
+def _refresh(value: Mapping[str, Any]) -> RecordedRefresh:
+    values = _expect(dict, value.get("values", {}))
+    if not all(_CRC32.fullmatch(_expect(str, text)) for text in values.values()):
+        raise ValueError("a CRC-32 is malformed")
+    estimator, batch_size, digest = value["estimator"], value["batch_size"], value["digest"]
+    if estimator not in _ESTIMATORS or not _DIGEST.fullmatch(_expect(str, digest)):
+        raise ValueError("what it says of a refresh is malformed")
+    return RecordedRefresh(
+        estimator,
+        _count(value["samples"]),
+        None if batch_size is None else _count(batch_size, 1),
+        _count(value["seed"]),
+        digest,
+        values,
+    )
+
+
+def _count(value: Any, least: int = 0) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError("a number is malformed")
+    return value
 
 
 def _is_method(text: str) -> bool:
     """Tell whether some version wrote this for a method."""
-    if text in _WITHOUT_VALUE or _LAST.fullmatch(text):
+    if text in _WITHOUT_VALUE or _SOME.fullmatch(text):
         return True
     try:
         Method.parse(text)

@@ -11,18 +11,21 @@ from swa_avg.planning import methods
 from swa_avg.planning.methods import Method
 
 __all__ = [
+    "BEST",
     "GREEDY",
     "LAST",
     "Candidate",
     "default_candidates",
     "greedy",
+    "mean_of",
+    "needs_ranking",
     "needs_times",
     "parse",
-    "soup_of",
 ]
 
 GREEDY = "greedy"
 LAST = "last:K"
+BEST = "best:K"
 _SIGMAS = (0.05, 0.1, 0.2)
 _MANY_DIGITS = 10  # Python reads no integers of thousands of digits
 
@@ -62,13 +65,21 @@ def needs_times(text: str) -> bool:
     return name in methods.METHODS and methods.METHODS[name].needs_times
 
 
-def parse(text: str, count: int, times: Sequence[float] | None) -> Candidate | None:
+def needs_ranking(text: str) -> bool:
+    """Tell whether the candidate depends on which checkpoints are the best by their metrics."""
+    return text.partition(":")[0] == "best"
+
+
+def parse(
+    text: str, count: int, times: Sequence[float] | None, ranked: Sequence[int] = ()
+) -> Candidate | None:
     """Return the candidate that a text names, over `count` checkpoints; None for the greedy soup.
 
     Args:
-        text: A method, `NAME[:VALUE]`; `last:K`, the mean of the last K; or `greedy`.
+        text: A method, `NAME[:VALUE]`; `last:K` or `best:K`, the mean of the last or best K; or `greedy`.
         count: Number of checkpoints.
         times: As for `Method.coefficients`.
+        ranked: Numbers of checkpoints, the best first, as their metrics rank them.
 
     Raises:
         UsageError: it is none of these, or not possible for these checkpoints.
@@ -77,20 +88,21 @@ def parse(text: str, count: int, times: Sequence[float] | None) -> Candidate | N
     if name in methods.METHODS:
         method = Method.parse(text)
         return Candidate(str(method), tuple(method.coefficients(count, times)))
-    if name == "last":
+    if name in ("last", "best"):
+        order = ranked if name == "best" else range(count)[::-1]
         length = int(value) if value.isdecimal() and len(value) < _MANY_DIGITS else 0
-        if not 1 <= length <= count:
-            raise UsageError(f"candidate {text!r}: expected {LAST}, from last:1 to last:{count}")
-        return Candidate(f"last:{length}", (*(0.0,) * (count - length), *methods.uniform(length)))
+        if not 1 <= length <= len(order):
+            raise UsageError(f"candidate {text!r}: expected {name}:K, from {name}:1 to {name}:{len(order)}")
+        return mean_of(order[:length], count, f"{name}:{length}")
     if text == GREEDY:
         return None
-    raise UsageError(f"candidate {text!r}: expected {LAST}, {methods.spellings()} or {GREEDY}")
+    raise UsageError(f"candidate {text!r}: expected {LAST}, {BEST}, {methods.spellings()} or {GREEDY}")
 
 
-def soup_of(accepted: Sequence[int], count: int) -> Candidate:
+def mean_of(chosen: Sequence[int], count: int, name: str = GREEDY) -> Candidate:
     """Return the mean of some of `count` checkpoints as a candidate."""
-    share = 1.0 / len(accepted)
-    return Candidate(GREEDY, tuple(share if number in accepted else 0.0 for number in range(count)))
+    share = 1.0 / len(chosen)
+    return Candidate(name, tuple(share if number in chosen else 0.0 for number in range(count)))
 
 
 def greedy(alone: Sequence[float], badness_of: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ from typing import Any
 from swa_avg.batchnorm import RefreshReport
 from swa_avg.errors import escape
 from swa_avg.files.location import Location
+from swa_avg.inputs.related import Relation
+from swa_avg.inspection.movement import Movement
 from swa_avg.planning.policy import batchnorm_warning
 from swa_avg.sweeping.candidates import Candidate
 from swa_avg.text import counted, finite_or_none
@@ -73,6 +75,12 @@ class SweepReport:
     """Of the validation data."""
     digest: str
     """BLAKE2b-256 of these rows."""
+    relation: Relation
+    """Whether the checkpoints are related."""
+    movement: Movement | None = None
+    """Whether the checkpoints circle or still move, by the sample that tells whether they are related."""
+    other_weights: str | None = None
+    """What to know of an optimizer that keeps an average of its own."""
     batchnorm_layers: tuple[str, ...] = ()
     """BatchNorm layers whose statistics are averages of statistics, for want of a refresh."""
     path: tuple[Mapping[str, float], ...] = ()
@@ -108,6 +116,10 @@ class SweepReport:
 
     def warnings_naming(self, refresh: str) -> Iterator[str]:
         """Yield the warnings; `refresh` is how a refresh is asked for."""
+        if self.relation.problem is not None:
+            yield self.relation.problem
+        if self.other_weights is not None:
+            yield self.other_weights
         if self.winner.refresh is not None:
             yield from self.winner.refresh.warnings
         elif self.batchnorm_layers and self.winner.candidate.is_average:
@@ -143,6 +155,9 @@ class SweepReport:
             "winner": self.winner.candidate.name,
             "best_single": self.best_single.candidate.name,
             "improved": self.improved,
+            "relation": self.relation.as_json(),
+            "movement": None if self.movement is None else self.movement.as_json(),
+            "other_weights": self.other_weights,
             "batchnorm_layers": list(self.batchnorm_layers),
             "path": [_finite(point) for point in self.path],
         }

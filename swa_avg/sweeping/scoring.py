@@ -36,8 +36,8 @@ class Validation:
     """What checkpoints are scored on, and by what."""
 
     data: Any
-    """What `refresh_batchnorm` takes, with targets: a `.npz` that holds x and y, arrays (x, y), batches
-    (x, y), ... Read again for each checkpoint that is scored."""
+    """What `refresh_batchnorm` takes, with targets: a `.npz` that holds x and y, arrays (x, y) or (x, y,
+    sample weights), batches of these, ... Read again for each checkpoint that is scored."""
     inputs: Sequence[str] = ()
     """`KEY` or `KEY=INPUT`, where the data's names do not say which array goes where."""
     targets: Sequence[str] = ()
@@ -50,7 +50,7 @@ class Validation:
     """Applied to the inputs of each batch; a function or its `MODULE:FUNCTION`."""
     metric: str | Metric | None = None
     """f(targets, predictions) -> number, over all rows at once, or its `MODULE:FUNCTION`; by default, the
-    metrics that the model was compiled with."""
+    metrics that the model was compiled with, which alone take sample weights."""
     monitor: str | None = None
     """The compiled metric that decides; by default the first accuracy, else the loss."""
     mode: str | None = None
@@ -197,9 +197,9 @@ class Evaluator:
     def _evaluate(self) -> dict[str, float]:
         meter = _Compiled(self._model) if self._metric is None else _Whole(self._model, self._metric)
         with open_data(self._validation.data, self._spec) as data:
-            for x, y, _ in data.labelled():
+            for x, y, weights, _ in data.labelled():
                 try:
-                    meter.add(x, _arranged(self._model, y))
+                    meter.add(x, *(_arranged(self._model, part) for part in (y, weights)))
                 except SwaAvgError:
                     raise
                 except Exception as error:  # of whichever class the backend has for shapes and types
@@ -246,9 +246,9 @@ def _outputs_of(model: Any) -> list[str]:
 
 
 def _arranged(model: Any, targets: Any) -> Any:
-    """Put targets by name into the structure of the model's outputs."""
+    """Put targets by name, or sample weights, into the structure of the model's outputs."""
     if isinstance(targets, Mapping) and isinstance(getattr(model, "_outputs_struct", None), list | tuple):
-        return [targets[name] for name in _outputs_of(model)]
+        return [targets.get(name) for name in _outputs_of(model)]
     return targets
 
 
@@ -260,9 +260,9 @@ class _Compiled:
         self._logs: Mapping[str, Any] = {}
         model.reset_metrics()
 
-    def add(self, x: Any, y: Any) -> None:
+    def add(self, x: Any, y: Any, weights: Any) -> None:
         with _metrics_kept(self._model) if self._logs else nullcontext():
-            self._logs = self._model.test_on_batch(x, y, return_dict=True)
+            self._logs = self._model.test_on_batch(x, y, weights, return_dict=True)
 
     def result(self) -> dict[str, float]:
         return {name: float(np.asarray(value)) for name, value in self._logs.items() if np.ndim(value) == 0}
@@ -290,7 +290,7 @@ class _Whole:
         self._targets: list[Any] = []
         self._predictions: list[Any] = []
 
-    def add(self, x: Any, y: Any) -> None:
+    def add(self, x: Any, y: Any, weights: Any) -> None:
         self._targets.append(y)
         self._predictions.append(self._model.predict_on_batch(x))
 

@@ -18,12 +18,16 @@ from swa_avg.errors import Finding, MismatchError, NoImprovementError, UsageErro
 from swa_avg.files.location import Location, any_remote
 from swa_avg.files.publication import check_output, publication_at, publish_file
 from swa_avg.files.temporary import temporary_folder
+from swa_avg.formats import is_model_alone
 from swa_avg.formats.base import Stream
 from swa_avg.inputs.listing import Listing, list_checkpoints
-from swa_avg.inputs.opening import check_contents, opened
+from swa_avg.inputs.opening import check_averages, check_contents, opened
+from swa_avg.inputs.ranking import ranked, with_log
+from swa_avg.inputs.related import Relation, check_related
 from swa_avg.inputs.selection import Selection, select
+from swa_avg.inspection.movement import Movement, movement_of
 from swa_avg.planning.output import output_path, plan_output
-from swa_avg.planning.policy import batchnorm_layers
+from swa_avg.planning.policy import batchnorm_layers, other_weights
 from swa_avg.planning.record import describe
 from swa_avg.sweeping import candidates
 from swa_avg.sweeping.candidates import Candidate
@@ -35,6 +39,7 @@ from swa_avg.text import Progress, finite_or_none, short_names
 __all__ = ["candidate_rows", "sweep"]
 
 _PICTURES = (".png", ".svg", ".pdf")
+_PAGE = ".html"
 
 
 def sweep(
@@ -45,11 +50,13 @@ def sweep(
     refresh: Any = None,
     loading: Loading | None = None,
     tried: str | Sequence[str] = (),
+    metrics: str | Path | None = None,
     epochs: str | int | range | None = None,
     last: int | None = None,
     every: int | None = None,
     optimizer: str = "keep",
     dtype: str | None = None,
+    allow_unrelated: bool = False,
     overwrite: bool = False,
     verify: bool | None = None,
     max_memory: int | str | None = None,
@@ -57,6 +64,7 @@ def sweep(
     cluster: str | None = None,
     require_improvement: bool = False,
     path: str | Path | None = None,
+    report: str | Path | None = None,
     progress: Progress | None = None,
     score_progress: Progress | None = None,
 ) -> SweepReport:
@@ -69,17 +77,20 @@ def sweep(
 
     Args:
         inputs: As for `average`, and likewise `output`, `epochs`, `last`, `every`, `optimizer`, `dtype`,
-            `overwrite`, `verify`, `max_memory`, `threads`, `cluster` and `progress`.
+            `allow_unrelated`, `overwrite`, `verify`, `max_memory`, `threads`, `cluster` and `progress`.
         validation: Data with targets, such as arrays (x, y), batches of them or a `.npz`; or a `Validation`,
             which also says by what metric they are scored. Choose by data that you did not train on, and do
             not report the score that it was chosen by.
         refresh: Training data to re-estimate BatchNorm statistics on, or a `Refresh`, as for `average`.
         loading: How to load the model; where `refresh` is a `Refresh`, that says it itself.
-        tried: Averages: methods as for `average`, `last:K` for the mean of the last K, and `greedy` for the
-            greedy soup; by default, those of `candidates.default_candidates`.
+        tried: Averages: methods as for `average`, `last:K` for the mean of the last K, `best:K` for that of
+            the best K, as `average` ranks them by the metrics of their training, and `greedy` for the greedy
+            soup; by default, those of `candidates.default_candidates`.
+        metrics: For `best:K`, the log that holds these metrics, as for `average`.
         require_improvement: Write nothing if no average is better than the best single checkpoint.
         path: Also score 11 points on the line from the last checkpoint to the best average, each refreshed
             likewise, and draw them into this `.png`, `.svg` or `.pdf`; needs matplotlib.
+        report: A `.html` to write a page into, which begins with a verdict; needs matplotlib.
         score_progress: Called with (candidates to score, candidates scored since the last call).
 
     Returns:
@@ -98,6 +109,10 @@ def sweep(
     refresh = Refresh.of(refresh, loading)
     tried = [tried] if isinstance(tried, str) else tried
     named = list_checkpoints(inputs)
+    if any(map(candidates.needs_ranking, tried)):
+        named = with_log(named, metrics)
+    elif metrics is not None:
+        raise UsageError(f"metrics goes with a candidate {candidates.BEST}")
     for data in (validation.data, refresh and refresh.data):
         if isinstance(data, Iterator):
             raise UsageError(
@@ -109,12 +124,13 @@ def sweep(
     paths = listing.paths
     if len(paths) < 2:
         raise UsageError("a sweep compares averages of at least 2 checkpoints; found 1")
-    check_output(target, overwrite=overwrite)
-    draw = _drawing(Path(path), overwrite=overwrite) if path is not None else None
-    rows, with_greedy = candidate_rows(listing, tried)
+    check_output(target, overwrite=overwrite, is_folder_of_ours=is_model_alone)
+    outputs = _outputs(path, report, overwrite=overwrite)
+    listing, order = _ranked(listing, tried, validation)
+    rows, with_greedy = candidate_rows(listing, tried, order)
     far = any_remote(paths)
     verify = not far if verify is None else verify
-    most_rows = max(len(rows), POINTS if draw else 1)
+    most_rows = max(len(rows), POINTS if path is not None else 1)
     loading = refresh or loading or Loading()
     if not isinstance(loading.model, str | Path | None):
         raise UsageError(
@@ -128,7 +144,7 @@ def sweep(
         # The newest is the template of most drafts; a copy on this machine is none on the workers'.
         with opened(paths, dtype, cache_newest=cluster is None) as checkpoints, ExitStack() as stack:
             check_request(loading, checkpoints[-1], "a sweep", compiled=validation.metric is None)
-            steps = len(rows) + (len(paths) - 1 if with_greedy else 0) + (POINTS if draw else 0)
+            steps = len(rows) + (len(paths) - 1 if with_greedy else 0) + (POINTS if path is not None else 0)
             trials = Trials(
                 checkpoints,
                 publication,
@@ -138,24 +154,27 @@ def sweep(
                 score_progress and partial(score_progress, steps),
                 drop_optimizer=optimizer == "drop",
             )
+            check_averages(checkpoints)
+            relation = check_related(checkpoints, trials.combiner(rows).plan.averaged, allow=allow_unrelated)
             scored = trials.scored(rows, verify=verify, progress=progress)
             singles, averages = scored[: len(paths)], scored[len(paths) :]
             if with_greedy:
                 averages = (*averages, greedy_soup(trials, singles))
-            report = _report(target, trials, singles, averages, refresh, listing)
-            if require_improvement and not report.improved:
-                raise NoImprovementError(_no_improvement(report), report)
+            found = _report(target, trials, singles, averages, refresh, listing, relation)
+            if require_improvement and not found.improved:
+                raise NoImprovementError(_no_improvement(found), found)
             statistics = trials.best_statistics  # of the winner: the points of the line are scored after it
-            if draw and report.best_average is not None:
-                report = replace(report, path=line(trials, report.best_average.candidate))
+            if path is not None and found.best_average is not None:
+                found = replace(found, path=line(trials, found.best_average.candidate))
             scratch = stack.enter_context(workers.scratch(publication))
-            _write(report, statistics, trials, scratch, optimizer=optimizer, dtype=dtype, verify=verify)
+            _write(found, statistics, trials, scratch, optimizer=optimizer, dtype=dtype, verify=verify)
         publication.publish()
-    if path is not None and draw and report.path:
-        publish_file(Path(path), draw(report), overwrite=overwrite)
-    report = replace(report, written=True)
-    warn([*report.notes, *report.warnings])
-    return report
+    found = replace(found, written=True)
+    for picture, render in outputs.items():
+        if found.path or picture.suffix == _PAGE:
+            publish_file(picture, render(found), overwrite=overwrite)
+    warn([*found.notes, *found.warnings])
+    return found
 
 
 def _scoring(scorer: Scorer, workers: Workers) -> Callable[[Iterable[Path]], Iterator[tuple[Path, Scoring]]]:
@@ -165,23 +184,33 @@ def _scoring(scorer: Scorer, workers: Workers) -> Callable[[Iterable[Path]], Ite
     return partial(workers.processes.run, scorer.portable().score)
 
 
-def _drawing(output: Path, *, overwrite: bool) -> Callable[[SweepReport], bytes]:
-    """Return what draws a report's line, once it is sure that the picture can be written."""
-    if output.suffix not in _PICTURES:
-        raise UsageError(f"path {output}: expected a name that ends with {' or '.join(_PICTURES)}")
-    check_output(output, overwrite=overwrite)
-    try:
-        from swa_avg.sweeping.page import plot
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise UsageError(f"path {output}: needs matplotlib; pip install 'swa-avg[plot]'") from None
-    return partial(plot, suffix=output.suffix)
+def _outputs(
+    path: str | Path | None, report: str | Path | None, *, overwrite: bool
+) -> dict[Path, Callable[[SweepReport], bytes]]:
+    """Return what draws which picture or page, once it is sure that it can be written."""
+    outputs: dict[Path, Callable[[SweepReport], bytes]] = {}
+    for argument, name, suffixes in (("path", path, _PICTURES), ("report", report, (_PAGE,))):
+        if name is None:
+            continue
+        output = Path(name)
+        if output.suffix not in suffixes:
+            raise UsageError(f"{argument} {output}: expected a name that ends with {' or '.join(suffixes)}")
+        check_output(output, overwrite=overwrite)
+        try:
+            from swa_avg.sweeping.page import page, plot
+        except ModuleNotFoundError as error:
+            if error.name != "matplotlib":
+                raise
+            raise UsageError(f"{argument} {output}: needs matplotlib; pip install 'swa-avg[plot]'") from None
+        outputs[output] = page if argument == "report" else partial(plot, suffix=output.suffix)
+    return outputs
 
 
-def candidate_rows(listing: Listing, tried: Sequence[str]) -> tuple[list[Candidate], bool]:
+def candidate_rows(
+    listing: Listing, tried: Sequence[str], order: Sequence[int] = ()
+) -> tuple[list[Candidate], bool]:
     """Return the candidates that are known beforehand, single checkpoints first, and whether a soup is asked
-    for."""
+    for; `order` holds the numbers of the checkpoints, the best first."""
     paths = listing.paths
     count = len(paths)
     listing.check_order("candidates")
@@ -197,9 +226,29 @@ def candidate_rows(listing: Listing, tried: Sequence[str]) -> tuple[list[Candida
         for number, name in enumerate(short_names(paths))
     ]
     texts = tried or candidates.default_candidates(count, times)
-    averages = [candidates.parse(text, count, times) for text in texts]
+    averages = [candidates.parse(text, count, times, order) for text in texts]
     known = dict.fromkeys(average for average in averages if average is not None)
     return [*singles, *known], None in averages
+
+
+def _ranked(listing: Listing, tried: Sequence[str], validation: Validation) -> tuple[Listing, Sequence[int]]:
+    """Return the numbers of the checkpoints, the best first, and the listing with a note of what ranks them;
+    none where no candidate asks for it.
+
+    That is the namesake of the metric that decides, as Keras logs it of validation data, where one is named.
+    """
+    if not any(map(candidates.needs_ranking, tried)):
+        return listing, ()
+    listing.check_indices()
+    monitor, mode = validation.monitor, validation.mode
+    if monitor is None and validation.metric is not None:
+        mode = None  # which is that of another metric
+    if monitor is not None and any(f"val_{monitor}" in listed.metrics for listed in listing.files):
+        monitor = f"val_{monitor}"
+    ranking, order = ranked(listing, monitor, mode)
+    sources = " and ".join(dict.fromkeys(listing.files[row].sources[ranking.monitor] for row in order))
+    note = f"{candidates.BEST} goes by {ranking.monitor} ({ranking.mode}) from {sources}"
+    return replace(listing, notes=(*listing.notes, note)), order
 
 
 def _report(
@@ -209,6 +258,7 @@ def _report(
     averages: Sequence[Scored],
     refresh: Refresh | None,
     listing: Listing,
+    relation: Relation,
 ) -> SweepReport:
     assert trials.best is not None
     assert trials.decides is not None
@@ -234,7 +284,16 @@ def _report(
         batchnorm_layers=tuple(batchnorm_layers(newest)) if refresh is None else (),
         epochs=tuple(listing.epochs("candidates")) if by_epochs else (),
         notes=listing.notes,
+        relation=relation,
+        movement=_movement(relation, listing),
+        other_weights=other_weights(newest.optimizer_config),
     )
+
+
+def _movement(relation: Relation, listing: Listing) -> Movement | None:
+    if not relation.related:
+        return None
+    return movement_of(relation.squared, [listed.learning_rate for listed in listing.files])
 
 
 def _no_improvement(report: SweepReport) -> str:
@@ -264,6 +323,7 @@ def _write(
     coefficients = [winner.candidate.coefficients[number] for number in winner.candidate.used]
     plan = plan_output(inputs, coefficients, trials.publication.output, scratch, optimizer=optimizer)
     combiner = Combiner(plan, [coefficients], trials.workers, verify)
+    related = check_related(inputs, plan.averaged, allow=True).related
     method = winner.candidate.name if winner.candidate.is_average else "single"
     stream: Stream = combiner.stream
     further = {"sweep": _record(report)}
@@ -272,7 +332,7 @@ def _write(
         further["batchnorm"] = statistics.record()
     plan.template.write(
         stream,
-        lambda: describe(combiner.settled, method, combiner.checksums, dtype) | further,
+        lambda: describe(combiner.settled, method, combiner.checksums, related, dtype) | further,
         trials.publication,
     )
     check_contents(inputs, combiner.checksums)

@@ -120,14 +120,14 @@ def greedy_soup(trials: Trials, singles: Sequence[Scored]) -> Scored:
     soups: dict[tuple[int, ...], Scored] = {}
 
     def badness_of(accepted: tuple[int, ...]) -> float:
-        candidate = candidates.soup_of(accepted, len(singles))
+        candidate = candidates.mean_of(accepted, len(singles))
         combiner = trials.combiner([candidate])
         soups[accepted] = trials.score(candidate, combiner.plan, combiner.stream)
         return soups[accepted].badness
 
     accepted = candidates.greedy([single.badness for single in singles], badness_of)
     if len(accepted) == 1:
-        return replace(singles[accepted[0]], candidate=candidates.soup_of(accepted, len(singles)))
+        return replace(singles[accepted[0]], candidate=candidates.mean_of(accepted, len(singles)))
     return soups[accepted]
 
 

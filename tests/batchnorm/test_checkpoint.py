@@ -47,6 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in (1, 2, 3):
         model.fit(images[:640], labels[:640], epochs=1, verbose=0)
         model.save(folder / f"ckpt_{number}.keras")
+        model.save(folder / f"ckpt_{number}", zipped=False)
         model.save_weights(folder / f"ckpt_{number}.weights.h5")
         model.save_weights(folder / f"ckpt_{number}.weights.json", max_shard_size=0.00002)
     (folder / "model.json").write_text(model.to_json())
@@ -69,7 +70,7 @@ def _moments(path: Path, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def test_only_the_statistics_differ_from_the_plain_average(
     options: tuple[str, ...], run: Path, swa_avg: Cli, tmp_path: Path
 ) -> None:
-    suffixes = (".keras",) if not options else (".weights.h5", ".weights.json")
+    suffixes = (".keras", "") if not options else (".weights.h5", ".weights.json")
     options = tuple(str(run / option) if "." in option else option for option in options)
     for suffix in suffixes:
         inputs = sorted(run.glob(f"ckpt_?{suffix}"))
@@ -105,6 +106,28 @@ def test_every_other_byte_of_the_archive_stays(run: Path, swa_avg: Cli, tmp_path
     assert record["batchnorm"]["refreshed"] == ["batch_normalization", "batch_normalization_1"]
     model = keras.models.load_model(tmp_path / "fresh.keras")
     assert model.optimizer.iterations > 0
+
+
+@pytest.mark.parametrize("output", ["swa", "swa.weights.h5"])
+def test_folders_at_urls_are_refreshed_as_those_on_disk_are(
+    output: str, run: Path, swa_avg: Cli, tmp_path: Path
+) -> None:
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    memory.store.clear()
+    for path in run.glob("ckpt_?/*.*"):
+        memory.pipe_file(f"/run/{path.parent.name}/{path.name}", path.read_bytes())
+    options = ("--bn-refresh", run / "train.npz", "--no-verify")
+    for inputs, where in (
+        (run / "ckpt_?", tmp_path / output),
+        ("memory://run/ckpt_?", f"memory://out/{output}"),
+    ):
+        ended = swa_avg(inputs, "-o", where, *options)
+        assert ended.code == 0, ended.err
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {name: memory.cat_file(name) for name in memory.find("/out")} == {
+        f"/out/{path.relative_to(tmp_path).as_posix()}": path.read_bytes() for path in files
+    }
+    memory.store.clear()
 
 
 @pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from conftest import Ended
-from swa_avg.errors import UnreadableError, UsageError
+from swa_avg.errors import SwaAvgWarning, UnreadableError, UsageError
 
 keras = pytest.importorskip("keras")
 tf = pytest.importorskip("tensorflow")
@@ -342,8 +343,59 @@ class Unsized(keras.utils.PyDataset):
         return A[:48], Y[:48]
 
 
-def test_what_has_a_length_is_read_once_through() -> None:
-    for source in (Flow(), ending()):
+class Endless:
+    """As torch's IterableDataset: no length, and a generator."""
+
+    def __iter__(self) -> Any:
+        rng = np.random.default_rng(0)
+        while True:
+            yield rng.permutation(A)[:50]
+
+
+class Ending:
+    def __iter__(self) -> Any:
+        yield from ending()
+
+
+class Loader:
+    """As torch's DataLoader of an IterableDataset: no length, and an iterator in a class of its own."""
+
+    def __init__(self, batches: Callable[[], Any]) -> None:
+        self._make = batches
+
+    def __iter__(self) -> Any:
+        return type("_Iterator", (), {"__iter__": lambda it: it, "__next__": self._make().__next__})()
+
+
+def made_by(generator: Callable[[], Any]) -> Any:
+    return tf.data.Dataset.from_generator(generator, output_signature=tf.TensorSpec((None, 4)))
+
+
+def records(folder: Path) -> Any:
+    """Return the rows of A from files of records, whose number TensorFlow does not know."""
+    with tf.io.TFRecordWriter(str(folder / "a.rec")) as writer:
+        for row in A:
+            writer.write(row.tobytes())
+    files = tf.data.Dataset.list_files(str(folder / "*.rec"))
+    rows = files.interleave(tf.data.TFRecordDataset).map(lambda row: tf.io.decode_raw(row, tf.float32))
+    return rows.map(lambda row: tf.ensure_shape(row, (4,))).batch(48).prefetch(1)
+
+
+def test_what_ends_is_read_once_through(tmp_path: Path) -> None:
+    sources = [
+        Flow(),
+        ending(),
+        Ending(),
+        iter([A]),
+        map(np.asarray, ending()),
+        records(tmp_path),
+        made_by(ending).map(lambda batch: batch).prefetch(1),
+        made_by(lambda: (batch for batch in ending())).batch(1).unbatch(),
+        made_by(ending).take(4),
+        made_by(ending).apply(tf.data.experimental.assert_cardinality(4)),
+        made_by(endless).take(2).map(lambda batch: batch),
+    ]
+    for source in sources:
         model = plain()
         assert refresh_batchnorm(model, source).samples == 192
         assert_moments(model.get_layer("bn"), A)
@@ -353,13 +405,40 @@ def test_what_has_a_length_is_read_once_through() -> None:
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: made_by(partial(Loader, endless)).shuffle(4).prefetch(2),
+        lambda: made_by(partial(Loader, ending)),
+        lambda: tf.data.Dataset.range(2).interleave(lambda _: made_by(endless)),
+        lambda: Loader(endless),
+        lambda: Loader(ending),
+        lambda: made_by(endless).as_numpy_iterator(),
+    ],
+)
+def test_what_may_not_end_needs_a_number_of_samples(make: Callable[[], Any], tmp_path: Path) -> None:
+    from swa_avg.callbacks import SWA
+
+    with pytest.raises(
+        UsageError, match="data has no length, and may never end; say how many samples to use"
+    ):
+        refresh_batchnorm(plain(), make())
+    assert refresh_batchnorm(plain(), make(), samples=150).samples == 150
+    model = plain()
+    model.compile("sgd", "mse")
+    with pytest.raises(UsageError, match="data has no length, and may never end"):
+        model.fit(A, Y, verbose=0, callbacks=[SWA(tmp_path, 0, bn_data=make())])
+    assert not list(tmp_path.glob("*.keras"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
         endless,
         Unsized,
         lambda: itertools.cycle([A]),
         lambda: tf.data.Dataset.from_tensors(A).repeat(),
-        lambda: tf.data.Dataset.from_generator(endless, output_signature=tf.TensorSpec((None, 4))).prefetch(
-            2
-        ),
+        lambda: tf.data.Dataset.from_tensors(A).repeat().filter(lambda batch: True),
+        lambda: tf.data.Dataset.from_tensors(A).interleave(lambda batch: made_by(ending).repeat()).repeat(),
+        lambda: made_by(endless).shuffle(4).prefetch(2),
+        Endless,
         lambda: (batch for batch in endless()),
         lambda: itertools.chain(endless()),
     ],
@@ -446,10 +525,10 @@ def test_a_model_that_decides_by_values_runs_eagerly_and_says_so() -> None:
 class Block(L.Layer):
     """A layer that holds layers, two of a kind."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, scale: bool = False, center: bool = True, **options: Any) -> None:
         super().__init__(**options)
         self.first, self.second = L.Dense(4), L.Dense(4)
-        self.norm = L.BatchNormalization(scale=False)
+        self.norm = L.BatchNormalization(scale=scale, center=center)
 
     def build(self, shape: Any) -> None:
         self.first.build(shape)
@@ -463,6 +542,21 @@ class Block(L.Layer):
 
 def block_model() -> Any:
     return keras.Sequential([keras.Input((4,)), Block(name="block"), L.Dense(2)])
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5", ".h5"])
+@pytest.mark.parametrize(("scale", "center"), [(True, True), (True, False), (False, True), (False, False)])
+def test_statistics_in_a_custom_layer_are_not_averaged_without_a_word(
+    scale: bool, center: bool, suffix: str, tmp_path: Path
+) -> None:
+    model = keras.Sequential([keras.Input((4,)), Block(scale, center), L.Dense(2)])
+    for number in (1, 2):
+        model.set_weights([weights + number for weights in model.get_weights()])
+        (model.save_weights if suffix == ".weights.h5" else model.save)(tmp_path / f"a_{number}{suffix}")
+    with pytest.warns(
+        SwaAvgWarning, match=rf"^BatchNorm statistics are averaged.*\({model.layers[0].norm.name}\)"
+    ):
+        average(tmp_path / f"a_*{suffix}", tmp_path / f"swa{suffix}")
 
 
 def reordered_model() -> Any:

@@ -16,7 +16,7 @@ pytest.importorskip("keras")
 
 from swa_avg.callbacks import ownership
 from swa_avg.callbacks.ownership import fingerprint, why_not_ours
-from swa_avg.callbacks.run_folder import RunFolder
+from swa_avg.callbacks.run_folder import RunFolder, published
 from swa_avg.errors import UnreadableError
 from swa_avg.inputs.index import INDEX_NAME, Entry, read_index
 
@@ -105,6 +105,48 @@ class TestDeleting:
         assert epochs(tmp_path) == [6]
         assert all("left the index, but stayed on disk" in warning for warning in warnings)
         assert len(warnings) == {"nothing": 1, "another file's": 2, "its own": 2}[recorded]
+
+    @pytest.mark.parametrize("key", ["checkpoints", "averages"])
+    @pytest.mark.parametrize(
+        "name", ["../mine.keras", "sub/mine.keras", "{folder}/mine.keras", "..", ".", ""]
+    )
+    def test_no_name_in_the_index_leads_out_of_the_folder(self, tmp_path, name, key):
+        run = tmp_path / "run"
+        save(opened(run), 5)
+        (run / "sub").mkdir()
+        outside = [write(folder / "mine.keras", 77) for folder in (tmp_path, run / "sub")]
+        value = json.loads((run / INDEX_NAME).read_text())
+        name, digest = name.format(folder=tmp_path), fingerprint(outside[0])
+        if key == "averages":
+            value[key] = {name: digest}
+        else:
+            value[key].insert(0, {"file": name, "epoch": 1, "metrics": {}, "fingerprint": digest})
+        (run / INDEX_NAME).write_text(json.dumps(value))
+        with pytest.raises(UnreadableError, match=r"checkpoints\.json"):
+            opened(run, keep_last=1)
+        assert all(path.exists() for path in outside)
+
+    def test_links_cost_nothing_outside_of_the_folder(self, tmp_path):
+        run = tmp_path / "run"
+        save(opened(run), 5)
+        mine = write(tmp_path / "mine.keras", 77)
+        kept = mine.read_bytes()
+        (run / "symbolic.keras").symlink_to(mine)
+        (run / "hard.keras").hardlink_to(mine)
+        (run / "folder.keras").symlink_to(tmp_path, target_is_directory=True)
+        links = ("symbolic.keras", "hard.keras", "folder.keras", "CKPT_0005.KERAS")
+        forge(run, *({"file": n, "step": k, "fingerprint": fingerprint(mine)} for k, n in enumerate(links)))
+        warnings = save(opened(run, keep_last=1), 6)
+        # The hard link is a file of the folder; the name outside keeps its content.
+        assert names(run) == ["ckpt_0006.keras", "folder.keras", "symbolic.keras"]
+        assert mine.read_bytes() == kept
+        gone = (
+            "CKPT_0005.KERAS is gone",
+            "folder.keras is gone",
+            "symbolic.keras left the index, but stayed",
+        )
+        assert len(warnings) == 3
+        assert all(text in warning for text, warning in zip(gone, warnings, strict=True))
 
     @pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
     def test_a_file_that_changed_since_it_was_saved_stays(self, tmp_path, suffix):
@@ -228,6 +270,17 @@ class TestReplacing:
         assert [entry.file for entry in read_index(tmp_path / INDEX_NAME).entries] == [
             "ckpt_0001-again.keras"
         ]
+
+    def test_what_is_replaced_under_a_hard_link_keeps_its_content_elsewhere(self, tmp_path):
+        run = tmp_path / "run"
+        save(opened(run), 1)
+        (tmp_path / "kept.keras").hardlink_to(run / "ckpt_0001.keras")
+        kept = (tmp_path / "kept.keras").read_bytes()
+        folder = opened(run)
+        path, _ = folder.place("ckpt_0001.keras")
+        with published(path) as temporary:
+            write(temporary, 9)
+        assert (tmp_path / "kept.keras").read_bytes() == kept != path.read_bytes()
 
     def test_an_average_is_ours_once_it_is_recorded(self, tmp_path):
         folder = opened(tmp_path)

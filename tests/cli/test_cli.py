@@ -305,26 +305,21 @@ def test_an_index_that_does_not_fit_is_reported(folder: Path, swa_avg: Cli) -> N
     _refused(
         swa_avg("--best", "1"),
         2,
-        "best needs monitor, a metric in the index: val_loss, val_accuracy, R",
+        "best needs monitor, a metric of ckpt_1.keras: val_loss (0.3), val_accuracy (0.7), R (1)",
     )
     _refused(
         swa_avg("--best", "1", "--monitor", "R"),
         2,
-        "monitor R: say which values are better, with mode min or max",
+        "monitor R: say which values are better, with mode min or max; ckpt_1.keras has 1",
     )
     _refused(
         swa_avg("--best", "1", "--monitor", "auc"),
         2,
-        "ckpt_1.keras has no metric 'auc' in the index, but val_loss, val_accuracy, R",
+        "ckpt_1.keras has no metric 'auc', but val_loss, val_accuracy, R",
     )
     _refused(swa_avg("--best", "4"), 2, "best is 4, but found only 3 checkpoints")
-    _refused(swa_avg("--mode", "max"), 2, "monitor and mode go with best")
-    makers.write_archive(folder / "ckpt_11.keras", makers.weights(11))
-    _refused(
-        swa_avg("ckpt_*.keras", "--best", "1"),
-        2,
-        "best goes by the metrics in checkpoints.json, which does not name ckpt_11.keras",
-    )
+    for option in (("--mode", "max"), ("--monitor", "R"), ("--metrics", "log.csv")):
+        _refused(swa_avg(*option), 2, "monitor, mode and metrics go with best")
     Path("ckpt_2.keras").unlink()
     _refused(
         swa_avg(),
@@ -334,6 +329,37 @@ def test_an_index_that_does_not_fit_is_reported(folder: Path, swa_avg: Cli) -> N
     _index(folder, version=9)
     assert swa_avg().err.startswith("swa-avg: error: checkpoints.json: ")
     assert swa_avg("ckpt_*.keras").code == 0
+
+
+def test_dry_run_shows_by_which_value_the_best_were_chosen_and_where_it_is(
+    folder: Path, swa_avg: Cli
+) -> None:
+    (folder / "log.csv").write_text("epoch,val_accuracy\n0,0.5\n1,0.75\n9,nan\n")
+    ended = swa_avg("ckpt_*.keras", "--best", "2", "--dry-run", "--json")
+    assert ended.err.splitlines()[:3] == [
+        "epoch   coefficient    val_accuracy  checkpoint (.keras archive, uniform)",
+        "    1           0.5   0.5 (log.csv)  ckpt_1.keras",
+        "    2           0.5  0.75 (log.csv)  ckpt_2.keras",
+    ]
+    note = "the best 2 of 2 checkpoints with the metric 'val_accuracy'; 1 of 3 have none, or NaN, such as ckpt_10.keras"
+    assert note in ended.err.splitlines()
+    best = {
+        "monitor": "val_accuracy",
+        "mode": "max",
+        "values": [{"value": 0.5, "source": "log.csv"}, {"value": 0.75, "source": "log.csv"}],
+    }
+    assert json.loads(ended.out)["best"] == best
+    ended = swa_avg("inspect", "ckpt_*.keras", "--best", "2", "--json")
+    assert json.loads(ended.out)["best"] == best
+    rows = [line.split() for line in ended.err.splitlines() if line.endswith("ckpt_2.keras")]
+    assert rows[-1][:3] == ["2", "0.75", "0.5"]
+    (folder / "log.csv").rename(folder / "log.txt")
+    shown = json.loads(swa_avg("inspect", "ckpt_*.keras", "--metrics", "log.txt", "--json", "-q").out)
+    assert [c["metrics"] for c in shown["checkpoints"]] == [
+        {"val_accuracy": 0.5},
+        {"val_accuracy": 0.75},
+        {"val_accuracy": None},
+    ]
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path, swa_avg: Cli) -> None:
@@ -542,9 +568,39 @@ def test_quantized_and_lora_checkpoints_are_refused(tmp_path: Path, swa_avg: Cli
     _refused(
         swa_avg(path, "-o", tmp_path / "swa.h5"),
         4,
-        f"{path}: dense/lora_kernel_a: is a LoRA factor, and factors do not average: save .keras or .weights.h5, "
-        "which merge them".replace("dense/lora", "model_weights/dense/dense/lora"),
+        f"{path}: model_weights/dense/dense/lora_kernel_a: {FACTOR}",
     )
+
+
+FACTOR = (
+    "is a LoRA factor, and factors do not average (the mean of products is not the product of means): save the "
+    "model as .keras or .weights.h5, which merge them"
+)
+
+
+@pytest.mark.parametrize("group", ["lora/0", "lora/0/vars"], ids=["without vars", "with vars"])
+def test_the_factors_that_keras_hub_saves_are_refused_as_such(
+    group: str, tmp_path: Path, swa_avg: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `save_lora_weights` writes them, with and without the groups that later versions of Keras add."""
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        with h5py.File(f"ckpt_{number}.lora.h5", "w") as file:
+            file[group.replace("/0", "") + "/rank"] = np.int64(2)
+            for name, shape in (("a", (4, 2)), ("b", (2, 4))):
+                file[f"{group}/lora_kernel_{name}"] = np.zeros(shape, np.float32)
+    lines = "\n".join(
+        f"swa-avg: error: ckpt_2.lora.h5: {group}/lora_kernel_{name}: {FACTOR}" for name in ("a", "b")
+    )
+    ended = swa_avg("ckpt_*.lora.h5", "-o", "swa.h5")
+    assert ended == Ended(4, "", f"{lines}\n")
+
+
+def test_factors_in_a_layer_of_ones_own_are_refused_too(tmp_path: Path, swa_avg: Cli) -> None:
+    arrays = makers.weights() | {"layers/mine/vars/lora_kernel_a": np.zeros((4, 2), np.float32)}
+    path = makers.write_weights(tmp_path / "ckpt_1.weights.h5", arrays)
+    ended = swa_avg(path, "-o", tmp_path / "swa.weights.h5")
+    _refused(ended, 4, f"{path}: layers/mine/vars/lora_kernel_a: {FACTOR}")
 
 
 @pytest.mark.parametrize("output", ["swa.keras", "swa.weights.h5", "swa.h5"])
@@ -748,7 +804,7 @@ def test_the_record_holds_the_method_as_text_and_what_was_used(
 
 
 def test_an_average_among_the_inputs_is_pointed_out(folder: Path, swa_avg: Cli) -> None:
-    swa_avg("ckpt_*.keras", "-o", "swa_3.keras")
+    swa_avg("ckpt_1.keras", "ckpt_2.keras", "-o", "swa_3.keras")
     ended = swa_avg("ckpt_10.keras", "swa_3.keras", "-o", "again.keras")
     assert "warning: swa_3.keras is itself an average that swa-avg wrote\n" in ended.err
 

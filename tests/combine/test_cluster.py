@@ -80,7 +80,7 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def arrays(number: int, dtype: str = "float32") -> dict[str, np.ndarray]:
-    values = np.random.default_rng(100 + number).standard_normal((311, 517))
+    values = 2 + np.random.default_rng(100 + number).standard_normal((311, 517))
     stored = (
         oracle.nearest_bfloat16(values).view("V2").reshape(values.shape)
         if dtype == "bfloat16"
@@ -97,6 +97,7 @@ def write_run(folder: Path, suffix: str = ".keras", dtype: str = "float32") -> l
         ".keras": makers.write_archive,
         ".weights.h5": makers.write_weights,
         ".weights.json": makers.write_sharded,
+        "": makers.write_folder,
     }
     return [
         writers[suffix](folder / f"ckpt_{number}{suffix}", arrays(number, dtype)) for number in range(COUNT)
@@ -104,7 +105,9 @@ def write_run(folder: Path, suffix: str = ".keras", dtype: str = "float32") -> l
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
@@ -132,6 +135,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ema": (".weights.h5", "float32", {"method": "ema:0.7"}),
     "bfloat16": (".weights.h5", "bfloat16", {"verify": False}),
     "shards": (".weights.json", "float16", {}),
+    "folders": ("", "float32", {}),
+    "folders without the optimizer": ("", "float32", {"optimizer": "drop"}),
     "without the optimizer": (".keras", "float32", {"optimizer": "drop"}),
     "shards without the optimizer": (".weights.json", "float32", {"optimizer": "drop"}),
     "little memory": (".keras", "float32", {"max_memory": 2**12 + budget.CLUSTER.process}),
@@ -156,13 +161,13 @@ def test_inputs_of_different_layouts_are_checked_and_averaged_by_name(cluster: A
 
 
 @pytest.mark.parametrize("verify", [None, True])
-@pytest.mark.parametrize("suffix", [".keras", ".weights.json"])
+@pytest.mark.parametrize("suffix", [".keras", ".weights.json", ""])
 def test_workers_read_urls_themselves(suffix: str, verify: bool | None, cluster: Any, tmp_path: Path) -> None:
     pytest.importorskip("fsspec")
     write_run(tmp_path, suffix)
     for name in ("here", "cluster"):
         (tmp_path / name).mkdir()
-    urls = f"file://{tmp_path}/ckpt_*{suffix}"
+    urls = f"file://{tmp_path}/ckpt_?{suffix}"
     average(urls, tmp_path / "here" / f"swa{suffix}", verify=verify)
     output = f"file://{tmp_path}/cluster/swa{suffix}"
     average(urls, output, verify=verify, cluster=cluster.scheduler_address)

@@ -657,7 +657,7 @@ def test_datasets_without_end_ask_for_a_number_of_samples():
 def labelled(source, **options) -> tuple[np.ndarray, np.ndarray]:
     with open_data(source, Spec(purpose=VALIDATION, batch_size=16, **options)) as data:
         parts = list(data.labelled())
-    assert sum(rows for _, _, rows in parts) == sum(len(x) for x, _, _ in parts)
+    assert sum(rows for *_, rows in parts) == sum(len(x) for x, *_ in parts)
     return tuple(np.concatenate(column) for column in list(zip(*parts, strict=True))[:2])
 
 
@@ -716,7 +716,7 @@ def test_targets_are_chosen_by_name(saved):
     names = {"input_names": ["left", "right"], "output_names": ["kind", "size"]}
     spec = Spec(purpose=VALIDATION, bind_targets=["other=size"], **names)
     with open_data(path, spec) as data:
-        ((x, y, rows),) = data.labelled()
+        ((x, y, _, rows),) = data.labelled()
     assert rows == 50
     assert set(x) == {"left", "right"}
     np.testing.assert_array_equal(y["kind"], LABELS)

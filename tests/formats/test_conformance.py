@@ -39,7 +39,7 @@ class Conformance:
     def arrays(self, seed: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(seed)
         return {
-            self.name("dense", "0"): rng.standard_normal((40, 30)).astype(np.float32),
+            self.name("dense", "0"): (2 + rng.standard_normal((40, 30))).astype(np.float32),
             self.name("dense", "1"): rng.standard_normal(30).astype(np.float16),
             self.name("odd", "0"): np.float64(seed),
             self.name("odd", "1"): np.zeros((0, 3), np.float32),
@@ -96,8 +96,7 @@ class Conformance:
 
     def test_every_truncation_is_refused(self, tmp_path: Path) -> None:
         path = self.write(tmp_path / f"ckpt_1{self.suffix}", self.arrays(1))
-        files = sorted(tmp_path.iterdir())
-        for file in files:
+        for file in _files(tmp_path):
             data = file.read_bytes()
             step = max(1, len(data) // 60)
             for size in range(0, len(data), step):
@@ -109,11 +108,15 @@ class Conformance:
 
     def test_inputs_are_never_written_to(self, tmp_path: Path) -> None:
         inputs = [self.write(tmp_path / f"ckpt_{seed}{self.suffix}", self.arrays(seed)) for seed in (1, 2)]
-        before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+        before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in _files(tmp_path)}
         for path in before:
             path.chmod(0o444)
         average(inputs, tmp_path / f"swa{self.suffix}")
         assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before}
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 class TestArchive(Conformance):
@@ -147,6 +150,13 @@ class TestArchive(Conformance):
             assert archive.testzip() is None
             for name, data in vocabulary.items():
                 assert archive.read(name) == data
+
+
+class TestFolder(Conformance):
+    suffix, kind = "", "Keras model folder"
+
+    def write(self, path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
+        return makers.write_folder(path, arrays)
 
 
 class TestWeights(Conformance):

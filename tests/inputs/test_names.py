@@ -61,13 +61,27 @@ def test_metrics_are_read_with_their_labels() -> None:
     assert [reading.epoch for reading in readings] == [3, 4]
     assert [reading.metrics["val_loss"] for reading in readings] == [-0.42, 0.10]
     assert math.isnan(readings[0].metrics["acc"])
-    assert read_names(["03-0.42.keras", "04-0.41.keras"])[0][1] == NameReading(4, None, {"": 0.41})
+    assert read_names(["03-0.42.keras", "04-0.41.keras"])[0][1] == NameReading(4, None, {"number": 0.41})
 
 
 def test_steps_count_within_epochs() -> None:
     names = ["ckpt_0001_00000500.keras", "ckpt_0001_00001000.keras", "ckpt_0002_00001500.keras"]
     readings, _ = read_names(names)
     assert [(reading.epoch, reading.step) for reading in readings] == [(1, 500), (1, 1000), (2, 1500)]
+
+
+def test_batches_that_begin_again_with_each_epoch_are_no_epochs() -> None:
+    """As ModelCheckpoint(save_freq=...) names files by {epoch} and {batch}, which is that in the epoch."""
+    names = [f"m-{epoch:02d}-{batch:04d}.keras" for epoch, batch in ((1, 500), (1, 1000), (2, 125), (2, 625))]
+    readings, ambiguity = read_names([*names, "m-03-0250.keras"])
+    assert [(one.epoch, one.step) for one in readings] == [(1, 500), (1, 1000), (2, 125), (2, 625), (3, 250)]
+    assert ambiguity is None
+    # Here the second field counts as well, from 1 to 8: the first may be a percentage.
+    pairs = ((1, 3), (1, 6), (2, 1), (2, 4), (2, 7), (3, 2), (3, 5), (3, 8))
+    readings, ambiguity = read_names([f"m-{epoch:02d}-{batch:04d}.keras" for epoch, batch in pairs])
+    assert ambiguity is not None
+    assert ambiguity.epochs == (1, 3)
+    assert ambiguity.order_differs
 
 
 def test_what_no_field_tells_is_not_guessed() -> None:

@@ -283,10 +283,10 @@ def _run(folder: Path, losses: list[float | str | None], monitor: str | None = "
 @pytest.mark.parametrize(
     ("losses", "best", "epochs", "note"),
     [
-        ([None, 3, None, 1, None, 2], 2, [4, 6], "the best 2 of 3 checkpoints with the metric 'val_loss' in the index; 3 of 6 have none, such as ckpt_01.keras"),
-        ([5, 3, 1, None], 1, [3], "the best 1 of 3 checkpoints with the metric 'val_loss' in the index; 1 of 4 have none, such as ckpt_04.keras"),
-        ([None, "nan", 2], 2, [2, 3], "the best 2 of 2 checkpoints with the metric 'val_loss' in the index; 1 of 3 have none, such as ckpt_01.keras"),
-        ([None, 2, 2, None], 1, [3], "the best 1 of 2 checkpoints with the metric 'val_loss' in the index; 2 of 4 have none, such as ckpt_01.keras"),
+        ([None, 3, None, 1, None, 2], 2, [4, 6], "the best 2 of 3 checkpoints with the metric 'val_loss'; 3 of 6 have none, or NaN, such as ckpt_01.keras"),
+        ([5, 3, 1, None], 1, [3], "the best 1 of 3 checkpoints with the metric 'val_loss'; 1 of 4 have none, or NaN, such as ckpt_04.keras"),
+        ([1, "nan", "inf", 3], 3, [1, 3, 4], "the best 3 of 3 checkpoints with the metric 'val_loss'; 1 of 4 have none, or NaN, such as ckpt_02.keras"),
+        ([None, 2, 2, None], 1, [3], "the best 1 of 2 checkpoints with the metric 'val_loss'; 2 of 4 have none, or NaN, such as ckpt_01.keras"),
         ([5, 3, 1, 4], 2, [2, 3], None),
     ],
 )  # fmt: skip
@@ -301,9 +301,9 @@ def test_the_best_are_of_those_that_have_the_metric_and_that_is_said(
 def test_more_than_have_the_metric_or_one_that_none_has_are_refused(tmp_path: Path) -> None:
     listing = list_checkpoints(_run(tmp_path / "run", [None, 3, None, 1]))
     for wanted, problem in (
-        (Selection(best=3), "best is 3, but found only 2 checkpoints with the metric 'val_loss' in the index; 2 of 4 have none, such as ckpt_01.keras"),
-        (Selection(best=1, monitor="val_los"), "ckpt_01.keras has no metric 'val_los' in the index, but loss, val_loss"),
-        (Selection(epochs="1:3", best=2), "best is 2, but found only 1 checkpoint with the metric 'val_loss' in the index; 2 of 3 have none, such as ckpt_01.keras"),
+        (Selection(best=3), "best is 3, but found only 2 checkpoints with the metric 'val_loss'; 2 of 4 have none, or NaN, such as ckpt_01.keras"),
+        (Selection(best=1, monitor="val_los"), "ckpt_01.keras has no metric 'val_los', but loss, val_loss"),
+        (Selection(epochs="1:3", best=2), "best is 2, but found only 1 checkpoint with the metric 'val_loss'; 2 of 3 have none, or NaN, such as ckpt_01.keras"),
     ):  # fmt: skip
         with pytest.raises(UsageError) as caught:
             select(listing, wanted)

@@ -72,14 +72,14 @@ def test_it_says_what_is_inside_and_how_far_apart(
         f"      1           4  float32     16 B  400 B ({round(40000 / size)} %)                 1  .keras archive  Keras 3.15.1  3: ckpt_1.keras to ckpt_4.keras\n"
         "\n"
         "epoch  coefficient     size  norm  step  turn  to average  similarity  checkpoint\n"
-        f"    1       0.3333  {size / 1024:.1f} KiB     2                       4       0.800  ckpt_1.keras\n"
-        f"    2       0.3333  {size / 1024:.1f} KiB     4     2    0°           2       0.800  ckpt_2.keras\n"
-        f"    4       0.3333  {size / 1024:.1f} KiB    12     8                 6       0.600  ckpt_4.keras\n"
+        f"    1       0.3333  {size / 1024:.1f} KiB     2                       4       1.000  ckpt_1.keras\n"
+        f"    2       0.3333  {size / 1024:.1f} KiB     4     2    0°           2       1.000  ckpt_2.keras\n"
+        f"    4       0.3333  {size / 1024:.1f} KiB    12     8                 6       1.000  ckpt_4.keras\n"
         "\n"
         "they fit together; tensors averaged: 1, copied: 1\n"
         "distances: 2 (ckpt_1.keras, ckpt_2.keras) to 10 (ckpt_1.keras, ckpt_4.keras)\n"
         "the uniform average has norm 6, lies 6 from ckpt_4.keras, and is worth 3 equally weighted checkpoints\n"
-        "all are related, as those of one run are (similarity to the nearest 0.600 or more)\n"
+        "all are related, as those of one run are (similarity to the nearest 1.000 or more)\n"
     )
     assert ended.code == 0
     assert ended.out == ""

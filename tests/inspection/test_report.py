@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import subprocess
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,7 +122,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @CHROME
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1600, 360])
 def test_a_browser_shows_every_picture(
     width: int,
     scheme: str,
@@ -232,9 +233,26 @@ def test_numbers_of_any_size_have_a_page_and_pictures(
     ended = swa_avg("inspect", tmp_path, "--report", page, "--plot", picture, "-q")
     assert (ended.code, ended.err) == (0, "")
     count = "1 value" if undrawn == 1 else f"{undrawn} values"
-    said = f"from checkpoints.json. Not drawn, beyond 1e+300 in size: {count}."
+    said = f". Not drawn, beyond 1e+300 in size: {count}."
     assert page.read_text().count(said) == (4 if undrawn else 0)  # of metric and rate, twice each
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_of_a_log_and_of_names_have_pictures_that_say_where_they_are_from(
+    tmp_path: Path, swa_avg: Cli
+) -> None:
+    for epoch in (1, 2, 3):
+        makers.write_archive(tmp_path / f"{epoch:02d}-val_auc={epoch / 4}.keras", makers.weights(epoch))
+    (tmp_path / "log.csv").write_text("epoch,loss,lr\n0,3,0.1\n1,2,0.1\n2,1,0.01\n")
+    page = tmp_path / "run.html"
+    ended = swa_avg("inspect", tmp_path / "*.keras", "--report", page, "-q")
+    assert (ended.code, ended.err) == (0, "")
+    for caption in (
+        "loss by epoch, from log.csv.",
+        "val_auc by epoch, from the file name.",
+        "The learning rate in",
+    ):
+        assert page.read_text().count(f"<figcaption>{caption}") == 1
 
 
 def test_metrics_of_any_number_and_name_have_a_page(tmp_path: Path, swa_avg: Cli) -> None:
@@ -304,11 +322,43 @@ def test_sections_tables_and_facts_are_plain_text_made_html() -> None:
     assert '<th class="text">b&lt;</th>' in table
     assert '<td>1</td><td class="text">x&amp;y</td>' in table
     assert '<tr class="marked"><td>2</td><td class="text">\\x1b[0m</td></tr>' in table
-    page = html.page("<t>", "lead", [html.Section("<s>", html.facts([("k", "<v>")]) + html.items(["<i>"]))])
+    page = html.page(
+        "<t>",
+        "lead",
+        [
+            html.Section(
+                "<s>", html.facts([("k", "<v>", "<m>")]) + html.command("a <b>") + html.items(["<i>"])
+            )
+        ],
+    )
     for escaped in (
         "<title>&lt;t&gt;</title>",
         "<h2>&lt;s&gt;</h2>",
         "<dd>&lt;v&gt;</dd>",
+        '<dd class="meaning">&lt;m&gt;</dd>',
+        "<pre><code>a &lt;b&gt;</code></pre>",
         "<li>&lt;i&gt;</li>",
     ):
         assert escaped in page
+
+
+@pytest.mark.parametrize("backend", ["nonsense", "module://no.such", "TkAgg", ""])
+def test_pictures_need_no_backend(
+    backend: str, tmp_path: Path, run_python: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    for number in (1, 2):
+        makers.write_archive(tmp_path / f"ckpt_{number}.keras", makers.weights(number))
+    page, picture = tmp_path / "run.html", tmp_path / "run.png"
+    code = (
+        "import os, sys\nfrom swa_avg import inspect_checkpoints\n"
+        "folder, page, picture, os.environ['MPLBACKEND'] = sys.argv[1:]\n"
+        "inspect_checkpoints(folder + '/ckpt_*.keras', report=page, plot=picture)\n"
+        "import matplotlib\nprint(os.environ['MPLBACKEND'], dict.__getitem__(matplotlib.rcParams, 'backend'))"
+    )
+    ended = run_python(code, tmp_path, page, picture, backend)
+    assert ended.returncode == 0, ended.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    kept, known = ended.stdout.rstrip("\n").split(" ", 1)
+    assert kept == backend
+    assert (known.lower() == "tkagg") == (backend == "TkAgg")

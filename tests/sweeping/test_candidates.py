@@ -16,7 +16,7 @@ from swa_avg.sweeping import candidates
 COUNTS = st.integers(1, 30)
 LENGTHS = "last:K, from last:1 to last:3"
 ANY = (
-    "last:K, uniform, ema:DECAY, power-ema:SIGMA_REL, half-life:FRACTION, decay:linear|cosine|1-sqrt, "
+    "last:K, best:K, uniform, ema:DECAY, power-ema:SIGMA_REL, half-life:FRACTION, decay:linear|cosine|1-sqrt, "
     "weights:W,W,... or greedy"
 )
 
@@ -66,6 +66,14 @@ def test_last_is_the_mean_of_the_last(count, data):
     assert candidate.name == f"last:{length}"
     np.testing.assert_allclose(candidate.coefficients @ checkpoints, checkpoints[-length:].mean(axis=0))
     assert candidate.used == tuple(range(count - length, count))
+
+
+def test_the_best_are_the_first_of_the_ranked():
+    candidate = candidates.parse("best:2", 4, None, [3, 1, 0])
+    assert (candidate.name, candidate.coefficients) == ("best:2", (0.0, 0.5, 0.0, 0.5))
+    for text in ("best:4", "best:0", "best"):
+        with pytest.raises(UsageError, match=f"^candidate '{text}': expected best:K, from best:1 to best:3$"):
+            candidates.parse(text, 4, None, [3, 1, 0])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +161,7 @@ def test_the_soup_is_that_of_brute_force_over_all_subsets_of_six(values):
     assert len(asked) == 5
 
 
-def test_the_soup_of_a_convex_loss_is_never_worse_than_its_best_part():
+def test_the_mean_of_a_convex_loss_is_never_worse_than_its_best_part():
     rng = np.random.default_rng(0)
     for _ in range(20):
         checkpoints, best = rng.standard_normal((6, 3)), rng.standard_normal(3)
@@ -182,8 +190,8 @@ def test_of_equals_the_newer_is_tried_first():
 
 
 def test_a_soup_has_the_coefficients_of_a_plain_mean():
-    soup = candidates.soup_of((0, 2, 3), 5)
+    soup = candidates.mean_of((0, 2, 3), 5)
     assert soup.coefficients == (1 / 3, 0.0, 1 / 3, 1 / 3, 0.0)
     assert soup.used == (0, 2, 3)
     assert soup.is_average
-    assert not candidates.soup_of((4,), 5).is_average
+    assert not candidates.mean_of((4,), 5).is_average

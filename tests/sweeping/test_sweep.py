@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable
@@ -55,6 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in NUMBERS:
         model.fit(images[:500], labels[:500], epochs=1, verbose=0)
         model.save(folder / f"ckpt_{number}.keras")
+        model.save(folder / f"ckpt_{number}", zipped=False)
         model.save_weights(folder / f"ckpt_{number}.weights.h5")
         model.save_weights(folder / f"ckpt_{number}.weights.json", max_shard_size=0.000001)
     for number in NUMBERS:  # last: once Keras has saved an .h5, it saves another optimizer in .keras
@@ -80,6 +82,8 @@ def here(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in run.iterdir():
         if path.is_file():
             (tmp_path / path.name).hardlink_to(path)
+        elif (path / "config.json").exists():
+            shutil.copytree(path, tmp_path / path.name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -165,6 +169,7 @@ def _contents(path: Path) -> dict[str, object]:
     ("candidate", "alone"),
     [
         ("last:2", ("--last", "2")),
+        ("best:3", ("--best", "3")),
         ("uniform", ()),
         ("power-ema:0.1", ("--method", "power-ema:0.1")),
         ("ema:0.5", ("--method", "ema:0.5", "--optimizer", "drop")),
@@ -174,6 +179,7 @@ def test_the_winner_has_the_bytes_that_averaging_alone_writes(
     candidate: str, alone: tuple[str, ...], refresh: tuple[str, ...], here: Path, swa_avg: Cli
 ) -> None:
     extra = ("--optimizer", "drop") if "drop" in alone else ()
+    Path("log.csv").write_text("epoch,val_loss\n0,4\n1,2\n2,3\n3,1\n")
     # Scored such that an average wins: the smaller, the more checkpoints.
     (here / "more.py").write_text(
         "calls = []\ndef later(targets, predictions):\n    calls.append(1)\n    return -len(calls)\n"
@@ -202,6 +208,19 @@ def test_a_greedy_soup_has_the_bytes_of_averaging_its_files_alone(here: Path, sw
     assert report["winner"] == "greedy"
     assert swa_avg(*files, "-o", "alone.keras").code == 0
     assert _contents(Path("swa.keras")) == _contents(Path("alone.keras"))
+
+
+def test_the_best_by_the_metrics_of_training_are_a_candidate(here: Path, swa_avg: Cli) -> None:
+    Path("log.csv").write_text("epoch,val_accuracy,accuracy\n0,1,0\n1,2,0\n2,4,9\n3,1,9\n")
+    swept = ("sweep", "ckpt_*.keras", "--val", "val.npz", "-o", "swept.keras")
+    ended = swa_avg(*swept, "--monitor", "accuracy", "--candidates", "best:3", "--json")
+    assert ended.code == 0, ended.err
+    assert "best:K goes by val_accuracy (max) from log.csv" in ended.err.splitlines()
+    (average,) = json.loads(ended.out)["averages"]
+    assert (average["name"], average["coefficients"]) == ("best:3", [0.0, 1 / 3, 1 / 3, 1 / 3])
+    named = "best needs monitor, a metric of ckpt_1.keras: val_accuracy (1), accuracy (0)"
+    _line(swa_avg(*swept, "--overwrite", "--candidates", "best:3"), 2, named)
+    _line(swa_avg(*swept, "--overwrite", "--metrics", "log.csv"), 2, "metrics goes with a candidate best:K")
 
 
 def test_the_soup_accepts_what_recipe_1_accepts_by_hand(here: Path, swa_avg: Cli) -> None:
@@ -312,9 +331,9 @@ def test_of_equal_scores_the_average_of_the_most_checkpoints_wins(here: Path, sw
     assert swa_avg(*command, *options, "--overwrite", "--require-improvement").code == 4
 
 
-@pytest.mark.parametrize("suffix", [".weights.h5", ".h5", ".weights.json"])
+@pytest.mark.parametrize("suffix", [".weights.h5", ".h5", ".weights.json", ""])
 def test_every_format_is_swept(suffix: str, here: Path, swa_avg: Cli) -> None:
-    model = () if suffix == ".h5" else ("--model", "ckpt_1.keras")
+    model = () if suffix in (".h5", "") else ("--model", "ckpt_1.keras")
     command = (
         "sweep",
         f"ckpt_?{suffix}",
@@ -649,8 +668,19 @@ def test_the_line_joins_the_last_checkpoint_and_the_best_average(
         "--candidates",
         "last:2",
     )
-    ended = swa_avg(*command, "--path", "line.png", "--json", *refresh)
+    ended = swa_avg(*command, "--path", "line.png", "--report", "page.html", "--json", *refresh)
     assert ended.code == 0, ended.err
+    page = Path("page.html").read_text()
+    titles = ("Verdict", "Scores", "Between the last checkpoint and the average")
+    places = [page.index(f"<h2>{title}</h2>") for title in titles]
+    assert places == sorted(places)
+    said = next(line for line in ended.err.splitlines() if line.startswith("wrote swa.keras: "))
+    assert f"average helps here: {said}.</p>" in page or f"single checkpoint here: {said}.</p>" in page
+    what = "4 checkpoints and 2 averages of them, by accuracy (higher is better) on 300 rows of val.npz."
+    assert f"<p>{what}</p>" in page
+    assert "<pre><code>swa-avg verify swa.keras</code></pre>" in page
+    assert page.count("<tr") == 7
+    assert ('role="note">BatchNorm' in page) == (not refresh)
     report = json.loads(ended.out)
     points = report["path"]
     assert [point["at"] for point in points] == [step / 10 for step in range(11)]

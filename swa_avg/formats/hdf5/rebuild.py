@@ -6,7 +6,8 @@ import io
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import IO, Any
 
@@ -50,7 +51,7 @@ def strip(checkpoint: Checkpoint, groups: Sequence[str], scratch: Callable[[], I
         file = scratch()
         layout = read_layout(region, index)
         kept = {name: t for name, t in layout.tensors.items() if name.split("/")[0] not in groups}
-        with h5py.File(file, "w") as target:
+        with _hdf5(file, "w") as target:
             _rebuild(target, region, layout, groups, kept)
         file.flush()
         stripped = Region(LocalSource(region.path, file))
@@ -119,11 +120,13 @@ def _values(reader: AttributeReader, attribute: Attribute) -> np.ndarray[Any, An
 class _GuardedFile(io.RawIOBase):
     """A file object for h5py that lets it write anywhere but over the tensors.
 
-    libhdf5 believes what the file says is free space, and that may be wrong. Once the file is closed, writing
-    does nothing: after an interrupt, an h5py object may outlive it, and flush what nobody keeps.
+    libhdf5 believes what the file says is free space, and that may be wrong. It is not told of errors, since
+    it then loses track of what it has open, and 1.14.2 crashes as the process ends: `error` keeps the first.
+    After an interrupt, an h5py object may outlive the file, and flush what nobody keeps.
     """
 
     def __init__(self, file: IO[bytes], tensors: Iterable[Tensor]) -> None:
+        self.error: OSError | ValueError | None = None
         self._file = file
         extents = sorted((tensor.offset, tensor.stop) for tensor in tensors if tensor.nbytes)
         self._starts = [start for start, _ in extents]
@@ -139,7 +142,9 @@ class _GuardedFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return 0 if self._file.closed else self._file.seek(offset, whence)
+        with self._keeping_errors():
+            return self._file.seek(offset, whence)
+        return 0
 
     def tell(self) -> int:
         return self._file.tell()
@@ -148,21 +153,28 @@ class _GuardedFile(io.RawIOBase):
         return self._file.readinto(buffer)  # type: ignore[attr-defined,no-any-return]
 
     def write(self, data: Any) -> int:
-        if self._file.closed:
-            return len(data)
-        self._check(self._file.tell(), len(data))
-        return self._file.write(data)
+        with self._keeping_errors():
+            self._check(self._file.tell(), len(data))
+            self._file.write(data)
+        return len(data)
 
     def truncate(self, size: int | None = None) -> int:
-        if self._file.closed:
-            return size or 0
-        size = self._file.tell() if size is None else size
-        self._check(size, max(self._stops, default=0) - size)
-        return self._file.truncate(size)
+        size = self.tell() if size is None else size
+        with self._keeping_errors():
+            self._check(size, max(self._stops, default=0) - size)
+            self._file.truncate(size)
+        return size
 
     def flush(self) -> None:
-        if not self._file.closed:
+        with self._keeping_errors():
             self._file.flush()
+
+    @contextmanager
+    def _keeping_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.error = self.error or error
 
     def _check(self, position: int, size: int) -> None:
         """Raise ValueError if a write of `size` bytes at `position` touches a tensor."""
@@ -171,12 +183,27 @@ class _GuardedFile(io.RawIOBase):
             raise ValueError("its free space is not free")
 
 
+@contextmanager
+def _hdf5(file: IO[bytes], mode: str, tensors: Iterable[Tensor] = ()) -> Iterator[h5py.File]:
+    """Open a file with h5py: through a Python object, since h5py crashes where it cannot write to a path.
+
+    Raises:
+        OSError: the disk is full.
+        ValueError: (as it is closed) libhdf5 would have written over the tensors.
+    """
+    guarded = _GuardedFile(file, tensors)
+    try:
+        with h5py.File(guarded, mode) as hdf5:
+            yield hdf5
+    finally:
+        if guarded.error is not None:
+            raise guarded.error
+
+
 def write_record(
     file: IO[bytes], record: Mapping[str, Any], path: Location, tensors: Iterable[Tensor]
 ) -> None:
     """Add the record to an HDF5 file as JSON in the root attribute `swa_avg`, in parts if it is long.
-
-    Through a Python file object, since h5py crashes the process where it cannot write through a path.
 
     Raises:
         UnreadableError: HDF5 cannot, or the attribute does not read back: what the file was copied from,
@@ -186,7 +213,7 @@ def write_record(
     parts = [text[start : start + _ATTRIBUTE_BYTES] for start in range(0, len(text), _ATTRIBUTE_BYTES)]
     names = [RECORD_NAME] if len(parts) == 1 else [f"{RECORD_NAME}{number}" for number in range(len(parts))]
     try:
-        with h5py.File(_GuardedFile(file, tensors), "r+") as hdf5:
+        with _hdf5(file, "r+", tensors) as hdf5:
             root = h5o.get_info(hdf5.id).addr
             region = Region(LocalSource(path, file))
             for body in attributes_of(Structures(region), root):  # of an average that was an input
