@@ -48,7 +48,7 @@ def test_a_copy_of_one_checkpoint_needs_no_warning(folder: Path) -> None:
 
 
 def test_average_warns_of_inputs_that_are_averages(folder: Path) -> None:
-    average("ckpt_*.keras", "swa_3.keras")
+    average(["ckpt_1.keras", "ckpt_10.keras"], "swa_3.keras")
     assert _warned(lambda: average(["ckpt_2.keras", "swa_3.keras"], "swa.keras")) == [
         "swa_3.keras is itself an average that swa-avg wrote",
         AVERAGED,

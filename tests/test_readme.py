@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
-import pytest
 
 from conftest import Ended
 
@@ -77,41 +73,3 @@ def test_sections_that_the_code_names_exist() -> None:
 
 def test_the_set_up_commands_are_the_scripts() -> None:
     assert "\nbash scripts/demo.sh\nbash scripts/test.sh\n" in README
-
-
-@pytest.mark.keras
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, with NumPy 2.4
-@pytest.mark.parametrize("command", COMMANDS)
-def test_each_help_ends_with_two_examples_that_run(
-    command: str, swa_avg: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keras = pytest.importorskip("keras")
-    from swa_avg.callbacks import CheckpointSaver
-
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(32, 3)).astype("float32"), rng.integers(0, 2, 32)
-    np.savez("train.npz", x=x, y=y)
-    np.savez("val.npz", x=x, y=y)
-    layers = [keras.Input((3,)), keras.layers.BatchNormalization(), keras.layers.Dense(2)]
-    model = keras.Sequential(layers)
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
-    model.fit(x, y, epochs=10, verbose=0, callbacks=[CheckpointSaver("run")])
-    for path in Path("run").glob("*.keras"):
-        shutil.copy(path, ".")
-    assert swa_avg("run", "-o", "swa.keras").code == 0
-    shutil.copy("swa.keras", "run")
-
-    examples = swa_avg(command, "--help").out.split("\nExamples:\n")[1].strip().splitlines()
-    assert len(examples) == 2
-    for example in examples:
-        words = example.split()
-        assert words[:1] == ["swa-avg"]
-        names = [
-            name
-            for word in words[1:]
-            for name in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
-        ]
-        output = [] if command in ("inspect", "verify") else ["--overwrite"]
-        ended = swa_avg(*names, *output)
-        assert ended.code == 0, (example, ended.err)

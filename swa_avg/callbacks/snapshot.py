@@ -17,6 +17,9 @@ from swa_avg.callbacks.run_folder import published
 __all__ = ["Snapshot", "Task", "saved_view", "value_of"]
 
 
+_ATTEMPTS = 5
+
+
 class Task(threading.Thread):
     """One checkpoint on its way to disk.
 
@@ -40,8 +43,15 @@ class Task(threading.Thread):
 
     def run(self) -> None:
         try:
-            with published(self.path) as temporary, self.snapshot.read_on_this_thread():
-                self.write(temporary)
+            for left in reversed(range(_ATTEMPTS)):
+                try:
+                    with published(self.path) as temporary, self.snapshot.read_on_this_thread():
+                        self.write(temporary)
+                    break
+                except RuntimeError as error:
+                    # Training went on, and added to what was walked through, such as a model's attributes.
+                    if not left or "changed size during iteration" not in str(error):
+                        raise
             self.warnings = self.record()
         except BaseException as error:
             self.error = error

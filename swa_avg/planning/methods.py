@@ -289,14 +289,14 @@ METHODS = {
     ),
     "ema": _Entry(
         "ema:DECAY",
-        "Exponential moving average: each step keeps DECAY of it.",
+        "Exponential moving average, begun with the oldest: each step keeps DECAY of it.",
         "ema:DECAY, from 0 up to but not including 1, such as ema:0.9",
         _number(lambda number: 0.0 <= number < 1.0),
         ema,
     ),
     "power-ema": _Entry(
         "power-ema:SIGMA_REL",
-        "Power-function average of this width, relative to the length of training.",
+        "Power-function average of this width, relative to the length of training: newer ones count more.",
         f"power-ema:SIGMA_REL, between 0 and {_MAX_SIGMA:.4f}, such as power-ema:0.1",
         _number(lambda number: 0.0 < number < _MAX_SIGMA),
         power_ema,

@@ -375,6 +375,29 @@ class TestBackground:
             for value, wanted in zip(other.get_weights(), recorder.epochs[n], strict=False):
                 np.testing.assert_array_equal(value, wanted)
 
+    def test_a_model_that_training_changes_meanwhile_is_walked_through_again(self, tmp_path, monkeypatch):
+        write, failed = CheckpointSaver._write, []
+
+        def interfering(self, model, temporary):
+            if len(failed) < 2:
+                temporary.write_bytes(b"half")
+                failed.append(threading.current_thread())
+                walked = {"a": 1}
+                for name in walked:
+                    walked[name * 2] = 2
+            write(self, model, temporary)
+
+        monkeypatch.setattr(CheckpointSaver, "_write", interfering)
+        recorder = Recorder()
+        model = small()
+        fit(model, recorder, CheckpointSaver(tmp_path), epochs=2)
+        assert len(failed) == 2
+        assert threading.main_thread() not in failed
+        for n in (1, 2):
+            found = keras.models.load_model(tmp_path / f"ckpt_{n:04d}.keras").get_weights()
+            for value, wanted in zip(found, recorder.epochs[n], strict=False):
+                np.testing.assert_array_equal(value, wanted)
+
     def test_a_cleared_session_is_noticed_not_saved_wrongly(self, tmp_path, monkeypatch):
         write = CheckpointSaver._write
 
@@ -792,10 +815,10 @@ class TestSWA:
             def __iter__(self):
                 return self.batches
 
-        for batches in (Once(), Once().batches, (part for part in Once())):
+        for batches, samples in ((Once(), 24), (Once().batches, None), ((part for part in Once()), None)):
             model = keras.Sequential([keras.Input((4,)), L.BatchNormalization(), L.Dense(1)])
             with pytest.warns(UserWarning, match="have not settled"):
-                fit(compiled(model), SWA(tmp_path, 2, bn_data=batches))
+                fit(compiled(model), SWA(tmp_path, 2, bn_data=batches, bn_samples=samples))
             np.testing.assert_allclose(model.layers[0].moving_mean.numpy(), X.mean(0), atol=1e-6)
 
     def test_the_look_at_the_data_leaves_global_generators_alone(self, tmp_path):

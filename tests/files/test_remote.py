@@ -149,7 +149,7 @@ def test_a_dry_run_writes_nothing_and_copies_nothing(
 ) -> None:
     _write(tmp_path / "in", ".keras")
     _put(memory, tmp_path / "in")
-    monkeypatch.setattr("swa_avg.files.temporary.TemporaryDirectory", None)
+    monkeypatch.setattr("tempfile.TemporaryDirectory", None)
     ended = swa_avg("memory://run/ckpt_*.keras", "-o", tmp_path / "x.keras", "--dry-run")
     assert ended.code == 0, ended.err
     assert not (tmp_path / "x.keras").exists()

@@ -130,7 +130,9 @@ def test_logs_count_from_0_and_so_do_names_that_begin_with_0(tmp_path: Path) -> 
     (tmp_path / "ckpt_0.keras").unlink()
     assert _best(tmp_path, 1, epochs="1:").paths == [tmp_path / "ckpt_3.keras"]
     _log(tmp_path, {"val_loss": [3, 2, 1]}, first=1)
-    with pytest.raises(UnreadableError, match=r"begins with epoch 1, and such a log counts from 0; number its epochs from 0$"):
+    with pytest.raises(
+        UnreadableError, match=r"begins with epoch 1, and such a log counts from 0; number its epochs from 0$"
+    ):
         _best(tmp_path, 1, metrics=tmp_path / "log.csv")
 
 

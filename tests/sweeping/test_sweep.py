@@ -70,7 +70,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "def none(targets, predictions):\n    return None\n"
         "def nan(targets, predictions):\n    return float('nan')\n"
         "def batches():\n"
-        "    data = np.load('val.npz')\n"
+        "    with np.load('val.npz') as file:\n        data = dict(file)\n"
         "    return ((data['x_val'][i : i + 70], data['y_val'][i : i + 70]) for i in range(0, 300, 70))\n"
     )
     return folder
@@ -285,7 +285,7 @@ def test_the_examples_of_every_help_text_run(here: Path, swa_avg: Cli) -> None:
     for entry in entries:
         Path("run", entry["file"]).hardlink_to(entry["file"])
     examples = [example.split() for command in main_group.commands.values() for example in command.examples]
-    assert len(examples) == 8
+    assert len(examples) == 8  # two of each
     for program, *arguments in examples:
         assert program == "swa-avg"
         if "-o" in arguments:
