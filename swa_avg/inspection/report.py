@@ -82,7 +82,7 @@ class Inspection:
     constants: tuple[str, ...] = ()
     """Tensors that hold NaN or infinity, and are the same in all checkpoints."""
     movement: Movement | None = None
-    """Whether those of one run circle or still move."""
+    """How those of one run follow each other."""
     other_weights: str | None = None
     """What to know of an optimizer that keeps an average of its own."""
 

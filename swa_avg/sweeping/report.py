@@ -78,7 +78,7 @@ class SweepReport:
     relation: Relation
     """Whether the checkpoints are related."""
     movement: Movement | None = None
-    """Whether the checkpoints circle or still move, by the sample that tells whether they are related."""
+    """How the checkpoints follow each other, by the sample that tells whether they are related."""
     other_weights: str | None = None
     """What to know of an optimizer that keeps an average of its own."""
     batchnorm_layers: tuple[str, ...] = ()
