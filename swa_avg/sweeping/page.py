@@ -55,10 +55,12 @@ def _verdict(report: SweepReport) -> str:
     sentences = [what, f"{helps}: {report}."]
     if report.movement is not None:
         sentences.append(f"Their {report.movement}.")
+    folders = dict.fromkeys(path.parent for path in report.checkpoints if path.parent != report.output.parent)
+    inputs = [word for folder in folders for word in ("--inputs", shlex.quote(str(folder)))]
     alerts = [html.paragraph(warning, alert=True) for warning in report.warnings_naming("--bn-refresh DATA")]
     typed = [
         html.paragraph("What to type next, to see that the output is what its record says:"),
-        html.command(f"swa-avg verify {shlex.quote(str(report.output))}"),
+        html.command(" ".join(["swa-avg verify", shlex.quote(str(report.output)), *inputs])),
     ]
     return "\n".join([*map(html.paragraph, sentences), *alerts, *typed])
 

@@ -163,8 +163,11 @@ def test_a_sweep_refuses_likewise(runs: Path, tmp_path: Path, swa_avg: Cli) -> N
 def test_a_sweep_says_whether_the_run_still_moves(runs: Path, tmp_path: Path, swa_avg: Cli) -> None:
     np.savez(tmp_path / "val.npz", x=X[:32], y=Y[:32])
     command = ("sweep", runs / "seed_0", "--val", tmp_path / "val.npz", "--candidates", "uniform")
-    ended = swa_avg(*command, "--monitor", "loss", "-o", tmp_path / "best.keras", "--json")
+    page = tmp_path / "best.html"
+    ended = swa_avg(*command, "--monitor", "loss", "-o", tmp_path / "best.keras", "--report", page, "--json")
     assert ended.code == 0, ended.err
+    assert f"swa-avg verify {tmp_path / 'best.keras'} --inputs {runs / 'seed_0'}<" in page.read_text("utf-8")
+    assert swa_avg("verify", tmp_path / "best.keras", "--inputs", runs / "seed_0").code == 0
     report = json.loads(ended.out)
     assert report["relation"]["related"] is True
     assert f"\n{report['movement']['text']}\n" in ended.err
