@@ -28,4 +28,5 @@ done
 cd - >/dev/null
 quietly "$PYTHON" scripts/demo.py compare "$work"
 cp "$work/report.html" demo.html
+echo
 echo "The report of the checkpoints, with pictures: demo.html"

@@ -18,8 +18,8 @@ SHOWN = ("trained ", "$ swa-avg ckpt_*.keras -o swa.keras --bn-refresh", " " * 1
 
 def excerpt(printed: str) -> str:
     """Return the parts of the demo that the README shows."""
-    parts = re.split(r"\n(?=\n|\$ )", printed)
-    return "".join(part.strip("\n") + "\n" for part in parts if part.lstrip("\n").startswith(SHOWN))
+    parts = re.split(r"\n(?=\n|\$ |trained )", printed)
+    return "\n".join(part.strip("\n") + "\n" for part in parts if part.lstrip("\n").startswith(SHOWN))
 
 
 def block(text: str, marker: str) -> str:

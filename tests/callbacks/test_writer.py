@@ -374,12 +374,15 @@ def test_what_does_not_read_back_is_found_before_the_file_has_its_name(tmp_path,
     save_beside(saver, model, tmp_path, 0)
     through = writer._Store.value
 
+    damaged = []
+
     def damaging(self, tensor):
         (temporary,) = (tmp_path / "run").glob(".tmp-*")
-        if temporary.stat().st_size > 9000:
-            with temporary.open("rb+") as file:  # the disk loses what was written
-                file.seek(5000)
-                file.write(bytes(100))
+        if not damaged and temporary.stat().st_size > 1000:
+            with temporary.open("rb+") as file:  # the disk does not keep what was written
+                byte = file.seek(999) and file.read(1)
+                file.seek(999)
+                damaged.append(file.write(bytes([byte[0] ^ 1])))
         return through(self, tensor)
 
     monkeypatch.setattr(writer._Store, "value", damaging)

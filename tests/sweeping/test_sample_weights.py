@@ -65,6 +65,10 @@ def _scores(folder: Path, validation: Any) -> dict[str, float]:
 
 def _expected(folder: Path, targets: Any, weights: Any) -> dict[str, float]:
     model = keras.models.load_model(folder / "ckpt_1.keras")
+    if isinstance(
+        weights, list
+    ):  # Keras 3.11 does not take None for one of them; weights of 1 change nothing
+        weights = [np.ones(len(X), "f") if weight is None else weight for weight in weights]
     values: dict[str, float] = model.evaluate(
         X, targets, sample_weight=weights, batch_size=14, verbose=0, return_dict=True
     )
