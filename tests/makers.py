@@ -16,6 +16,12 @@ Arrays = Mapping[str, np.ndarray]
 BFLOAT16 = np.dtype("V2")
 
 
+def arrays_in(path: str | Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a .npz file, which is closed: whenever else it is, somebody is warned of it."""
+    with np.load(path) as file:
+        return dict(file)
+
+
 def weights(seed: int = 0, dtype: str = "float32") -> dict[str, np.ndarray]:
     """Return a small model's variables: two layers, a BatchNorm and an optimizer."""
     rng = np.random.default_rng(seed)

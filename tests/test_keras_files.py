@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import makers
 import oracle
 from swa_avg import average
 
@@ -82,11 +83,11 @@ class Run:
         return kind in ("weights", "legacy-weights") and any(a.dtype == np.dtype("V2") for a in arrays)
 
     def truths(self, model: str) -> list[list[np.ndarray]]:
-        files = [np.load(self.folder / model / f"truth_{number}.npz") for number in (1, 2, 10)]
-        return [[file[f"arr_{i}"] for i in range(len(file.files) - 1)] for file in files]
+        files = [makers.arrays_in(self.folder / model / f"truth_{number}.npz") for number in (1, 2, 10)]
+        return [[file[f"arr_{i}"] for i in range(len(file) - 1)] for file in files]
 
     def dtypes(self, model: str) -> list[str]:
-        names = np.load(self.folder / model / "truth_1.npz")["dtypes"]
+        names = makers.arrays_in(self.folder / model / "truth_1.npz")["dtypes"]
         return [str(name) for name in names if str(name) not in ("object", "<U1")]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import makers
 import oracle
 from conftest import Ended
 
@@ -81,7 +82,7 @@ def test_only_the_statistics_differ_from_the_plain_average(
         before, after = oracle.read_arrays(plain), oracle.read_arrays(fresh)
         assert before.keys() == after.keys()
         assert {name for name in before if before[name].tobytes() != after[name].tobytes()} == STATISTICS
-        mean, variance = _moments(plain, np.load(run / "train.npz")["x_train"])
+        mean, variance = _moments(plain, makers.arrays_in(run / "train.npz")["x_train"])
         np.testing.assert_allclose(after["layers/batch_normalization/vars/2"], mean, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(after["layers/batch_normalization/vars/3"], variance, rtol=1e-5)
 
@@ -184,7 +185,7 @@ def test_one_checkpoint_alone_is_refreshed_and_reported(run: Path, swa_avg: Cli,
 
 def test_nothing_is_written_when_the_refresh_fails(run: Path, swa_avg: Cli, tmp_path: Path) -> None:
     bad = tmp_path / "bad.npz"
-    images = np.load(run / "train.npz")["x_train"].copy()
+    images = makers.arrays_in(run / "train.npz")["x_train"].copy()
     images[7, 0, 0, 0] = np.nan
     np.savez(bad, x_train=images)
     text = tmp_path / "text.npz"

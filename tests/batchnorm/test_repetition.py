@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
+import makers
 import swa_avg as package
 from conftest import Ended
 
@@ -249,7 +250,7 @@ def test_weights_alone_need_the_model(run: Path, swa_avg: Cli, tmp_path: Path) -
 
 def test_python_takes_arrays_and_live_models(run: Path, tmp_path: Path, swa_avg: Cli) -> None:
     target = _refreshed(run, swa_avg, tmp_path)
-    images = np.load(run / "train.npz")["x_train"]
+    images = makers.arrays_in(run / "train.npz")["x_train"]
     model = keras.models.load_model(run / "ckpt_1.keras")
     rows = []
     found = package.verify(

@@ -477,7 +477,7 @@ def test_a_worker_killed_during_a_refresh_changes_nothing(mortal: Any, trained: 
 def test_data_in_memory_are_used_on_this_machine_and_the_report_says_so(
     lonely: Any, trained: Path, tmp_path: Path
 ) -> None:
-    data = np.load(trained / "x.npz")["x"]
+    data = makers.arrays_in(trained / "x.npz")["x"]
     report = average(
         trained / "ckpt_0.keras",
         tmp_path / "swa.keras",

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import makers
 import oracle
 from conftest import Ended
 from swa_avg import Refresh, SwaAvgWarning, Validation, average, sweep
@@ -103,7 +104,7 @@ def _by_hand(coefficients: list[float], *, refreshed: bool) -> dict[str, float]:
     """Return what Keras says of the average that these coefficients make of the `.keras` files."""
     from swa_avg import refresh_batchnorm
 
-    train, val = np.load("train.npz"), np.load("val.npz")
+    train, val = makers.arrays_in("train.npz"), makers.arrays_in("val.npz")
     weights = [_weights(Path(f"ckpt_{number}.keras").stat().st_ino) for number in NUMBERS]
     model = keras.models.load_model("ckpt_1.keras")
     model.set_weights(
@@ -146,7 +147,7 @@ def test_every_score_is_what_keras_gives_by_hand(refreshed: bool, here: Path, sw
     winner = next(candidate for candidate in scored if candidate["name"] == report["winner"])
     assert winner["metrics"]["accuracy"] == best
     written = keras.models.load_model("swa.keras")
-    val = np.load("val.npz")
+    val = makers.arrays_in("val.npz")
     assert written.evaluate(val["x_val"], val["y_val"], verbose=0, return_dict=True) == pytest.approx(
         winner["metrics"], rel=1e-4
     )
@@ -437,7 +438,7 @@ def _line(ended: Ended, code: int, text: str) -> None:
 
 
 def test_what_cannot_be_scored_is_one_line(here: Path, swa_avg: Cli) -> None:
-    val = np.load("val.npz")
+    val = makers.arrays_in("val.npz")
     command = ("sweep", "ckpt_*.keras", "--val", "val.npz", "-q")
     before = _names(here)
     _line(swa_avg(*command, "--monitor", "auc"), 2, "monitor 'auc': the model has accuracy, loss")
@@ -754,7 +755,7 @@ _TRAIN: dict[str, Callable[[np.ndarray, np.ndarray], object]] = {
 
 @pytest.mark.parametrize("form", _TRAIN)
 def test_python_takes_data_in_every_form(form: str, here: Path) -> None:
-    train = np.load("train.npz")
+    train = makers.arrays_in("train.npz")
     x, y = train["x_train"], train["y_train"]
     average("ckpt_*.keras", "reference.keras", refresh=Refresh("train.npz"))
     report = average("ckpt_*.keras", "swa.keras", refresh=_TRAIN[form](x, y))
@@ -772,7 +773,7 @@ def test_python_takes_data_in_every_form(form: str, here: Path) -> None:
 
 @pytest.mark.parametrize("form", ["path", "name", "tuple", "mapping", "batches", "dataclass"])
 def test_python_takes_validation_data_in_every_form(form: str, here: Path) -> None:
-    val = np.load("val.npz")
+    val = makers.arrays_in("val.npz")
     x, y = val["x_val"], val["y_val"]
     forms = {
         "path": Path("val.npz"),
@@ -810,7 +811,7 @@ def test_a_sweep_of_weights_loads_and_refreshes_by_data_alone(here: Path) -> Non
 def test_preprocessing_of_validation_data_may_be_a_function(here: Path) -> None:
     blank = Validation("val.npz", preprocess=lambda x: x * 0.0)
     report = sweep("ckpt_*.keras", "swa.keras", validation=blank, tried="uniform")
-    shares = np.bincount(np.load("val.npz")["y_val"]) / 300  # of blank images, all are of one class
+    shares = np.bincount(makers.arrays_in("val.npz")["y_val"]) / 300  # of blank images, all are of one class
     assert any(report.winner.metrics["accuracy"] == pytest.approx(share, abs=1e-6) for share in shares)
 
 
