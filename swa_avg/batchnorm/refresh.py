@@ -25,7 +25,7 @@ from swa_avg.errors import Finding, MismatchError, UsageError, warn
 from swa_avg.interrupts import interrupts_held
 from swa_avg.text import Progress
 
-__all__ = ["check_data", "refresh_batchnorm", "refresh_model"]
+__all__ = ["check_data", "float64_of", "refresh_batchnorm", "refresh_model"]
 
 
 def refresh_batchnorm(
@@ -154,7 +154,7 @@ def _report(
 
 
 def _refreshed(layer: Any, index: int, moments: LayerMoments, new: Statistics, estimator: str) -> LayerReport:
-    old = Statistics(_array(layer.moving_mean), _array(layer.moving_variance))
+    old = Statistics(float64_of(layer.moving_mean), float64_of(layer.moving_variance))
     halves = [moments.of(index, [half]) for half in (0, 1)]
     error = None
     if all(half.count.all() for half in halves):
@@ -172,7 +172,8 @@ def _refreshed(layer: Any, index: int, moments: LayerMoments, new: Statistics, e
     )
 
 
-def _array(variable: Any) -> NDArray[np.float64]:
+def float64_of(variable: Any) -> NDArray[np.float64]:
+    """Return a variable's value in float64."""
     return as_array(value_of(variable)).astype(np.float64)
 
 
@@ -184,7 +185,7 @@ def _assign(layers: Sequence[Any], new: Mapping[int, Statistics], source: str) -
             layer = layers[index]
             for variable, value in _values(layer, statistics):
                 variable.assign(value)
-                if not np.isfinite(_array(variable)).all():
+                if not np.isfinite(float64_of(variable)).all():
                     problem = f"does not fit into {variable.dtype}"
                     findings.append(Finding(Path(source), f"{layer_path(layer)}/{variable.name}", problem))
         if findings:

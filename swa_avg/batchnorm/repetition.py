@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swa_avg.batchnorm.backends import value_of
 from swa_avg.batchnorm.checkpoint import refresh_loaded
 from swa_avg.batchnorm.loading import load_model
 from swa_avg.batchnorm.observe import active_layers, layer_path
 from swa_avg.batchnorm.places import find_places
+from swa_avg.batchnorm.refresh import float64_of
 from swa_avg.batchnorm.report import LEAST_EPSILON, RefreshReport
 from swa_avg.batchnorm.request import Refresh
-from swa_avg.data.batches import as_array
 from swa_avg.formats import Checkpoint
 from swa_avg.text import Progress
 
@@ -72,14 +71,10 @@ def _off(layer: Any, variable: Any, found: NDArray[Any]) -> float:
     Of a variance, its root is compared.
     """
     epsilon = max(layer.epsilon, LEAST_EPSILON)
-    scale = np.sqrt(_array(layer.moving_variance) + epsilon)
-    expected, values = _array(variable), found.astype(np.float64)
+    scale = np.sqrt(float64_of(layer.moving_variance) + epsilon)
+    expected, values = float64_of(variable), found.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):  # a forged value may be any
         if variable is layer.moving_variance:
             expected, values = scale, np.sqrt(values + epsilon)
         worst = float(np.max(np.abs(values - expected) / scale))
     return math.inf if math.isnan(worst) else worst
-
-
-def _array(variable: Any) -> NDArray[np.float64]:
-    return as_array(value_of(variable)).astype(np.float64)

@@ -23,6 +23,7 @@ from swa_avg.formats.base import (
     StoredRecord,
     Stream,
     Tensor,
+    different_parts,
     record_in,
     with_record,
 )
@@ -93,10 +94,7 @@ class ArchiveCheckpoint(Checkpoint):
             problem = f"damaged: its CRC-32 is {found:08x}, the archive says {stored:08x}"
             yield Finding(self.path, _WEIGHTS, problem)
         yield from super().differences(template, rebuilt=rebuilt)
-        own, theirs = self._others(), template._others()
-        for name in sorted(own.keys() | theirs.keys()):
-            if own.get(name) != theirs.get(name):
-                yield Finding(self.path, name, "differs from the newest input's")
+        yield from different_parts(self.path, self._others(), template._others())
 
     def _others(self) -> dict[str, Any]:
         """Return what stands for each member but the weights; of an asset, its CRC-32.

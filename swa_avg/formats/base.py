@@ -38,6 +38,7 @@ __all__ = [
     "Stream",
     "Tensor",
     "check_written",
+    "different_parts",
     "record_in",
     "with_record",
     "write_chunks",
@@ -277,6 +278,13 @@ def record_in(settings: Mapping[str, Any], path: Location) -> StoredRecord:
     if not isinstance(record, dict):
         raise UnreadableError(path, "its record of how it was made is damaged: it is not a JSON object")
     return record
+
+
+def different_parts(path: Location, own: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield the parts of a checkpoint, by name, that are not those of the newest input."""
+    for name in sorted(own.keys() | theirs.keys()):
+        if own.get(name) != theirs.get(name):
+            yield Finding(path, name, "differs from the newest input's")
 
 
 def with_record(settings: Mapping[str, Any], record: StoredRecord) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from swa_avg.formats.base import (
     StoredRecord,
     Stream,
     Tensor,
+    different_parts,
     record_in,
     with_record,
     write_shard,
@@ -100,10 +101,7 @@ class FolderCheckpoint(Checkpoint):
     def differences(self, template: Checkpoint, *, rebuilt: bool) -> Iterator[Finding]:
         assert isinstance(template, FolderCheckpoint)
         yield from super().differences(template, rebuilt=rebuilt)
-        own, theirs = self._others(), template._others()
-        for name in sorted(own.keys() | theirs.keys()):
-            if own.get(name) != theirs.get(name):
-                yield Finding(self.path, name, "differs from the newest input's")
+        yield from different_parts(self.path, self._others(), template._others())
 
     def _others(self) -> dict[str, Any]:
         """Return what stands for each file but the weights; of an asset, its CRC-32."""

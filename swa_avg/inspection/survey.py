@@ -12,8 +12,8 @@ import numpy as np
 
 from swa_avg.combine.blocks import Source, is_same
 from swa_avg.combine.values import invalid_values, stream_values
-from swa_avg.errors import Finding, MismatchError, UsageError
-from swa_avg.files.publication import check_output, publish_file
+from swa_avg.errors import Finding, MismatchError
+from swa_avg.files.publication import publish_file
 from swa_avg.formats import Checkpoint
 from swa_avg.inputs.listing import Listing, list_checkpoints
 from swa_avg.inputs.opening import check_averages, check_contents, check_shared_files, opened
@@ -22,6 +22,7 @@ from swa_avg.inputs.related import kernels_among
 from swa_avg.inputs.selection import Selection, select
 from swa_avg.inspection.geometry import Measurement, geometry_of
 from swa_avg.inspection.movement import movement_of
+from swa_avg.inspection.outputs import PAGE, PICTURES, checked_outputs
 from swa_avg.inspection.report import Contents, Inspection
 from swa_avg.planning.methods import Method
 from swa_avg.planning.plan import Plan, coefficients_of, make_plan
@@ -82,7 +83,9 @@ def inspect_checkpoints(
         ()
     """
     chosen_method = Method.parse(method)
-    outputs = _outputs(plot, report, overwrite)
+    outputs = checked_outputs(
+        {"plot": (plot, PICTURES), "report": (report, PAGE)}, _renderer, overwrite=overwrite
+    )
     wanted = Selection(epochs, best, monitor, mode, None if best is None else metrics, last, every)
     listing = select(with_log(list_checkpoints(inputs), metrics), wanted)
     coefficients = coefficients_of(chosen_method, listing)
@@ -112,29 +115,10 @@ def inspect_checkpoints(
     return inspection
 
 
-def _outputs(
-    plot: str | Path | None, report: str | Path | None, overwrite: bool
-) -> dict[Path, Callable[[Inspection], bytes]]:
-    """Return what is to be written where, once it is sure that it can be."""
-    outputs: dict[Path, Callable[[Inspection], bytes]] = {}
-    for argument, path, suffixes in (
-        ("plot", plot, (".png", ".svg", ".pdf")),
-        ("report", report, (".html",)),
-    ):
-        if path is None:
-            continue
-        output = Path(path)
-        if output.suffix not in suffixes:
-            raise UsageError(f"{argument} {output}: expected a name that ends with {' or '.join(suffixes)}")
-        check_output(output, overwrite=overwrite)
-        try:
-            from swa_avg.inspection import page as pages
-        except ModuleNotFoundError as error:
-            if error.name != "matplotlib":
-                raise
-            raise UsageError(f"{argument} {output}: needs matplotlib; pip install 'swa-avg[plot]'") from None
-        outputs[output] = pages.page if argument == "report" else pages.plot(output.suffix)
-    return outputs
+def _renderer(argument: str, suffix: str) -> Callable[[Inspection], bytes]:
+    from swa_avg.inspection import page as pages
+
+    return pages.page if argument == "report" else pages.plot(suffix)
 
 
 def _contents(checkpoints: Sequence[Checkpoint], listing: Listing) -> tuple[Contents, ...]:

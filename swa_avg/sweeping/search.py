@@ -26,6 +26,7 @@ from swa_avg.inputs.ranking import ranked, with_log
 from swa_avg.inputs.related import Relation, check_related, relation_of
 from swa_avg.inputs.selection import Selection, select
 from swa_avg.inspection.movement import Movement, movement_of
+from swa_avg.inspection.outputs import PAGE, PICTURES, checked_outputs
 from swa_avg.planning.output import output_path, plan_output
 from swa_avg.planning.policy import batchnorm_layers, other_weights
 from swa_avg.planning.record import describe
@@ -37,9 +38,6 @@ from swa_avg.sweeping.trials import POINTS, Trials, greedy_soup, line
 from swa_avg.text import Progress, finite_or_none, short_names
 
 __all__ = ["candidate_rows", "sweep"]
-
-_PICTURES = (".png", ".svg", ".pdf")
-_PAGE = ".html"
 
 
 def sweep(
@@ -125,7 +123,9 @@ def sweep(
     if len(paths) < 2:
         raise UsageError("a sweep compares averages of at least 2 checkpoints; found 1")
     check_output(target, overwrite=overwrite, is_folder_of_ours=is_model_alone)
-    outputs = _outputs(path, report, overwrite=overwrite)
+    outputs = checked_outputs(
+        {"path": (path, PICTURES), "report": (report, PAGE)}, _renderer, overwrite=overwrite
+    )
     listing, order = _ranked(listing, tried, validation)
     rows, with_greedy = candidate_rows(listing, tried, order)
     far = any_remote(paths)
@@ -171,7 +171,7 @@ def sweep(
         publication.publish()
     found = replace(found, written=True)
     for picture, render in outputs.items():
-        if found.path or picture.suffix == _PAGE:
+        if found.path or picture.suffix in PAGE:
             publish_file(picture, render(found), overwrite=overwrite)
     warn([*found.notes, *found.warnings])
     return found
@@ -184,26 +184,10 @@ def _scoring(scorer: Scorer, workers: Workers) -> Callable[[Iterable[Path]], Ite
     return partial(workers.processes.run, scorer.portable().score)
 
 
-def _outputs(
-    path: str | Path | None, report: str | Path | None, *, overwrite: bool
-) -> dict[Path, Callable[[SweepReport], bytes]]:
-    """Return what draws which picture or page, once it is sure that it can be written."""
-    outputs: dict[Path, Callable[[SweepReport], bytes]] = {}
-    for argument, name, suffixes in (("path", path, _PICTURES), ("report", report, (_PAGE,))):
-        if name is None:
-            continue
-        output = Path(name)
-        if output.suffix not in suffixes:
-            raise UsageError(f"{argument} {output}: expected a name that ends with {' or '.join(suffixes)}")
-        check_output(output, overwrite=overwrite)
-        try:
-            from swa_avg.sweeping.page import page, plot
-        except ModuleNotFoundError as error:
-            if error.name != "matplotlib":
-                raise
-            raise UsageError(f"{argument} {output}: needs matplotlib; pip install 'swa-avg[plot]'") from None
-        outputs[output] = page if argument == "report" else partial(plot, suffix=output.suffix)
-    return outputs
+def _renderer(argument: str, suffix: str) -> Callable[[SweepReport], bytes]:
+    from swa_avg.sweeping.page import page, plot
+
+    return page if argument == "report" else partial(plot, suffix=suffix)
 
 
 def candidate_rows(
